@@ -1,0 +1,100 @@
+# The names of stages, all in one place. SOURCES are data that no stage makes (`data.dvc`, never `data`: beside other targets
+# dvc 3.67 silently leaves those out); RESTORED are stages whose outputs come out of the committed store.
+SOURCES  := $(wildcard data.dvc)
+RESTORED := base evaluators
+HEADLINE := headline@0
+TABLE    := headline
+# What is shown at the end of `make reproduce` and `make table`
+HEADLINE_SHOWN := results/headline_0.md
+TABLE_SHOWN    := results/main.md
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BIN  := $(CURDIR)/$(VENV)/bin
+# Stages and pages call python, papermill and jupyter by name: they must be the environment's own
+export PATH := $(BIN):$(PATH)
+export VIRTUAL_ENV := $(CURDIR)/$(VENV)
+export JUPYTER_PREFER_ENV_PATH := 1
+export PYTHONNOUSERSITE := 1
+export PYTHONHASHSEED := 0
+export TOKENIZERS_PARALLELISM := false
+export DVC_NO_ANALYTICS := 1
+unexport PYTHONPATH PYTHONHOME JUPYTER_PATH
+
+# Nothing here asks a model hub for anything; real profiles do, and are run by `dvc` directly
+OFFLINE := test reproduce table reproduce-all readme
+$(OFFLINE): export HF_HUB_OFFLINE := 1
+$(OFFLINE): export TRANSFORMERS_OFFLINE := 1
+$(OFFLINE): export MPLBACKEND := agg
+
+.PHONY: help env sources restore reproduce table reproduce-all test readme lab clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+# ------------------------------------------------------------------ the environment
+# An interpreter may be named: make env PYTHON=/path/to/python3.12
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done)
+# Further arguments for pip, for instance where to find a CPU build of torch
+PIPFLAGS ?=
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+LOCKS := requirements.lock requirements-oracle.lock
+
+env: $(VENV)/.stamp ## make .venv from requirements.lock
+
+$(VENV)/.stamp: $(LOCKS) setup.py settings.ini pyproject.toml
+	@$(BIN)/python -c 'import pip' 2>/dev/null || { \
+	  py="$(PYTHON)"; test -n "$$py" || { echo 'make: no Python 3.11 or newer found (diffusers 0.42 needs it); name one: make env PYTHON=...' >&2; exit 1; }; \
+	  "$$py" -m venv --clear $(VENV); }
+	@echo 'Installing the locked environment into $(VENV) (some minutes the first time) ...'
+	@step() { "$$@" >> $(VENV)/install.log 2>&1 || { grep -v 'is ignored: it is neither' $(VENV)/install.log | tail -n 25 | cut -c 1-400 >&2; \
+	    echo 'make: $(VENV) could not be installed; the whole log is $(VENV)/install.log' >&2; exit 1; }; }; \
+	  : > $(VENV)/install.log; \
+	  step $(PIP) install $(PIPFLAGS) -r requirements.lock; \
+	  step $(PIP) install $(PIPFLAGS) --no-deps -r requirements-oracle.lock; \
+	  step $(PIP) install --no-deps --no-build-isolation -e .; \
+	  step $(BIN)/python -c 'from diffusers import StableDiffusionPipeline; import peft, curvlinops, nbdev.test, papermill, dvc'
+	@# kernels warn at length about their local transport at each start: errors only
+	@mkdir -p $(VENV)/etc/ipython && echo 'c.IPKernelApp.log_level = 40' > $(VENV)/etc/ipython/ipython_kernel_config.py
+	@touch $@
+
+# ------------------------------------------------------------------ the main job
+sources: env
+	@for s in $(SOURCES); do $(BIN)/dvc pull --quiet "$$s"; done
+
+restore: sources # base model and evaluators from the committed store, nothing else
+	@if test -f dvc.lock; then for s in $(RESTORED); do $(BIN)/dvc pull --quiet "$$s"; done; else echo 'no dvc.lock yet: nothing restored'; fi
+
+reproduce: restore ## the main table for one seed, and the headline figure (at most 30 minutes on 2 cores)
+	@$(BIN)/dvc repro $(HEADLINE)
+	@echo; cat $(HEADLINE_SHOWN)
+
+table: restore ## the main table for every seed (at most 2 hours)
+	@$(BIN)/dvc repro $(TABLE)
+	@echo; cat $(TABLE_SHOWN)
+
+reproduce-all: sources ## everything, base model and evaluators too
+	@$(BIN)/dvc repro --force $(RESTORED)
+	@$(BIN)/dvc repro
+	@echo; cat $(TABLE_SHOWN)
+
+# ------------------------------------------------------------------ the house
+test: restore ## the gate: rules of the house, unit tests, every page from top to bottom
+	@$(BIN)/python -m pytest $(PYTEST)
+
+readme: env ## README.md from nbs/index.ipynb
+	@$(BIN)/python tools/readme.py
+
+lab: env ## JupyterLab on the pages
+	@cd nbs && $(BIN)/jupyter lab index.ipynb
+
+clean: ## remove what tests and editors leave behind (not .venv, not outs)
+	@find . -path ./$(VENV) -prune -o -path ./.git -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints -o -name .pytest_cache \
+	  -o -name .hypothesis -o -name '*.egg-info' \) -prune -exec rm -rf {} +
+	@rm -rf build _proc _docs
