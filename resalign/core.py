@@ -34,7 +34,7 @@ def choose(value, options, what:str):
 def seed_all(seed:int):
     "Seed python, numpy and torch, and ask torch for deterministic algorithms"
     random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True, warn_only=True); torch.utils.deterministic.fill_uninitialized_memory = False
 
 def generator(seed:int, *names) -> torch.Generator:
     "A CPU generator of its own for each (seed, names): streams do not disturb one another"

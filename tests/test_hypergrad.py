@@ -1,0 +1,605 @@
+"""The hypergradient against what can be computed without it: dense matrices, finite differences, other libraries."""
+import math, warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest, torch, torch.utils.checkpoint
+from hypothesis import given, settings, strategies as st
+
+from resalign import hypergrad
+from resalign.hypergrad import *
+from resalign.hypergrad import FrozenLoss, LoraPair, flat, unflat
+
+F64 = torch.float64
+SHAPES = (), (3,), (2, 2), (1, 4) # a number, a vector, matrices: 12 parameters
+N = 12
+ITERATIVE = 'richardson', 'cg', 'minres'
+
+
+def close(a, b, tol=1e-12): torch.testing.assert_close(a, b, rtol=tol, atol=tol)
+def rel(a, b): return ((flat(a).double() - flat(b).double()).norm() / flat(b).double().norm()).item()
+def generator(seed): return torch.Generator().manual_seed(seed)
+def randn(*shape, seed=0): return torch.randn(shape, dtype=F64, generator=generator(seed))
+
+def leaves(x, dtype=F64):
+    "A vector of N numbers as parameters of all SHAPES"
+    parts = x.split([math.prod(s) for s in SHAPES])
+    return [p.reshape(s).to(dtype).clone().requires_grad_() for p, s in zip(parts, SHAPES)]
+
+def vector(params): return torch.cat([p.reshape(-1) for p in params])
+
+def symmetric(eigenvalues, seed=0):
+    Q = torch.linalg.qr(randn(len(eigenvalues), len(eigenvalues), seed=seed)).Q
+    return (Q * torch.as_tensor(eigenvalues, dtype=F64)) @ Q.T
+
+def quadratic(H, c=None, at=None, dtype=F64):
+    "Parameters, and L = ½xᵀHx + cᵀx"
+    params = leaves(torch.zeros(N, dtype=F64) if at is None else at, dtype)
+    H, c = H.to(dtype), (torch.zeros(N) if c is None else c).to(dtype)
+    return params, lambda: (vector(params) @ H @ vector(params)) / 2 + c @ vector(params)
+
+def network(dtype=F64, seed=0):
+    "Parameters, loss and residuals of a small smooth network with a scalar gain"
+    net = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.SiLU(), torch.nn.Linear(6, 2)).to(dtype)
+    gain = torch.tensor(1.3, dtype=dtype, requires_grad=True)
+    with torch.no_grad():
+        for i, p in enumerate(net.parameters()): p.copy_(.5 * randn(*p.shape, seed=seed + i))
+    X, Y = randn(16, 4, seed=90).to(dtype), randn(16, 2, seed=91).to(dtype)
+    def residuals(): return (gain * net(X) - Y).to(torch.promote_types(dtype, torch.float32))
+    return [gain, *net.parameters()], lambda: residuals().square().mean(), residuals
+
+def lora(size=1., seed=0):
+    "Two LoRA layers; `size` in units of the published initialisation"
+    shapes = (6, 8), (4, 6)
+    pairs = [LoraPair((.008 * size * randn(2, i, seed=seed + 3 * k)).requires_grad_(), (.002 * size * randn(o, 2, seed=seed + 3 * k + 1)).requires_grad_(),
+                      randn(o, i, seed=seed + 3 * k + 2) / i**.5, 1.5) for k, (o, i) in enumerate(shapes)]
+    X, Y = randn(40, 8, seed=80), randn(40, 4, seed=81)
+    def loss():
+        W1, W2 = [p.weight + p.scale * p.B @ p.A for p in pairs]
+        return (torch.tanh(X @ W1.T) @ W2.T - Y).square().mean()
+    return [t for p in pairs for t in (p.A, p.B)], loss, pairs
+
+def dense(loss, params):
+    "The Hessian by torch's own means, row by row"
+    grad = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss(), params, create_graph=True, materialize_grads=True)])
+    return torch.stack([flat(torch.autograd.grad(g, params, retain_graph=True, materialize_grads=True)) for g in grad])
+
+def oracle(H, gamma, g): return torch.linalg.solve(torch.eye(len(H), dtype=F64) + gamma * H, flat(g).double())
+def like(params, seed=7): return [randn(*p.shape, seed=seed + i).to(p.dtype) for i, p in enumerate(params)]
+def exactly(method): return dict(method=method, max_products=3000 if method == 'richardson' else N, tol=1e-13)
+
+
+# ------------------------------------------------------------------ quadratics, where everything is known
+
+SPECTRA = {'convex': torch.linspace(0, 1, N), 'mirror': torch.linspace(-1, 1, N), 'concave': -torch.linspace(0, 1, N),
+           'one number': torch.ones(N), 'one negative': torch.tensor([-1.] + [0.] * (N - 1)), 'zero': torch.zeros(N)}
+
+@pytest.mark.parametrize('gamma', (0., .5, .9))
+@pytest.mark.parametrize('method', ITERATIVE)
+@pytest.mark.parametrize('spectrum', SPECTRA)
+def test_quadratic(spectrum, method, gamma):
+    H = symmetric(SPECTRA[spectrum])
+    params, loss = quadratic(H, randn(N, seed=3), at=randn(N, seed=4))
+    g = like(params)
+    x, report = solve(MoreauOperator(loss, params, gamma), g, **exactly(method))
+    close(flat(x), oracle(H, gamma, g), 1e-10)
+    assert not report.fallback and report.gamma_used == gamma and report.residual < 1e-11
+    assert [t.shape for t in x] == [p.shape for p in params]
+
+@pytest.mark.parametrize('product', ('exact', 'fd-central', 'fd-forward'))
+def test_products_of_a_quadratic(product):
+    H = symmetric(SPECTRA['mirror'])
+    params, loss = quadratic(H, randn(N, seed=3), at=randn(N, seed=4))
+    v = like(params)
+    close(flat(MoreauOperator(loss, params, 1., product).hvp(v)), H @ flat(v), 1e-13 if product == 'exact' else 1e-7)
+
+@pytest.mark.parametrize('low', (1e-3, -.98))
+def test_cg_ends_after_n_products(low):
+    "Some codes' residual grows instead. Condition numbers 500 and 100, definite and indefinite H"
+    H = symmetric(torch.cat([torch.tensor([low]), torch.linspace(0, 1, N - 1)]), seed=5)
+    params, loss = quadratic(H)
+    g = like(params)
+    x, report = solve(MoreauOperator(loss, params, 1. if low < 0 else 1e3), g, 'cg', max_products=N)
+    A = torch.eye(N, dtype=F64) + report.gamma_used * H
+    assert ((A @ flat(x) - flat(g)).norm() / flat(g).norm()).item() < 1e-10 and report.products <= N
+    assert report.gamma_used == report.gamma_asked
+
+def test_krylov_residuals_fall():
+    H = symmetric(SPECTRA['mirror'])
+    params, loss = quadratic(H)
+    for method in 'cg', 'minres':
+        residuals = [solve(MoreauOperator(loss, params, .8), like(params), method, k)[1].residual for k in range(1, N + 1)]
+        assert residuals[-1] < 1e-12 and residuals[3] < residuals[0]
+        if method == 'minres': assert all(b <= a * (1 + 1e-9) + 1e-14 for a, b in zip(residuals, residuals[1:]))
+
+def test_fewer_eigenvalues_fewer_products():
+    "Three different eigenvalues: three products are all there is to know"
+    params, loss = quadratic(symmetric([1.] * 4 + [-.5] * 4 + [.25] * 4))
+    x, report = solve(MoreauOperator(loss, params, .8), like(params), 'cg', max_products=N)
+    assert report.products == 3 and report.residual < 1e-12
+    close(torch.tensor([report.lambda_min, report.lambda_max]), torch.tensor([-.5, 1.]), 1e-6)
+
+@pytest.mark.parametrize('k', (1, 2, 4, 7))
+def test_richardson_is_the_neumann_series(k):
+    H, gamma = symmetric(SPECTRA['mirror']), .6
+    params, loss = quadratic(H)
+    g = like(params)
+    x, report = solve(MoreauOperator(loss, params, gamma), g, 'richardson', max_products=k)
+    series = sum((-gamma)**i * torch.linalg.matrix_power(H, i) @ flat(g) for i in range(k + 1))
+    published = torch.zeros(N, dtype=F64) # from zero, K = k + 1
+    for _ in range(k + 1): published = flat(g) - gamma * H @ published
+    close(flat(x), series); close(flat(x), published)
+    assert report.products == k + 1 # one of them for the residual
+    assert solve(MoreauOperator(loss, params, gamma), g, 'richardson', max_products=k, check=False)[1].products == k
+
+def test_richardson_may_pass_through_zero():
+    "H = I, γ = 1: the second iterate is zero, which has no ‖Hx‖/‖x‖"
+    params, loss = quadratic(torch.eye(N, dtype=F64))
+    x, report = solve(MoreauOperator(loss, params, 1.), like(params), max_products=3, bound=math.inf)
+    assert report.h_norm == pytest.approx(1) and flat(x).isfinite().all()
+
+def test_identity_and_zero():
+    params, loss = quadratic(symmetric(SPECTRA['mirror']))
+    g, op = like(params), MoreauOperator(loss, params, .5)
+    x, report = solve(op, g, 'identity')
+    assert torch.equal(flat(x), flat(g)) and op.products == report.products == 0 and op.loss.evaluations == 0 and not report.fallback
+    _, report = solve(op, g, 'identity', check=True)
+    close(torch.tensor(report.residual), .5 * (symmetric(SPECTRA['mirror']) @ flat(g)).norm().float() / flat(g).norm().float(), 1e-6)
+    for method in METHODS:
+        x, report = solve(op, [0 * t for t in g], method)
+        assert not flat(x).any() and report.products in (0, 1) and not report.fallback
+
+
+# ------------------------------------------------------------------ properties
+
+@st.composite
+def systems(draw):
+    "H symmetric of any signs, γ with γρ(H) ≤ 0.9, and a seed"
+    eigenvalues = draw(st.lists(st.floats(-1, 1, allow_subnormal=False), min_size=N, max_size=N))
+    scale, reach, seed = draw(st.floats(1e-3, 1e3)), draw(st.floats(.05, .9)), draw(st.integers(0, 10**6))
+    return scale * symmetric(eigenvalues, seed), reach / (scale * max(1e-3, *map(abs, eigenvalues))), seed
+
+@settings(max_examples=40)
+@given(systems())
+def test_solvers_agree_with_the_dense_solve(system):
+    H, gamma, seed = system
+    params, loss = quadratic(H)
+    g = like(params, seed)
+    for method in ITERATIVE:
+        x, report = solve(MoreauOperator(loss, params, gamma), g, **exactly(method))
+        assert rel(x, [oracle(H, gamma, g)]) < 1e-9 and not report.fallback, method
+
+@settings(max_examples=25)
+@given(systems(), st.floats(-3, 3), st.sampled_from(ITERATIVE))
+def test_solve_is_linear(system, a, method):
+    H, gamma, seed = system
+    params, loss = quadratic(H)
+    g, h = like(params, seed), like(params, seed + 50)
+    def x(rhs): return flat(solve(MoreauOperator(loss, params, gamma), rhs, **exactly(method))[0])
+    close(x([a * s + t for s, t in zip(g, h)]), a * x(g) + x(h), 1e-8)
+
+@settings(max_examples=40)
+@given(systems(), st.integers(1, 6), st.sampled_from(METHODS))
+def test_the_reported_residual_is_the_true_one(system, k, method):
+    H, gamma, seed = system
+    params, loss = quadratic(H)
+    g = like(params, seed)
+    x, report = solve(MoreauOperator(loss, params, gamma), g, method, k, check=True, bound=math.inf)
+    true = flat(g) - flat(x) - report.gamma_used * H @ flat(x)
+    assert report.residual == pytest.approx((true.norm() / flat(g).norm()).item(), rel=1e-6, abs=1e-12)
+    assert report.h_norm <= torch.linalg.matrix_norm(H, 2).item() * (1 + 1e-9)
+
+@settings(max_examples=40)
+@given(st.lists(st.floats(-1, 1, allow_subnormal=False), min_size=N, max_size=N), st.floats(.1, 50), st.sampled_from(('cg', 'minres')))
+def test_no_saddle_is_passed_on(eigenvalues, gamma, method):
+    "With any γ: either the system solved is that of a minimum, or the answer is x = g and says so"
+    H = symmetric(eigenvalues)
+    params, loss = quadratic(H)
+    g = like(params)
+    x, report = solve(MoreauOperator(loss, params, gamma), g, method, N)
+    if report.fallback: assert torch.equal(flat(x), flat(g)) and report.reason
+    else:
+        values = torch.linalg.eigvalsh(H)
+        assert 1 + report.gamma_used * values[0] > 0
+        assert report.residual <= .5 and (report.gamma_used == gamma or 'lowered' in report.reason)
+
+
+# ------------------------------------------------------------------ networks: torch, curvlinops and finite differences as oracles
+
+def test_exact_is_torchs_hessian():
+    params, loss, _ = network()
+    v = like(params)
+    for retain in True, False:
+        close(flat(MoreauOperator(loss, params, 1., retain=retain).hvp(v)), dense(loss, params) @ flat(v))
+
+def test_exact_is_the_derivative_of_the_gradient():
+    params, loss, _ = network()
+    v, h = like(params), 1e-6
+    def gradient(step):
+        with hypergrad.moved(params, v, step): return flat(torch.autograd.grad(loss(), params))
+    close(flat(MoreauOperator(loss, params, 1.).hvp(v)), (gradient(h) - gradient(-h)) / (2 * h), 1e-7)
+
+@pytest.mark.filterwarnings('ignore')
+def test_curvlinops_agrees():
+    linop = pytest.importorskip('curvlinops')
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 2)).to(F64)
+    X, Y = randn(16, 4, seed=90), randn(16, 2, seed=91)
+    params, mse = list(net.parameters()), torch.nn.MSELoss()
+    H = linop.HessianLinearOperator(net, mse, params, [(X, Y)])
+    GGN = linop.GGNLinearOperator(net, mse, params, [(X, Y)])
+    for seed in range(3):
+        v = like(params, seed)
+        close(flat(MoreauOperator(lambda: mse(net(X), Y), params, 1.).hvp(v)), H @ flat(v))
+        close(flat(MoreauOperator(None, params, 1., 'gauss-newton', residuals=lambda: net(X) - Y).hvp(v)), GGN @ flat(v))
+
+def test_gauss_newton_is_jtj():
+    params, loss, residuals = network()
+    r = residuals().reshape(-1)
+    J = torch.stack([flat(torch.autograd.grad(e, params, retain_graph=True)) for e in r])
+    v, op = like(params), MoreauOperator(loss, params, 1., 'gauss-newton', residuals=residuals)
+    close(flat(op.hvp(v)), 2 / len(r) * J.T @ (J @ flat(v)))
+    x, report = solve(MoreauOperator(loss, params, 1e3, 'gauss-newton', residuals=residuals), v, 'cg', 60, tol=1e-10)
+    assert report.lambda_min > -1e-10 and report.gamma_used == 1e3 and report.residual < 1e-8 # never a saddle
+
+def newton(theta, loss_at, gamma):
+    "argmin L(x) + ‖x − θ‖²/2γ"
+    x = theta.clone()
+    for _ in range(30):
+        grad = torch.autograd.functional.jacobian(loss_at, x) + (x - theta) / gamma
+        if grad.norm() < 1e-13: break
+        x = x - torch.linalg.solve(torch.autograd.functional.hessian(loss_at, x) + torch.eye(len(x), dtype=F64) / gamma, grad)
+    return x
+
+def fine_tuning(x): return (x[0] * x[1:4].sin().sum() + x[4:].tanh() @ x[:8]) + .1 * x.pow(4).sum()
+def harm(x): return (x - torch.linspace(-1, 1, N, dtype=F64)).square().sum() + (x[0] * x[-1]).cos()
+
+def through_the_argmin(gamma, **options):
+    "θ ↦ L_harm(θ*(θ)), with the hypergradient as its backward"
+    class End(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, theta):
+            params = leaves(newton(theta.detach(), fine_tuning, gamma))
+            ctx.x, ctx.report, value = hypergradient(lambda: harm(vector(params)), lambda: fine_tuning(vector(params)), params, gamma,
+                                                     start=unflat(theta.detach(), params), **options)
+            assert ctx.report.stationarity < 1e-10
+            return torch.tensor(value, dtype=F64)
+        @staticmethod
+        def backward(ctx, up): return up * flat(ctx.x)
+    return End.apply
+
+@pytest.mark.parametrize('method', ITERATIVE)
+def test_gradcheck_through_the_argmin(method):
+    "The start is moved, the proximal problem solved again: torch's own gradcheck, float64"
+    theta = (.4 * randn(N, seed=8)).requires_grad_()
+    assert torch.autograd.gradcheck(through_the_argmin(.2, **exactly(method)), theta, eps=1e-6, atol=1e-7, rtol=1e-6)
+
+def test_gradcheck_sees_a_wrong_answer():
+    theta = (.4 * randn(N, seed=8)).requires_grad_()
+    assert not torch.autograd.gradcheck(through_the_argmin(.2, method='identity'), theta, eps=1e-6, atol=1e-7, rtol=1e-6, raise_exception=False)
+
+def test_gradcheck_through_a_quadratics_argmin():
+    "In closed form, on an indefinite H: θ* = (I + γH)⁻¹(θ − γc)"
+    H, c, gamma = symmetric(SPECTRA['mirror']), randn(N, seed=3), .9
+    A = torch.eye(N, dtype=F64) + gamma * H
+    theta = randn(N, seed=8).requires_grad_()
+    end = torch.linalg.solve(A, theta - gamma * c)
+    direct, = torch.autograd.grad(harm(end), theta)
+    params, loss = quadratic(H, c, at=end.detach())
+    x, report, value = hypergradient(lambda: harm(vector(params)), loss, params, gamma, 'cg', max_products=N, start=unflat(theta.detach(), params))
+    close(flat(x), direct, 1e-10)
+    assert report.stationarity < 1e-12 and value == pytest.approx(harm(end).item())
+
+
+# ------------------------------------------------------------------ precision and repetition
+
+@pytest.mark.parametrize('product', PRODUCTS)
+@pytest.mark.parametrize('dtype', (F64, torch.float32, torch.bfloat16), ids=str)
+def test_repeated_products_are_bit_identical(dtype, product):
+    "A noisy loss too: the noise is drawn inside"
+    params, loss, residuals = network(dtype)
+    noisy = lambda: loss() * (1 + .1 * torch.rand(()))
+    pairs = [LoraPair(params[1], params[3], torch.zeros(2, 4, dtype=dtype, requires_grad=True), 1.)] # A (6, 4), B (2, 6)
+    if product == 'lora-bilinear': noisy = lambda: ((pairs[0].weight + params[3] @ params[1]) @ torch.rand(4, 5).to(dtype)).float().square().mean()
+    op = MoreauOperator(noisy, params, 1., product, residuals=residuals, lora=pairs)
+    v, w = like(params), like(params, 70)
+    first = flat(op.hvp(v)); op.hvp(w)
+    assert torch.equal(first, flat(op.hvp(v))) and first.any()
+    if product == 'lora-bilinear': assert torch.equal(flat(op.true_hvp(v)), flat(op.true_hvp(v)))
+
+def test_retained_and_rebuilt_graphs_are_bit_identical():
+    params, loss, _ = network(torch.float32)
+    v = like(params)
+    kept, rebuilt = [MoreauOperator(loss, params, 1., retain=r) for r in (True, False)]
+    for _ in range(3): assert torch.equal(flat(kept.hvp(v)), flat(rebuilt.hvp(v)))
+    assert kept.loss.evaluations == 1 and rebuilt.loss.evaluations == 3
+
+@pytest.mark.parametrize('dtype, product, tol', [(torch.float32, 'exact', 1e-4), (torch.float32, 'fd-central', 2e-3), (torch.float32, 'fd-forward', 1e-2),
+                                                 (torch.bfloat16, 'exact', .03), (torch.bfloat16, 'fd-central', .1), (torch.bfloat16, 'fd-forward', .15)], ids=str)
+def test_low_precision(dtype, product, tol):
+    "Against the float64 answer of the same network, at γ‖H‖ = 0.5"
+    params, loss, _ = network()
+    H = dense(loss, params)
+    gamma, g = .5 / torch.linalg.matrix_norm(H, 2).item(), like(params)
+    truth = oracle(H, gamma, g)
+    low, low_loss, _ = network(dtype)
+    for method in 'richardson', 'cg':
+        x, report = solve(MoreauOperator(low_loss, low, gamma, product), [t.to(dtype) for t in g], method, 10)
+        assert all(t.dtype == dtype for t in x) and not report.fallback, report
+        assert rel(x, [truth]) < tol, (method, rel(x, [truth]))
+
+def test_finite_differences_give_the_parameters_back():
+    params, loss, _ = network(torch.bfloat16)
+    before, calls = flat(params).clone(), []
+    def fails(): calls.append(0); return loss() if len(calls) < 2 else 1 / 0
+    for product in 'fd-central', 'fd-forward':
+        MoreauOperator(loss, params, 1., product).hvp(like(params))
+        assert torch.equal(flat(params), before)
+        calls.clear()
+        with pytest.raises(ZeroDivisionError): MoreauOperator(fails, params, 1., product).hvp(like(params))
+        assert torch.equal(flat(params), before)
+
+@pytest.mark.parametrize('product', ('exact', 'fd-central', 'fd-forward'))
+def test_no_gradient_at_all(product):
+    "At a minimum, and for a loss that does not know its parameters"
+    H = symmetric(torch.linspace(.5, 1, N))
+    params, loss = quadratic(H)
+    v = like(params)
+    close(flat(MoreauOperator(loss, params, 1., product).hvp(v)), H @ flat(v), 1e-6)
+    elsewhere = torch.ones(2, requires_grad=True)
+    assert not flat(MoreauOperator(lambda: elsewhere.sum(), params, 1., product).hvp(v)).any()
+
+def test_unused_and_linear_parameters_count_as_zero():
+    a, b, unused = torch.tensor(2., requires_grad=True), torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)
+    x, report = solve(MoreauOperator(lambda: a**2 + b.sum(), [a, b, unused], 1.), [torch.tensor(3.), torch.ones(3), torch.ones(2)], 'cg')
+    close(flat(x), torch.tensor([1., 1, 1, 1, 1, 1]), 1e-6)
+
+
+# ------------------------------------------------------------------ random numbers inside the loss
+
+@pytest.mark.parametrize('product', ('exact', 'fd-central'))
+@pytest.mark.parametrize('method', ITERATIVE)
+def test_dropout_is_frozen_and_the_generator_untouched(method, product):
+    "The system is that of one mask; outside, nothing was drawn"
+    params, H = leaves(randn(N, seed=4)), symmetric(SPECTRA['mirror'])
+    def loss(): return (torch.nn.functional.dropout(vector(params), .5) @ H @ vector(params).tanh() + (torch.randn(N, dtype=F64) @ vector(params)).square()) / 30
+    torch.manual_seed(11)
+    op, state = MoreauOperator(loss, params, .3, product), torch.get_rng_state()
+    x, report = solve(op, like(params), **{**exactly(method), 'tol': 1e-12 if product == 'exact' else 1e-7, 'halvings': 0})
+    assert torch.equal(state, torch.get_rng_state())
+    frozen = dense(FrozenLoss(loss, params), params)
+    assert not report.fallback and rel(x, [oracle(frozen, .3, like(params))]) < (1e-9 if product == 'exact' else 1e-5)
+    torch.rand(1) # another sample, another system
+    assert rel(MoreauOperator(loss, params, .3).hvp(like(params)), op.hvp(like(params))) > 1e-2
+
+def test_stationarity_belongs_to_the_same_sample():
+    "even where the harmful loss draws numbers of its own in between"
+    params = leaves(randn(N, seed=4))
+    ft = lambda: (vector(params) * torch.randn(N, dtype=F64)).square().sum()
+    start, gamma = like(params), .01
+    torch.manual_seed(2)
+    expected = (flat(FrozenLoss(ft, params).gradient()) + (flat(params) - flat(start)) / gamma).norm().item()
+    _, report, _ = hypergradient(lambda: (vector(params) * torch.randn(N, dtype=F64)).sum(), ft, params, gamma, 'identity', start=start)
+    assert report.stationarity == expected
+
+
+# ------------------------------------------------------------------ attention, checkpointing, LoRA
+
+def attention(dtype=F64):
+    params = [randn(8, 8, seed=i).to(dtype).div(3).requires_grad_() for i in range(3)]
+    X = randn(2, 5, 8, seed=9).to(dtype)
+    def loss():
+        q, k, v = [(X @ p).reshape(2, 5, 2, 4).transpose(1, 2) for p in params]
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v).square().mean()
+    return params, loss
+
+def test_attention_is_differentiated_twice():
+    params, loss = attention()
+    v = like(params)
+    with double_backward_attention(): H = dense(loss, params)
+    close(flat(MoreauOperator(loss, params, 1.).hvp(v)), H @ flat(v))
+    close(flat(MoreauOperator(loss, params, 1., 'fd-central').hvp(v)), H @ flat(v), 1e-7)
+
+def test_checkpointing_changes_nothing():
+    params, loss = attention()
+    saving = lambda: torch.utils.checkpoint.checkpoint(loss, use_reentrant=False)
+    v = like(params)
+    close(flat(MoreauOperator(saving, params, 1.).hvp(v)), flat(MoreauOperator(loss, params, 1.).hvp(v)), 1e-14)
+
+def test_lora_bilinear_near_the_initialisation():
+    params, loss, pairs = lora()
+    H, v = dense(loss, params), like(params)
+    op = MoreauOperator(loss, params, .5 / torch.linalg.matrix_norm(H, 2).item(), 'lora-bilinear', lora=pairs)
+    assert rel(op.hvp(v), [H @ flat(v)]) < 5e-3 and op.products == 0
+    x, report = solve(op, v)
+    assert rel(x, [oracle(H, op.gamma, v)]) < 5e-3 and report.residual < 5e-3 and report.products == 1 and not report.fallback
+    assert not any(p.weight.requires_grad for p in pairs)
+
+def test_lora_spectrum_is_a_mirror():
+    params, loss, pairs = lora()
+    values = torch.linalg.eigvalsh(dense(loss, params))
+    for p in pairs: p.weight.requires_grad_()
+    top = max(torch.linalg.matrix_norm(p.scale * G, 2) for p, G in zip(pairs, torch.autograd.grad(loss(), [p.weight for p in pairs])))
+    close(values[[0, -1]], torch.stack([-top, top]), 1e-2)
+
+def test_lora_bilinear_far_away_is_noticed():
+    params, loss, pairs = lora(150.)
+    H, g = dense(loss, params), like(params)
+    gamma = .9 / torch.linalg.matrix_norm(H, 2).item()
+    x, report = solve(MoreauOperator(loss, params, gamma, 'lora-bilinear', lora=pairs), g, bound=math.inf)
+    true = flat(g) - flat(x) - report.gamma_used * H @ flat(x)
+    assert report.residual == pytest.approx((true.norm() / flat(g).norm()).item(), rel=1e-2) and report.residual > .1
+    x, report = solve(MoreauOperator(loss, params, gamma, 'lora-bilinear', lora=pairs), g, bound=.1)
+    assert report.fallback and torch.equal(flat(x), flat(g))
+
+def test_lora_bilinear_at_a_saddle():
+    params, loss, pairs = lora()
+    g, ask = like(params), 4 / torch.linalg.matrix_norm(dense(loss, params), 2).item()
+    x, report = solve(MoreauOperator(loss, params, ask, 'lora-bilinear', lora=pairs), g)
+    assert report.gamma_used <= ask / 4 and report.residual < .5 and not report.fallback
+    x, report = solve(MoreauOperator(loss, params, ask, 'lora-bilinear', lora=pairs), g, halvings=0)
+    assert report.fallback and torch.equal(flat(x), flat(g))
+
+def test_lora_pairs_of_a_model():
+    "What PEFT's layers look like: convolutions and switched-off adapters are left out"
+    def layer(weight, active=('default',)):
+        m = torch.nn.Module()
+        m.base_layer = torch.nn.Module(); m.base_layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+        m.lora_A, m.lora_B = [torch.nn.ModuleDict({'default': torch.nn.Linear(*s, bias=False)}) for s in ((4, 2), (2, 3))]
+        m.scaling, m.active_adapters = {'default': .5}, list(active)
+        return m
+    model = torch.nn.Sequential(layer(torch.zeros(3, 4)), layer(torch.zeros(3, 4, 1, 1)), layer(torch.zeros(3, 4), active=()))
+    pair, = hypergrad.lora_pairs(model)
+    assert pair.A is model[0].lora_A['default'].weight and pair.B.shape == (3, 2) and pair.scale == .5
+
+
+# ------------------------------------------------------------------ safeguards
+
+def saddle(gamma=4.):
+    H = symmetric(SPECTRA['mirror'])
+    params, loss = quadratic(H)
+    return H, like(params), lambda: MoreauOperator(loss, params, gamma)
+
+@pytest.mark.parametrize('method', ('cg', 'minres'))
+def test_a_saddle_lowers_gamma(method):
+    H, g, op = saddle()
+    x, report = solve(op(), g, method, N)
+    assert report.gamma_asked == 4 and report.gamma_used == .5 and not report.fallback # 4 and 2 are beyond the pole, 1 is at it
+    close(flat(x), oracle(H, .5, g), 1e-10)
+    assert 'γ lowered' in report.reason and report.products <= N # no product for the smaller γ
+    assert report.lambda_min == pytest.approx(-1) and report.lambda_max == pytest.approx(1)
+
+@pytest.mark.parametrize('method', ITERATIVE)
+def test_a_saddle_is_flagged(method):
+    H, g, op = saddle()
+    x, report = solve(op(), g, method, N, halvings=0)
+    assert report.fallback and torch.equal(flat(x), flat(g)) and report.gamma_used == 4
+    assert ('diverges' if method == 'richardson' else 'saddle') in report.reason
+    x, report = solve(op(), g, method, N, halvings=0, bound=math.inf) # asked for: the number, as it is
+    assert not report.fallback and not torch.equal(flat(x), flat(g)) and report.reason
+
+def test_the_pole_itself():
+    "1 + γλ = 0 for every λ: the projected matrix is singular"
+    params, loss = quadratic(-torch.eye(N, dtype=F64))
+    for method in 'cg', 'minres':
+        x, report = solve(MoreauOperator(loss, params, 1.), like(params), method, halvings=0)
+        assert report.fallback and torch.equal(flat(x), flat(like(params)))
+
+@pytest.mark.parametrize('method', ITERATIVE)
+def test_clamp(method):
+    H, g, op = saddle(100.)
+    x, report = solve(op(), g, method, N, clamp=.5, power=12)
+    assert .499 < report.gamma_used < .52 and not report.fallback and report.residual < 1e-2
+    assert report.products == (12 + N + 1 if method == 'richardson' else N)
+
+def test_what_is_not_finite_falls_back():
+    params = leaves(torch.ones(N, dtype=F64))
+    loss = lambda: (vector(params) - 1).abs().sqrt().sum() # no derivative here
+    for method in ITERATIVE:
+        x, report = solve(MoreauOperator(loss, params, 1.), like(params), method)
+        assert report.fallback and torch.equal(flat(x), flat(like(params))) and 'finite' in report.reason
+
+def test_an_error_in_the_loss_comes_through():
+    params, _ = quadratic(torch.eye(N, dtype=F64))
+    with pytest.raises(ZeroDivisionError): solve(MoreauOperator(lambda: 1 / 0, params, 1.), like(params))
+
+def test_budget():
+    good, bad = SimpleNamespace(fallback=False, reason=''), SimpleNamespace(fallback=True, reason='saddle')
+    budget = FallbackBudget(share=.5, least=4)
+    for r in bad, bad, bad: budget.count(r)
+    with pytest.raises(TooManyFallbacks, match='4 of 4 solves.*saddle'): budget.count(bad)
+    budget = FallbackBudget(share=.5, least=4)
+    for r in (good, bad) * 20: budget.count(r)
+    with pytest.raises(TooManyFallbacks): budget.count(bad)
+    never = FallbackBudget(share=1.)
+    for _ in range(50): never.count(bad)
+
+def test_budget_stops_a_run():
+    H, g, op = saddle()
+    budget, done = FallbackBudget(least=3), 0
+    with pytest.raises(TooManyFallbacks):
+        for _ in range(10): budget.count(solve(op(), g, 'cg', halvings=0)[1]); done += 1
+    assert done == 2
+
+P = leaves(torch.ones(N, dtype=F64))
+BAD_OPERATORS = {'product': dict(product='magic'), 'gamma': dict(gamma=-1.), 'finite': dict(gamma=math.nan), 'expected a finite': dict(gamma=math.inf),
+                 'at least one': dict(params=[]), r'params\[0\]': dict(params=[2 * P[0]]), r'params\[1\]': dict(params=[P[0], torch.ones(2)]),
+                 'residuals=': dict(product='gauss-newton'), 'lora=': dict(product='lora-bilinear'),
+                 'A and B': dict(product='lora-bilinear', lora=[LoraPair(torch.ones(1, 2), torch.ones(2, 1), torch.ones(2, 2), 1.)])}
+
+@pytest.mark.parametrize('message', BAD_OPERATORS)
+def test_bad_operators(message):
+    asked = {'loss': lambda: vector(P).square().sum(), 'params': P, 'gamma': 1., **BAD_OPERATORS[message]}
+    with pytest.raises(ValueError, match=message): MoreauOperator(**asked)
+    with pytest.raises(ValueError, match=message): hypergradient(lambda: 1 / 0, asked.pop('loss'), **asked) # before anything is computed
+
+BAD_SOLVES = {'method': dict(method='magic'), 'max_products': dict(max_products=0), 'tol': dict(tol=-1.), 'clamp': dict(clamp=math.nan),
+              'same shape': dict(g=like(P)[:2]), 'one tensor': dict(g=[t.reshape(-1) for t in like(P)]), 'finite numbers': dict(g=[t / 0 for t in like(P)])}
+
+@pytest.mark.parametrize('message', BAD_SOLVES)
+def test_bad_solves(message):
+    op = MoreauOperator(lambda: vector(P).square().sum(), P, 1.)
+    with pytest.raises(ValueError, match=message): solve(op, **{'g': like(P), **BAD_SOLVES[message]})
+    assert op.products == 0
+
+def test_an_operator_belongs_to_its_point():
+    params, loss = quadratic(torch.eye(N, dtype=F64))
+    op = MoreauOperator(loss, params, .5)
+    op.hvp(like(params))
+    with torch.no_grad(): params[1] += 1
+    with pytest.raises(RuntimeError, match='have changed'): op.hvp(like(params))
+
+
+# ------------------------------------------------------------------ the two calls that others make
+
+def test_hypergradient_as_the_meta_loop_calls_it():
+    params, loss, _ = network(torch.float32)
+    harm_loss = lambda: sum(p.square().sum() for p in params)
+    g, value = [2 * p.detach() for p in params], sum(p.detach().square().sum() for p in params).item()
+    x, report, harm = hypergradient(harm_loss, loss, params, .1, method='identity', product='exact', max_products=4)
+    assert torch.equal(flat(x), flat(g)) and harm == value and report.products == 0
+    with torch.no_grad(): x, report, harm = hypergradient(harm_loss, loss, params, .1, method='richardson', product='exact', max_products=4)
+    H = dense(loss, params).double()
+    series = sum((-.1)**i * torch.linalg.matrix_power(H, i) @ flat(g).double() for i in range(5))
+    assert rel(x, [series]) < 1e-5 and harm == value and report.products == 5
+    assert all(p.grad is None for p in params) and not any(t.requires_grad for t in x)
+    row = report.asdict()
+    assert row['method'] == 'richardson' and row['gamma_asked'] == row['gamma_used'] == .1 and row['residual'] < .1
+    assert {'products', 'lambda_min', 'lambda_max', 'h_norm', 'stationarity', 'fallback', 'reason', 'product'} < row.keys()
+
+def test_unrolled_descent_on_a_quadratic():
+    "T steps have the Jacobian (I − ηH)ᵀ; with γ = ηT the proximal one differs from it at second order"
+    H, c = symmetric(SPECTRA['mirror']), randn(N, seed=3)
+    def step(lr): return lambda theta, t: [th - lr * d for th, d in zip(theta, unflat_live(H @ vector(theta) + c))]
+    def unflat_live(x): return [p.reshape(s) for p, s in zip(x.split([math.prod(s) for s in SHAPES]), SHAPES)]
+    errors = []
+    for lr in .01, .005:
+        x, end, value = unrolled(step(lr), leaves(randn(N, seed=4)), 10, lambda theta: harm(vector(theta)))
+        g, = torch.autograd.grad(harm(e := vector(end).requires_grad_()), e)
+        close(flat(x), torch.linalg.matrix_power(torch.eye(N, dtype=F64) - lr * H, 10).T @ g)
+        assert value == pytest.approx(harm(e).item())
+        params, loss = quadratic(H, c, at=e.detach())
+        moreau, *_ = hypergradient(lambda: harm(vector(params)), loss, params, lr * 10, 'cg', max_products=N)
+        errors.append(rel(moreau, x))
+    assert errors[0] < 1e-2 and errors[0] / errors[1] == pytest.approx(4, rel=.2)
+
+def test_the_module_compiles_without_a_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        compile(Path(hypergrad.__file__).read_text(encoding='utf-8'), hypergrad.__file__, 'exec')
+
+@pytest.mark.gpu
+def test_cuda_gives_the_same_answer():
+    "and leaves both generators alone"
+    params, loss, _ = network()
+    H = dense(loss, params)
+    there = [p.detach().cuda().requires_grad_() for p in params]
+    def loss_there():
+        gain, W1, b1, W2, b2 = there
+        X, Y = randn(16, 4, seed=90).cuda(), randn(16, 2, seed=91).cuda()
+        return (gain * torch.nn.functional.linear(torch.nn.functional.silu(torch.nn.functional.linear(X, W1, b1)), W2, b2) - Y).square().mean() + 0 * torch.rand((), device='cuda')
+    g, states = like(params), (torch.get_rng_state(), torch.cuda.get_rng_state())
+    for product in 'exact', 'fd-central':
+        x, report = solve(MoreauOperator(loss_there, there, .1, product), [t.cuda() for t in g], 'cg', 30, tol=1e-12)
+        assert x[0].is_cuda and rel([t.cpu() for t in x], [oracle(H, .1, g)]) < 1e-6
+    assert torch.equal(states[0], torch.get_rng_state()) and torch.equal(states[1], torch.cuda.get_rng_state())

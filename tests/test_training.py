@@ -1,0 +1,103 @@
+"Runs go on with the same bits, do what they say, and the result loads without this package."
+import copy, subprocess, sys
+from pathlib import Path
+import numpy as np, pytest, torch
+from resalign import jobs, world
+from resalign.core import UserError
+from resalign.data import encode
+from resalign.finetune import ATTENTION, FinetuneConfig, FinetuneLoss, finetune, simulated, add_lora
+from resalign.losses import Denoiser
+from resalign.meta import ResAlignConfig, UnlearnData, clipped, resalign
+from resalign.pipelines import PretrainConfig, build_pipeline, generate, load_pipeline, save_pipeline
+
+ROOT = Path(__file__).resolve().parent.parent
+
+@pytest.fixture(scope='session')
+def pipe(): return build_pipeline(['a red robot with exposed wiring', 'a blue car'], PretrainConfig(unet_channels=(16, 32), vae_channels=(8, 8, 8, 16)))
+
+@pytest.fixture(scope='session')
+def data(pipe):
+    def bank(name):
+        s = world.scenes(name, 6)
+        return encode(pipe, np.stack([np.asarray(world.draw(x)) for x in s]), [x.caption for x in s])
+    return UnlearnData(bank('unsafe'), bank('retain'), {n: bank(n) for n in ('pool-things', 'pool-subjects')}, [])
+
+def weights(p): return {k: v.clone() for k, v in p.unet.state_dict().items()}
+def same(a, b): return all(torch.equal(a[k], b[k]) for k in a)
+
+CONFIG = ResAlignConfig(steps=5, bound=9., bound_after=9., gamma='matched', J=2, retain_batch=2, unsafe_batch=2)
+
+def test_same_seed_same_bits(pipe, data):
+    a, b, c = (copy.deepcopy(pipe) for _ in range(3))
+    resalign(a, data, CONFIG); resalign(b, data, CONFIG); resalign(c, data, CONFIG.model_copy(update=dict(seed=1)))
+    assert same(weights(a), weights(b)) and not same(weights(a), weights(c))
+
+def test_killed_run_goes_on_with_the_same_bits(pipe, data, tmp_path, monkeypatch):
+    import resalign.meta as meta, resalign.training as training
+    whole, cut = copy.deepcopy(pipe), copy.deepcopy(pipe)
+    resalign(whole, data, CONFIG)
+    def often(*a, **kw): return training.optimise(*a, **dict(kw, every=2))
+    monkeypatch.setattr(meta, 'optimise', often)
+    real, count = meta.draw_sample, [0]
+    def dies(*a):
+        count[0] += 1
+        if count[0] == 5: raise KeyboardInterrupt
+        return real(*a)
+    monkeypatch.setattr(meta, 'draw_sample', dies)
+    with pytest.raises(KeyboardInterrupt): resalign(cut, data, CONFIG, checkpoint=tmp_path/'c')
+    monkeypatch.setattr(meta, 'draw_sample', real)
+    again = copy.deepcopy(pipe)
+    out = resalign(again, data, CONFIG, checkpoint=tmp_path/'c')
+    assert same(weights(whole), weights(again)) and len(out['log']) == 5 and len(out['solves']) == 10
+
+def test_beta_zero_is_ga_and_makes_no_solves(pipe, data):
+    p = copy.deepcopy(pipe)
+    out = resalign(p, data, CONFIG.model_copy(update=dict(beta=0.)))
+    assert not out['solves'] and not same(weights(p), weights(pipe))
+
+def test_first_order_and_richardson_differ(pipe, data):
+    a, b = copy.deepcopy(pipe), copy.deepcopy(pipe)
+    big = CONFIG.model_copy(update=dict(gamma=.5))
+    resalign(a, data, big); out = resalign(b, data, big.model_copy(update=dict(solver='identity')))
+    assert not same(weights(a), weights(b)) and all(s['products'] == 0 for s in out['solves'])
+
+@pytest.mark.parametrize('algorithm', ['full', 'lora'])
+def test_exactly_the_said_parameters_move(pipe, data, algorithm):
+    p = copy.deepcopy(pipe); finetune(p, data.retain, FinetuneConfig(algorithm=algorithm, steps=2))
+    before, after = weights(pipe), weights(p)
+    assert list(before) == list(after)
+    moved = {k for k in before if not torch.equal(before[k], after[k])}
+    attention = {k for k in before if any(f'.{a}.weight' in k for a in ATTENTION)}
+    assert moved == attention if algorithm == 'lora' else moved >= attention and len(moved) > .9*len(before)
+
+def test_simulation_leaves_no_trace_even_after_an_error(pipe, data):
+    p = copy.deepcopy(pipe); params = add_lora(p.unet, 'x', up_std=.02)
+    old = [q.clone() for q in params]
+    config = FinetuneConfig(steps=2, lr=1e-2)
+    with pytest.raises(ZeroDivisionError), simulated(FinetuneLoss(Denoiser(p), data.retain, config), params, config): 1/0
+    assert all(torch.equal(a, b) for a, b in zip(old, params))
+
+def test_clipped_never_lengthens():
+    x = [torch.tensor([3., 4.])]
+    assert torch.allclose(clipped(x, 1.)[0].norm(), torch.tensor(1.)) and torch.equal(clipped(x, 9.)[0], x[0])
+
+def test_pictures_do_not_depend_on_their_batch(pipe):
+    a = generate(pipe, ['a blue car']*3, [1, 2, 3], steps=2, batch=3)
+    b = generate(pipe, ['a blue car']*3, [1, 2, 3], steps=2, batch=1)
+    assert np.abs(a.astype(int) - b.astype(int)).max() <= 1
+
+LOADS = """
+import sys, warnings; warnings.filterwarnings('ignore')
+from diffusers import StableDiffusionPipeline
+import torch
+pipe = StableDiffusionPipeline.from_pretrained(sys.argv[1], local_files_only=True)
+image = pipe('a red robot', num_inference_steps=2, generator=torch.manual_seed(0)).images[0]
+assert 'resalign' not in sys.modules and image.size[0] == image.size[1]
+print(image.size[0])
+"""
+
+@pytest.mark.skipif(not (ROOT/'outs/base').is_dir(), reason='outs/base is not here: dvc pull base')
+def test_base_loads_without_this_package():
+    done = subprocess.run([sys.executable, '-c', LOADS, str(ROOT/'outs/base')], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-800:]
+    assert done.stdout.split()[-1] == '64'
