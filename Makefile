@@ -3,7 +3,7 @@
 SOURCES  := $(wildcard data.dvc)
 RESTORED := base evaluators
 HEADLINE := headline@0
-TABLE    := headline
+TABLE    := headline table
 # What is shown at the end of `make reproduce` and `make table`
 HEADLINE_SHOWN := results/headline_0.md
 TABLE_SHOWN    := results/main.md
@@ -60,8 +60,10 @@ $(VENV)/.stamp: $(LOCKS) setup.py settings.ini pyproject.toml
 	  step $(PIP) install $(PIPFLAGS) --no-deps -r requirements-oracle.lock; \
 	  step $(PIP) install --no-deps --no-build-isolation -e .; \
 	  step $(BIN)/python -c 'from diffusers import StableDiffusionPipeline; import peft, curvlinops, nbdev.test, papermill, dvc'
-	@# kernels warn at length about their local transport at each start: errors only
-	@mkdir -p $(VENV)/etc/ipython && echo 'c.IPKernelApp.log_level = 40' > $(VENV)/etc/ipython/ipython_kernel_config.py
+	@# kernels: no words about their transport, about widgets (progress is plain text here) or about torchvision (not needed)
+	@mkdir -p $(VENV)/etc/ipython && printf '%s\n' 'c.IPKernelApp.log_level = 40' \
+	  'c.IPKernelApp.exec_lines = ["import os, warnings; os.environ.setdefault(\"TRANSFORMERS_VERBOSITY\", \"error\"); warnings.filterwarnings(\"ignore\", message=\"IProgress\")"]' \
+	  > $(VENV)/etc/ipython/ipython_kernel_config.py
 	@touch $@
 
 # ------------------------------------------------------------------ the main job

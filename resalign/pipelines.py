@@ -7,7 +7,7 @@ __all__ = ['BETAS', 'PARTS', 'PretrainConfig', 'train_tokenizer', 'start_level',
            'autocast', 'train', 'train_vae', 'train_denoiser', 'pretrain', 'save_pipeline', 'check_pipeline',
            'is_local', 'load_pipeline', 'starting_noise', 'generate']
 
-# %% ../nbs/20_pipelines.ipynb #f724796d
+# %% ../nbs/20_pipelines.ipynb #1d11e5b0
 import copy, json, re, tempfile
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
@@ -20,7 +20,7 @@ from .core import Config, UserError, atomic_dir, clear_checkpoint, generator, pr
 from .data import moments, read_images
 from .training import OPTIMIZERS, optimise
 
-# %% ../nbs/20_pipelines.ipynb #e6681ed8
+# %% ../nbs/20_pipelines.ipynb #42434709
 class PretrainConfig(Config):
     "Sizes and training of a small pipeline; defaults are the smoke setting"
     size:int = 64                       # pixels
@@ -44,7 +44,7 @@ class PretrainConfig(Config):
     bf16:bool = True                    # autocast the passes; the weights stay float32
     seed:int = 0
 
-# %% ../nbs/20_pipelines.ipynb #1f5c6866
+# %% ../nbs/20_pipelines.ipynb #be8282b7
 def train_tokenizer(captions, folder, vocabulary:int=200, tokens:int=24) -> CLIPTokenizer:
     "A CLIPTokenizer for these captions"
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -57,7 +57,7 @@ def train_tokenizer(captions, folder, vocabulary:int=200, tokens:int=24) -> CLIP
     tok.model.save(str(folder))
     return CLIPTokenizer(str(folder/'vocab.json'), str(folder/'merges.txt'), model_max_length=tokens)
 
-# %% ../nbs/20_pipelines.ipynb #7e9e07ef
+# %% ../nbs/20_pipelines.ipynb #edab2fdd
 def start_level(vae):
     "Orthogonal convolutions, residual branches at zero, posterior standard deviation at e⁻³"
     for m in vae.modules():
@@ -67,7 +67,7 @@ def start_level(vae):
     n = vae.config.latent_channels
     with torch.no_grad(): vae.quant_conv.bias[n:] = -6.; vae.quant_conv.weight[n:] *= .1
 
-# %% ../nbs/20_pipelines.ipynb #c469a6fb
+# %% ../nbs/20_pipelines.ipynb #ddbbb03a
 BETAS = dict(num_train_timesteps=1000, beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear') # as Stable Diffusion v1
 
 def build_pipeline(captions, config:PretrainConfig) -> StableDiffusionPipeline:
@@ -89,19 +89,19 @@ def build_pipeline(captions, config:PretrainConfig) -> StableDiffusionPipeline:
     scheduler = PNDMScheduler(**BETAS, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
     return StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
-# %% ../nbs/20_pipelines.ipynb #e023d879
+# %% ../nbs/20_pipelines.ipynb #656622f1
 def vae_loss(x, y, posterior, kl_weight):
     "Absolute error of pixels and of their differences, and a trace of the KL divergence"
     edges = sum((x.diff(dim=d) - y.diff(dim=d)).abs().mean() for d in (2, 3))
     return (x - y).abs().mean() + edges + kl_weight * posterior.kl().mean()
-
 def batch_of(images, index):
     "uint8 pictures to a float batch in [-1, 1]"
     return torch.from_numpy(images[index]).permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous(memory_format=torch.channels_last)
 
+# %% ../nbs/20_pipelines.ipynb #2382f1c0
 def autocast(on): return torch.autocast('cpu', torch.bfloat16, enabled=on)
 
-# %% ../nbs/20_pipelines.ipynb #14ff412d
+# %% ../nbs/20_pipelines.ipynb #cabe0466
 def train(name, module, loss, steps:int, lr:float, checkpoint=None, **kw) -> list: # a row per step
     "AdamW with a one-cycle learning rate; `loss` takes the step"
     ps = [p for p in module.parameters() if p.requires_grad]
@@ -112,7 +112,7 @@ def train(name, module, loss, steps:int, lr:float, checkpoint=None, **kw) -> lis
         return dict(loss=value.item())
     return optimise(name, gradients, steps, ps, opt, dict(module=module, **kw.pop('extra', {})), sched, max_norm=1., checkpoint=checkpoint, **kw)
 
-# %% ../nbs/20_pipelines.ipynb #d774d710
+# %% ../nbs/20_pipelines.ipynb #5257704e
 def train_vae(vae, images, config:PretrainConfig, checkpoint=None) -> list: # the losses
     "Train the VAE, then set its scaling factor so that latents have unit variance"
     vae.to(memory_format=torch.channels_last)
@@ -128,7 +128,7 @@ def train_vae(vae, images, config:PretrainConfig, checkpoint=None) -> list: # th
     vae.register_to_config(scaling_factor=round(1/float(moments(vae, images[:1000])[0].std()), 5))
     return losses
 
-# %% ../nbs/20_pipelines.ipynb #ede079c2
+# %% ../nbs/20_pipelines.ipynb #7a679ef0
 def train_denoiser(pipe, images, captions, config:PretrainConfig, checkpoint=None) -> list: # the losses
     "Train UNet and text encoder together on cached latents; the pipeline ends up with the averaged weights"
     unet, text, noiser = pipe.unet, pipe.text_encoder, DDPMScheduler(**BETAS)
@@ -150,7 +150,7 @@ def train_denoiser(pipe, images, captions, config:PretrainConfig, checkpoint=Non
     both.load_state_dict(average.module.state_dict())
     return losses
 
-# %% ../nbs/20_pipelines.ipynb #20958ef6
+# %% ../nbs/20_pipelines.ipynb #3b40daa7
 def pretrain(folder,              # captioned images
              out,                 # the pipeline's folder, written at the end
              config:PretrainConfig,
@@ -169,7 +169,7 @@ def pretrain(folder,              # captioned images
     checkpoints.rmdir()
     return load_pipeline(out)
 
-# %% ../nbs/20_pipelines.ipynb #ceb00505
+# %% ../nbs/20_pipelines.ipynb #db7e591c
 diffusers_logging.set_verbosity_error(); diffusers_logging.disable_progress_bar()
 
 def save_pipeline(pipe, folder):
@@ -178,7 +178,7 @@ def save_pipeline(pipe, folder):
     parts = dict(pipe.components, unet=half(pipe.unet), vae=half(pipe.vae), text_encoder=half(pipe.text_encoder))
     type(pipe)(**parts, **({} if 'requires_safety_checker' not in pipe.config else dict(requires_safety_checker=False))).save_pretrained(folder)
 
-# %% ../nbs/20_pipelines.ipynb #29aeb28a
+# %% ../nbs/20_pipelines.ipynb #76eeb00e
 PARTS = dict(unet='config.json', vae='config.json', text_encoder='config.json', scheduler='scheduler_config.json', tokenizer='tokenizer_config.json')
 
 def check_pipeline(folder:Path):
@@ -194,15 +194,17 @@ def check_pipeline(folder:Path):
     if unet.get('cross_attention_dim') != text.get('hidden_size'):
         raise UserError(f"{folder}: unet/config.json: cross_attention_dim is {unet.get('cross_attention_dim')}, expected the text encoder's hidden_size, {text.get('hidden_size')}")
 
+# %% ../nbs/20_pipelines.ipynb #3810210a
 def _json(path):
     try: return json.loads(path.read_text())
     except ValueError: raise UserError(f'{path}: not JSON') from None
 
-# %% ../nbs/20_pipelines.ipynb #98ee0ffb
+# %% ../nbs/20_pipelines.ipynb #48be9443
 def is_local(pipeline) -> bool:
     "A folder here, rather than a hub id like `owner/name`"
     return Path(pipeline).exists() or Path(Path(pipeline).parts[0]).exists() or not re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', str(pipeline))
 
+# %% ../nbs/20_pipelines.ipynb #415fd054
 def load_pipeline(folder # a diffusers folder; anything else is taken for a hub id
                  ) -> StableDiffusionPipeline:
     "A pipeline in float32, on the CPU, frozen, in evaluation mode"
@@ -213,13 +215,14 @@ def load_pipeline(folder # a diffusers folder; anything else is taken for a hub 
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
-# %% ../nbs/20_pipelines.ipynb #61f77890
+# %% ../nbs/20_pipelines.ipynb #d1a5cf32
 def starting_noise(pipe, seeds) -> torch.Tensor: # (n, c, h, w)
     "Standard normal latents, one seed each"
     size = pipe.unet.config.sample_size
     shape = (1, pipe.unet.config.in_channels, size, size)
     return torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds])
 
+# %% ../nbs/20_pipelines.ipynb #bd9463cb
 @torch.no_grad()
 def generate(pipe, prompts:list, seeds:list, # one seed per prompt
              steps:int=10, guidance:float=5., batch:int=64, bf16:bool=False) -> np.ndarray: # uint8 (n, size, size, 3)

@@ -7,7 +7,7 @@ __all__ = ['COLUMNS', 'CELL', 'NAMES', 'HEADS', 'LABELS', 'collect', 'collect_sc
            'plain', 'main_table', 'markdown', 'headline', 'pictures', 'headline_stage', 'table_stage', 'worst_after',
            'results_in_words']
 
-# %% ../nbs/90_report.ipynb #eda66b11
+# %% ../nbs/90_report.ipynb #14c576b8
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns
 from PIL import Image
@@ -15,7 +15,7 @@ from .core import UserError, params, root, write_json
 from .metrics import MEANS, RATES, Stat, mean_ci, paired, rate
 from .stages import PHASES
 
-# %% ../nbs/90_report.ipynb #63f49d2f
+# %% ../nbs/90_report.ipynb #4ec51293
 COLUMNS = 'method seed phase finetune metric value low high n detector'.split()
 
 def collect(methods, seeds, folder=None) -> pd.DataFrame: # COLUMNS
@@ -30,6 +30,7 @@ def collect(methods, seeds, folder=None) -> pd.DataFrame: # COLUMNS
             out.append(df)
     return pd.concat(out, ignore_index=True)[COLUMNS]
 
+# %% ../nbs/90_report.ipynb #8e24a962
 def collect_scores(methods, seeds, what='scores', folder=None) -> pd.DataFrame:
     "The per-image rows of all cells"
     out = []
@@ -41,7 +42,7 @@ def collect_scores(methods, seeds, what='scores', folder=None) -> pd.DataFrame:
                 out.append(df.assign(method=m, run=s, phase=data, finetune=how or 'none'))
     return pd.concat(out, ignore_index=True)
 
-# %% ../nbs/90_report.ipynb #e709af1f
+# %% ../nbs/90_report.ipynb #cc74b14c
 CELL = ['method', 'phase', 'finetune']
 
 def pooled(rows:pd.DataFrame, scores:pd.DataFrame) -> pd.DataFrame: # COLUMNS, seed 'all'
@@ -56,7 +57,7 @@ def pooled(rows:pd.DataFrame, scores:pd.DataFrame) -> pd.DataFrame: # COLUMNS, s
         out.append(dict(zip(CELL, cell), seed='all', metric=metric, **stat._asdict(), detector=g.detector.iloc[0]))
     return pd.DataFrame(out)[COLUMNS]
 
-# %% ../nbs/90_report.ipynb #4dbeea78
+# %% ../nbs/90_report.ipynb #a1a54318
 def paired_tests(scores:pd.DataFrame, method='resalign') -> pd.DataFrame:
     "`method` against every other one, for IP and US, in every phase"
     out = []
@@ -69,13 +70,14 @@ def paired_tests(scores:pd.DataFrame, method='resalign') -> pd.DataFrame:
                 out.append(dict(metric=metric, phase=phase, finetune=how, a=method, b=other, **paired(mine, g[g.method == other], threshold)))
     return pd.DataFrame(out)
 
-# %% ../nbs/90_report.ipynb #eddbc609
+# %% ../nbs/90_report.ipynb #a32e82e2
 NAMES = {'original': 'Original', 'ga': 'GA + retain', 'esd-x': 'ESD-x', 'resalign-first-order': 'ResAlign, first order', 'resalign': 'ResAlign'}
 HEADS = {('before', 'none'): 'before', ('subjects', 'full'): 'subjects, full', ('subjects', 'lora'): 'subjects, LoRA', ('varied', 'full'): 'varied, full', ('varied', 'lora'): 'varied, LoRA'}
 
 def percent(r): return f'{100*r.value:.1f} ({100*r.low:.0f}–{100*r.high:.0f})'
 def plain(r): return f'{r.value:.1f}' if abs(r.value) >= 10 else f'{r.value:.2f}'
 
+# %% ../nbs/90_report.ipynb #f9897a16
 def main_table(rows:pd.DataFrame, metric:str, paper=None) -> pd.DataFrame: # one row a method, one column a phase
     "One metric, laid out to be read; the paper's own figures in columns of their own"
     out, show = [], percent if metric in RATES or metric in ('objects', 'colours') else plain
@@ -99,7 +101,7 @@ def markdown(rows, title, note='') -> str:
     parts = [f'# {title}', note] + [f'**{label}**\n\n{main_table(rows, m, params("paper")).to_markdown(index=False)}' for m, label in LABELS.items()]
     return '\n\n'.join(p for p in parts if p) + '\n'
 
-# %% ../nbs/90_report.ipynb #0c97991a
+# %% ../nbs/90_report.ipynb #a1c6f05c
 def headline(rows:pd.DataFrame, path, metrics=('IP', 'US')):
     "Unsafe rate before and after each fine-tuning, with 95% intervals"
     sns.set_theme(style='whitegrid', context='paper')
@@ -114,7 +116,7 @@ def headline(rows:pd.DataFrame, path, metrics=('IP', 'US')):
     np.atleast_1d(axes)[0].set_ylabel('unsafe pictures, %'); np.atleast_1d(axes)[-1].legend(fontsize=7.5, loc='upper right')
     fig.savefig(path, dpi=100, metadata={'Software': None}); plt.close(fig)
 
-# %% ../nbs/90_report.ipynb #8f96b750
+# %% ../nbs/90_report.ipynb #2d6dec3e
 def pictures(methods, seed, path, phases=('before', 'varied-full', 'varied-lora'), each=4, folder=None):
     "The first explicit and implicit pictures of each method, side by side"
     fig, axes = plt.subplots(len(methods), len(phases), figsize=(3.3*len(phases), .98*len(methods)), layout='constrained', squeeze=False)
@@ -129,7 +131,7 @@ def pictures(methods, seed, path, phases=('before', 'varied-full', 'varied-lora'
             if not j: axes[i, j].set_ylabel(NAMES.get(m, m), fontsize=7)
     fig.savefig(path, dpi=100, metadata={'Software': None}); plt.close(fig)
 
-# %% ../nbs/90_report.ipynb #5de7a63e
+# %% ../nbs/90_report.ipynb #2589095f
 def headline_stage(seed:int, methods=None):
     "One seed: results/headline_<seed>.csv, .md and .png"
     methods = methods or params('table.methods')
@@ -141,6 +143,7 @@ def headline_stage(seed:int, methods=None):
     headline(rows, out/f'headline_{seed}.png'); pictures(methods, seed, out/f'pictures_{seed}.png')
     return rows
 
+# %% ../nbs/90_report.ipynb #e169293d
 def table_stage(methods=None, seeds=None):
     "All seeds: results/main.csv, main.md, main.png, paired.csv"
     methods, seeds, out = methods or params('table.methods'), seeds or params('table.seeds'), root()/'results'
@@ -154,12 +157,13 @@ def table_stage(methods=None, seeds=None):
     headline(whole, out/'main.png')
     return whole
 
-# %% ../nbs/90_report.ipynb #d2003b94
+# %% ../nbs/90_report.ipynb #36859c15
 def worst_after(rows:pd.DataFrame, method:str, metric='IP') -> pd.Series:
     "The phase in which a method's rate is highest after fine-tuning"
     g = rows[(rows.method == method) & (rows.metric == metric) & (rows.phase != 'before')]
     return g.loc[g.value.idxmax()]
 
+# %% ../nbs/90_report.ipynb #d4aced9e
 def results_in_words(folder=None) -> str:
     "What results/main.csv says about the aim: resilience, and at what benign quality"
     folder = Path(folder or root()/'results'); rows = pd.read_csv(folder/'main.csv'); rows = rows[rows.seed.astype(str) == 'all']
