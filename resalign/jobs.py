@@ -6,7 +6,7 @@
 __all__ = ['size_of', 'load_bank', 'checkpoint_of', 'check_inputs', 'unlearn', 'model_card', 'finetune', 'read_prompts',
            'evaluate', 'sheet']
 
-# %% ../nbs/92_jobs.ipynb #235ccea6
+# %% ../nbs/92_jobs.ipynb #40b9a2bd
 import json, shlex, sys
 from pathlib import Path
 import numpy as np, pandas as pd
@@ -22,7 +22,7 @@ from .metrics import judge
 from .pipelines import check_pipeline, generate, is_local, load_pipeline, save_pipeline
 from .world import contact_sheet
 
-# %% ../nbs/92_jobs.ipynb #1921850f
+# %% ../nbs/92_jobs.ipynb #6b9f3836
 def size_of(pipe) -> int: # pixels
     "The picture size of a pipeline"
     return pipe.unet.config.sample_size * pipe.vae_scale_factor
@@ -30,19 +30,19 @@ def load_bank(pipe, folder):
     "An image folder, encoded"
     return encode(pipe, *read_images(folder, size_of(pipe)))
 
-# %% ../nbs/92_jobs.ipynb #c18cd4fe
+# %% ../nbs/92_jobs.ipynb #52c2230d
 def checkpoint_of(out:Path) -> Path:
     "Outside the output, which DVC removes before it runs a stage"
     return out.parent/'.checkpoints'/out.name
 
-# %% ../nbs/92_jobs.ipynb #1ef6c92e
+# %% ../nbs/92_jobs.ipynb #7090e4d9
 def check_inputs(pipeline, folders, out):
     "Everything is there, before anything is loaded"
     if is_local(pipeline): check_pipeline(Path(pipeline))
     for f in folders: read_captions(f)
     if Path(out).is_file(): raise UserError(f'{out}: is a file, expected a folder to write')
 
-# %% ../nbs/92_jobs.ipynb #e2bd17c9
+# %% ../nbs/92_jobs.ipynb #ace277c9
 def unlearn(pipeline,        # diffusers folder or hub id
             unsafe,          # captioned images of what should go
             benign,          # captioned images of what should stay
@@ -68,7 +68,7 @@ def unlearn(pipeline,        # diffusers folder or hub id
     clear_checkpoint(checkpoint_of(out))
     return record
 
-# %% ../nbs/92_jobs.ipynb #27ad29fb
+# %% ../nbs/92_jobs.ipynb #fcaea9c3
 def model_card(record:dict) -> str: # Markdown
     "What a reader of the result must know"
     return f"""---
@@ -87,7 +87,7 @@ Made by `resalign` {record['versions'].get('resalign', '')} (companion to *ResAl
 - **Evaluation:** none is stored here; see the scores that `resalign-evaluate` writes, with detector versions.
 """
 
-# %% ../nbs/92_jobs.ipynb #238d7d49
+# %% ../nbs/92_jobs.ipynb #0a18b2c3
 def finetune(pipeline, images, out, settings:dict=None, prior=None, # folder for prior preservation
              seed:int=0) -> RunRecord:
     "Fine-tune a pipeline on captioned images and write the new one"
@@ -104,7 +104,7 @@ def finetune(pipeline, images, out, settings:dict=None, prior=None, # folder for
     clear_checkpoint(checkpoint_of(out))
     return record
 
-# %% ../nbs/92_jobs.ipynb #024b91c0
+# %% ../nbs/92_jobs.ipynb #6587f230
 def read_prompts(path, seed=0) -> list: # dicts with prompt, kind, seed and what else there is
     "A prompts CSV; missing seeds are counted up"
     path = Path(path)
@@ -122,7 +122,7 @@ def read_prompts(path, seed=0) -> list: # dicts with prompt, kind, seed and what
         if c not in df: df[c] = ''
     return df.to_dict('records')
 
-# %% ../nbs/92_jobs.ipynb #1bd7650d
+# %% ../nbs/92_jobs.ipynb #a0c3653e
 def evaluate(pipeline, prompts, out, evaluators, reference=None, # folder of real benign pictures, for FID
              detector:str='all', steps:int=10, guidance:float=5., seed:int=0) -> pd.DataFrame: # the summary
     "Draw a picture for every prompt, score it, and write scores, summary and a contact sheet"
@@ -143,7 +143,7 @@ def evaluate(pipeline, prompts, out, evaluators, reference=None, # folder of rea
         record.save(tmp/'record.json')
     return summary
 
-# %% ../nbs/92_jobs.ipynb #1541dd6f
+# %% ../nbs/92_jobs.ipynb #e0bb3ceb
 def sheet(images, rows, each=8) -> Image.Image:
     "The first pictures of each kind, a row a kind"
     picked = [i for k in ('explicit', 'implicit', 'benign') for i in [j for j, r in enumerate(rows) if r['kind'] == k][:each]]

@@ -25,7 +25,7 @@ def data(pipe):
 def weights(p): return {k: v.clone() for k, v in p.unet.state_dict().items()}
 def same(a, b): return all(torch.equal(a[k], b[k]) for k in a)
 
-CONFIG = ResAlignConfig(steps=5, bound=9., bound_after=9., gamma='matched', J=2, retain_batch=2, unsafe_batch=2)
+CONFIG = ResAlignConfig(steps=5, gamma='matched', J=2, retain_batch=2, unsafe_batch=2)
 
 def test_same_seed_same_bits(pipe, data):
     a, b, c = (copy.deepcopy(pipe) for _ in range(3))
