@@ -6,7 +6,7 @@
 __all__ = ['PIPELINE', 'fail', 'quiet', 'command', 'read_config', 'change', 'settings_for', 'check_out', 'wrote', 'unlearn',
            'finetune', 'evaluate', 'sampling', 'pretrain']
 
-# %% ../nbs/95_cli.ipynb #9bb6f73e
+# %% ../nbs/95_cli.ipynb #2661eea9
 import argparse, inspect, os, sys
 from functools import wraps
 from pathlib import Path
@@ -14,7 +14,7 @@ import yaml
 from fastcore import script
 from fastcore.script import Param, call_parse
 
-# %% ../nbs/95_cli.ipynb #368a51da
+# %% ../nbs/95_cli.ipynb #f17b38cf
 script._HelpFormatter._fill_text = argparse.RawDescriptionHelpFormatter._fill_text # help keeps its lines
 
 def fail(message, status):
@@ -43,7 +43,7 @@ def command(func):
             fail(f'error: {" ".join(str(e).split())}', 2)
     return run
 
-# %% ../nbs/95_cli.ipynb #c4c1b2f5
+# %% ../nbs/95_cli.ipynb #5fe01d81
 def read_config(where:str) -> dict: # the settings
     "`file.yaml` or `file.yaml:section.sub`"
     from resalign.core import UserError, choose
@@ -55,7 +55,7 @@ def read_config(where:str) -> dict: # the settings
     if not isinstance(node, dict): raise UserError(f'--config: {where}: expected a mapping of settings, got {node!r:.60}')
     return {str(k): v for k, v in node.items()}
 
-# %% ../nbs/95_cli.ipynb #56494d59
+# %% ../nbs/95_cli.ipynb #178ded68
 def change(values:dict, pairs:list) -> dict:
     "`values` with each key=value set"
     from resalign.core import UserError
@@ -72,7 +72,7 @@ def change(values:dict, pairs:list) -> dict:
         node[last] = value
     return values
 
-# %% ../nbs/95_cli.ipynb #4110f620
+# %% ../nbs/95_cli.ipynb #70d7ad97
 def settings_for(section:str,   # of params.yaml, where there is one
                  config, pairs, # --config, --set
                  seed=None) -> tuple: # settings, seed
@@ -87,7 +87,7 @@ def settings_for(section:str,   # of params.yaml, where there is one
     values = change(values, pairs)
     return values, values.get('seed', 0) if seed is None else seed
 
-# %% ../nbs/95_cli.ipynb #15951193
+# %% ../nbs/95_cli.ipynb #2f7006da
 def check_out(out, inputs) -> Path:
     "`out` may be written: it is new, empty, or an earlier result, and holds no input"
     from resalign.core import UserError
@@ -102,7 +102,7 @@ def check_out(out, inputs) -> Path:
         raise UserError(f'{out}: is not empty and was not written by resalign, expected a new folder')
     return out
 
-# %% ../nbs/95_cli.ipynb #bc40cdf5
+# %% ../nbs/95_cli.ipynb #bfb8390e
 def wrote(out, **what):
     "Say what was written, and where"
     print(f'wrote {out}')
@@ -111,7 +111,7 @@ def wrote(out, **what):
 
 PIPELINE = {'model_index.json': 'the pipeline, as every diffusers folder: unet, vae, text_encoder, tokenizer, scheduler', 'record.json': 'what was asked, and with which versions'}
 
-# %% ../nbs/95_cli.ipynb #92f021bc
+# %% ../nbs/95_cli.ipynb #7803ed9a
 @command
 def unlearn(
     pipeline:str, # a Stable Diffusion v1 pipeline: a diffusers folder with safetensors, or a hub id
@@ -141,7 +141,7 @@ def unlearn(
     jobs.unlearn(pipeline, unsafe, benign, check_out(out, [pipeline, unsafe, benign, *(pool or ())]), method, settings, pool or (), seed)
     wrote(out, **PIPELINE, adapter='what was learned, as a LoRA for load_lora_weights', **{'log.csv': 'losses of each step', 'solves.csv': 'a row for each hypergradient', 'README.md': 'the model card'})
 
-# %% ../nbs/95_cli.ipynb #7993db7f
+# %% ../nbs/95_cli.ipynb #339d55e0
 @command
 def finetune(
     pipeline:str, # a diffusers folder with safetensors, or a hub id
@@ -167,7 +167,7 @@ def finetune(
     jobs.finetune(pipeline, images, check_out(out, [pipeline, images, prior]), settings, prior, seed)
     wrote(out, **PIPELINE, **{'log.csv': 'the loss of each step'})
 
-# %% ../nbs/95_cli.ipynb #160abf7c
+# %% ../nbs/95_cli.ipynb #8bd934cb
 @command
 def evaluate(
     pipeline:str,   # a diffusers folder with safetensors, or a hub id
@@ -197,14 +197,14 @@ def evaluate(
     print(summary.to_string(index=False, float_format='{:.3f}'.format))
     wrote(out, **{'scores.csv': 'a row for each picture and detector', 'summary.csv': 'the table above', 'objects.csv': 'what was asked for and what was seen', 'sheet.png': 'the first pictures', 'record.json': 'what was asked, and with which versions'})
 
-# %% ../nbs/95_cli.ipynb #7ec20263
+# %% ../nbs/95_cli.ipynb #3e0663c0
 def sampling():
     "How pictures are sampled"
     from pydantic import Field, create_model
     from resalign.core import Config
     return create_model('Sampling', __base__=Config, steps=(int, Field(10, ge=1)), guidance=(float, Field(5., ge=0)))
 
-# %% ../nbs/95_cli.ipynb #ed12059d
+# %% ../nbs/95_cli.ipynb #b797b64e
 @command
 def pretrain(
     images:str, # captioned images to learn from

@@ -6,8 +6,8 @@
 __all__ = ['size_of', 'load_bank', 'checkpoint_of', 'check_inputs', 'unlearn', 'model_card', 'finetune', 'read_prompts',
            'evaluate', 'sheet']
 
-# %% ../nbs/92_jobs.ipynb #40b9a2bd
-import json, shlex, sys
+# %% ../nbs/92_jobs.ipynb #d90c5391
+import hashlib, json, shlex, sys
 from pathlib import Path
 import numpy as np, pandas as pd
 from PIL import Image
@@ -22,7 +22,7 @@ from .metrics import judge
 from .pipelines import check_pipeline, generate, is_local, load_pipeline, save_pipeline
 from .world import contact_sheet
 
-# %% ../nbs/92_jobs.ipynb #6b9f3836
+# %% ../nbs/92_jobs.ipynb #6ca5a958
 def size_of(pipe) -> int: # pixels
     "The picture size of a pipeline"
     return pipe.unet.config.sample_size * pipe.vae_scale_factor
@@ -30,19 +30,20 @@ def load_bank(pipe, folder):
     "An image folder, encoded"
     return encode(pipe, *read_images(folder, size_of(pipe)))
 
-# %% ../nbs/92_jobs.ipynb #52c2230d
-def checkpoint_of(out:Path) -> Path:
-    "Outside the output, which DVC removes before it runs a stage"
-    return out.parent/'.checkpoints'/out.name
+# %% ../nbs/92_jobs.ipynb #2b16ef02
+def checkpoint_of(out:Path, record:dict) -> Path:
+    "Outside the output, which DVC removes before it runs a stage; who asks for something else finds none"
+    asked = {k: v for k, v in record.items() if k not in ('versions', 'device', 'threads', 'seconds')}
+    return out.parent/'.checkpoints'/f'{out.name}-{hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]}'
 
-# %% ../nbs/92_jobs.ipynb #7090e4d9
+# %% ../nbs/92_jobs.ipynb #abde4354
 def check_inputs(pipeline, folders, out):
     "Everything is there, before anything is loaded"
     if is_local(pipeline): check_pipeline(Path(pipeline))
     for f in folders: read_captions(f)
     if Path(out).is_file(): raise UserError(f'{out}: is a file, expected a folder to write')
 
-# %% ../nbs/92_jobs.ipynb #ace277c9
+# %% ../nbs/92_jobs.ipynb #68f7a7f1
 def unlearn(pipeline,        # diffusers folder or hub id
             unsafe,          # captioned images of what should go
             benign,          # captioned images of what should stay
@@ -60,15 +61,15 @@ def unlearn(pipeline,        # diffusers folder or hub id
     pipe = load_pipeline(pipeline)
     data = UnlearnData(load_bank(pipe, unsafe), load_bank(pipe, benign), {p.name: load_bank(pipe, p) for p in pool}, list(read_captions(unsafe).text))
     with atomic_dir(out) as tmp:
-        result = run_method(pipe, data, method, settings, seed, checkpoint=checkpoint_of(out), save_adapter=tmp/'adapter')
+        result = run_method(pipe, data, method, settings, seed, checkpoint=checkpoint_of(out, record), save_adapter=tmp/'adapter')
         save_pipeline(pipe, tmp)
         for name, rows in result.items():
             if rows: pd.DataFrame(rows).to_csv(tmp/f'{name}.csv', index=False)
         record.save(tmp/'record.json'); (tmp/'README.md').write_text(model_card(record))
-    clear_checkpoint(checkpoint_of(out))
+    clear_checkpoint(checkpoint_of(out, record))
     return record
 
-# %% ../nbs/92_jobs.ipynb #fcaea9c3
+# %% ../nbs/92_jobs.ipynb #34952827
 def model_card(record:dict) -> str: # Markdown
     "What a reader of the result must know"
     return f"""---
@@ -87,7 +88,7 @@ Made by `resalign` {record['versions'].get('resalign', '')} (companion to *ResAl
 - **Evaluation:** none is stored here; see the scores that `resalign-evaluate` writes, with detector versions.
 """
 
-# %% ../nbs/92_jobs.ipynb #0a18b2c3
+# %% ../nbs/92_jobs.ipynb #1382c87f
 def finetune(pipeline, images, out, settings:dict=None, prior=None, # folder for prior preservation
              seed:int=0) -> RunRecord:
     "Fine-tune a pipeline on captioned images and write the new one"
@@ -98,13 +99,13 @@ def finetune(pipeline, images, out, settings:dict=None, prior=None, # folder for
     record = RunRecord(job='finetune', pipeline=str(pipeline), images=str(images), prior=str(prior or ''), settings=config.model_dump())
     pipe = load_pipeline(pipeline)
     with atomic_dir(out) as tmp:
-        log = run_finetune(pipe, load_bank(pipe, images), config, load_bank(pipe, prior) if prior else None, checkpoint_of(out))
+        log = run_finetune(pipe, load_bank(pipe, images), config, load_bank(pipe, prior) if prior else None, checkpoint_of(out, record))
         save_pipeline(pipe, tmp); pd.DataFrame(log).to_csv(tmp/'log.csv', index=False)
         record.save(tmp/'record.json')
-    clear_checkpoint(checkpoint_of(out))
+    clear_checkpoint(checkpoint_of(out, record))
     return record
 
-# %% ../nbs/92_jobs.ipynb #6587f230
+# %% ../nbs/92_jobs.ipynb #e9e11fff
 def read_prompts(path, seed=0) -> list: # dicts with prompt, kind, seed and what else there is
     "A prompts CSV; missing seeds are counted up"
     path = Path(path)
@@ -113,16 +114,18 @@ def read_prompts(path, seed=0) -> list: # dicts with prompt, kind, seed and what
     except (ValueError, UnicodeDecodeError, pd.errors.ParserError) as e: raise UserError(f'{path}: not a CSV ({str(e).splitlines()[0]})') from None
     if 'prompt' not in df: raise UserError(f"{path}: column 'prompt' is missing (found: {', '.join(map(str, df.columns)) or 'none'})")
     if df.empty: raise UserError(f'{path}: no rows, expected at least one prompt')
+    for row, text in enumerate(df.prompt, 1):
+        if not str(text).strip(): raise UserError(f'{path}: row {row}: prompt is empty, expected words')
     if 'kind' not in df: df['kind'] = 'explicit'
     for row, k in enumerate(df.kind, 1): choose(k, ('explicit', 'implicit', 'benign'), f'{path}: row {row}: kind')
     if 'seed' not in df: df['seed'] = range(len(df))
-    try: df['seed'] = df.seed.astype(int) + 1_000_003*seed
+    try: df['seed'] = [int(str(s)) + 1_000_003*seed for s in df.seed]
     except ValueError: raise UserError(f"{path}: column 'seed' must hold whole numbers") from None
     for c in ('thing', 'colour'):
         if c not in df: df[c] = ''
     return df.to_dict('records')
 
-# %% ../nbs/92_jobs.ipynb #a0c3653e
+# %% ../nbs/92_jobs.ipynb #a308f13f
 def evaluate(pipeline, prompts, out, evaluators, reference=None, # folder of real benign pictures, for FID
              detector:str='all', steps:int=10, guidance:float=5., seed:int=0) -> pd.DataFrame: # the summary
     "Draw a picture for every prompt, score it, and write scores, summary and a contact sheet"
@@ -143,7 +146,7 @@ def evaluate(pipeline, prompts, out, evaluators, reference=None, # folder of rea
         record.save(tmp/'record.json')
     return summary
 
-# %% ../nbs/92_jobs.ipynb #e0bb3ceb
+# %% ../nbs/92_jobs.ipynb #247b3888
 def sheet(images, rows, each=8) -> Image.Image:
     "The first pictures of each kind, a row a kind"
     picked = [i for k in ('explicit', 'implicit', 'benign') for i in [j for j, r in enumerate(rows) if r['kind'] == k][:each]]

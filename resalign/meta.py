@@ -6,11 +6,12 @@
 __all__ = ['Pool', 'draw_config', 'ResAlignConfig', 'UnlearnData', 'direct_gradient', 'original_loss', 'resilience_gradient',
            'lora_map', 'pull_back', 'clipped', 'resalign', 'split_log']
 
-# %% ../nbs/60_resalign.ipynb #a72da461
+# %% ../nbs/60_resalign.ipynb #bab1aca6
 from dataclasses import dataclass
 from typing import Literal
 import numpy as np, torch
-from pydantic import Field
+from peft import get_peft_model_state_dict
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from .core import Config, UserError, choose, generator
 from .data import Bank, draw_sample
 from .finetune import FinetuneConfig, FinetuneLoss, add_lora, adapter_params, merge_lora, simulated
@@ -18,16 +19,21 @@ from .hypergrad import FallbackBudget, double_backward_attention, hypergradient
 from .losses import Denoiser, Retain, harmful
 from .training import OPTIMIZERS, optimise
 
-# %% ../nbs/60_resalign.ipynb #67a99041
+# %% ../nbs/60_resalign.ipynb #14c796cf
 class Pool(Config):
     "What a simulated fine-tuning may look like"
-    algorithm:tuple = ('lora', 'full')
-    optimizer:tuple = ('adam', 'sgd')
-    steps:tuple = (2, 3)
-    batch:int = 2
-    prior_weight:tuple = (0., 1.)
-    folders:tuple = ()                    # names of banks; empty: all there are
-    lr:dict = dict(lora=(1e-3,), full=(1e-4,)) # by algorithm
+    algorithm:tuple[Literal['lora', 'full'], ...] = Field(('lora', 'full'), min_length=1)
+    optimizer:tuple[Literal['sgd', 'adam', 'adamw'], ...] = Field(('adam', 'sgd'), min_length=1)
+    steps:tuple[PositiveInt, ...] = Field((2, 3), min_length=1)
+    batch:PositiveInt = 2
+    prior_weight:tuple[NonNegativeFloat, ...] = Field((0., 1.), min_length=1)
+    folders:tuple[str, ...] = ()          # names of banks; empty: all there are
+    lr:dict[Literal['lora', 'full'], tuple[PositiveFloat, ...]] = dict(lora=(1e-3,), full=(1e-4,)) # by algorithm
+    @model_validator(mode='after')
+    def _has_rates(self):
+        for a in self.algorithm:
+            if not self.lr.get(a): raise ValueError(f"lr: no learning rate for '{a}'")
+        return self
 
 def draw_config(pool:Pool, names:list, seed:int, gen) -> tuple: # (folder, FinetuneConfig)
     "Line 4 of Algorithm 2: a fine-tuning configuration C and a data folder"
@@ -37,7 +43,7 @@ def draw_config(pool:Pool, names:list, seed:int, gen) -> tuple: # (folder, Finet
                             prior_weight=pick(pool.prior_weight), lr=pick(pool.lr[algorithm]), seed=seed)
     return pick(pool.folders or names), config
 
-# %% ../nbs/60_resalign.ipynb #32ef52e1
+# %% ../nbs/60_resalign.ipynb #96a6202b
 class ResAlignConfig(Config):
     "Settings of Algorithm 2; defaults are the smoke setting"
     steps:int = Field(2, ge=1)          # outer steps
@@ -57,6 +63,8 @@ class ResAlignConfig(Config):
     solver:Literal['identity', 'richardson', 'cg', 'minres'] = 'richardson'
     product:Literal['exact', 'fd-central', 'fd-forward'] = 'exact'
     products:int = 4                    # from x = g: the paper's K = 5 from 0
+    clamp:float|None = .5               # use at most γ = clamp/‖H‖, without which the iteration may diverge
+    check_every:int = 10                # outer steps between solves whose true residual is measured, at one product more
     max_norm:float = Field(.2, gt=0)    # of each hypergradient
     fallback_share:float = .5           # stop the run when more solves than this fall back to x = g
     pool:Pool = Pool()
@@ -70,32 +78,32 @@ class UnlearnData:
     pool:dict            # name -> Bank, the benign folders of the simulated fine-tunings
     unsafe_captions:list # captions of `unsafe`
 
-# %% ../nbs/60_resalign.ipynb #f52a0cdd
+# %% ../nbs/60_resalign.ipynb #d5f59683
 def direct_gradient(model, s, retain, params, bound, config, gen) -> tuple: # gradients, numbers to log
     "∇[(1−β)·L_harm(θ) + α·R(θ)]"
     loss, kept = model.loss(s), retain(model, config.retain_batch, gen)
     total = (1-config.beta)*harmful(loss, bound) + config.alpha*kept
     return torch.autograd.grad(total, params), dict(unsafe_loss=loss.item(), retain=kept.item(), loss=total.item())
 
-# %% ../nbs/60_resalign.ipynb #33422695
+# %% ../nbs/60_resalign.ipynb #bcadcd94
 @torch.no_grad()
 def original_loss(model, bank, seed, batches=8, n=16) -> float:
     "L(θ₀) on unsafe pictures"
     return float(np.mean([model.loss(draw_sample(bank, n, generator(seed, 'scale', i), model.timesteps)).item() for i in range(batches)]))
 
-# %% ../nbs/60_resalign.ipynb #0a0037a4
-def resilience_gradient(model, s, loss, params, where, bound, ft:FinetuneConfig, config) -> tuple: # gradients over params, report
+# %% ../nbs/60_resalign.ipynb #6b7688b5
+def resilience_gradient(model, s, loss, params, where, bound, ft:FinetuneConfig, config, check=True) -> tuple: # gradients over params, report
     "∇_θ L_harm(θ*_FT) for one simulated fine-tuning"
     inner = list(params) if ft.algorithm == 'lora' else where['weights']
     gamma = ft.lr*ft.steps if config.gamma == 'matched' else config.gamma
     with simulated(loss, inner, ft) as start:
         harm = lambda: harmful(model.loss(s), bound)
         x, report, value = hypergradient(harm, loss.frozen(ft.steps), inner, gamma, config.solver, start=start,
-                                         product=config.product, max_products=config.products)
+                                         product=config.product, max_products=config.products, clamp=config.clamp, power=1, check=check and config.solver != 'identity')
         if ft.algorithm == 'full': x = pull_back(x, where, params)
     return x, dict(report.asdict(), unsafe_loss_after=-value)
 
-# %% ../nbs/60_resalign.ipynb #64085f83
+# %% ../nbs/60_resalign.ipynb #ed5dcd2c
 def lora_map(unet, name:str) -> dict:
     "All weights outside the adapter, and which of them each pair of factors adapts"
     inside = adapter_params(unet, name)
@@ -112,13 +120,13 @@ def pull_back(x:list, where:dict, params:list) -> list:
     for a, b, w, s in where['pairs']: out[a], out[b] = s*params[b].detach().T @ x[w], s*x[w] @ params[a].detach().T
     return out
 
-# %% ../nbs/60_resalign.ipynb #92e060e3
+# %% ../nbs/60_resalign.ipynb #04535ba7
 def clipped(x:list, max_norm:float) -> list:
     "x, scaled down to `max_norm` where it is longer"
     norm = torch.sqrt(sum(v.square().sum() for v in x))
     return [v * min(1., max_norm/float(norm)) if norm else v for v in x]
 
-# %% ../nbs/60_resalign.ipynb #f8d0f6f2
+# %% ../nbs/60_resalign.ipynb #9f5efdd4
 def resalign(pipe,                     # unlearned in place
              data:UnlearnData,
              config:ResAlignConfig=ResAlignConfig(),
@@ -141,7 +149,7 @@ def resalign(pipe,                     # unlearned in place
         for j in range(config.J if config.beta else 0):                                                   # line 3
             folder, ft = draw_config(config.pool, sorted(data.pool), config.seed, gen)                    # line 4
             loss = FinetuneLoss(model, data.pool[folder], ft, (step, j), data.retain)
-            x, report = resilience_gradient(model, s, loss, params, where, scale*config.bound_after, ft, config)                    # lines 5, 6
+            x, report = resilience_gradient(model, s, loss, params, where, scale*config.bound_after, ft, config, step % config.check_every == 0)                    # lines 5, 6
             budget.count(_Report(report))
             total = [g + config.beta/config.J*v for g, v in zip(total, clipped(x, config.max_norm))]      # line 7
             row |= {f'{j}/{k}': v for k, v in dict(folder=folder, **ft.model_dump(), **report).items()}
@@ -150,11 +158,11 @@ def resalign(pipe,                     # unlearned in place
 
     log = optimise('resalign' if config.beta else 'ga', gradients, config.steps, params, OPTIMIZERS['adamw'](params, config.lr),
                    dict(unet=pipe.unet), max_norm=1., checkpoint=checkpoint)                              # line 8
-    if save_adapter: pipe.unet.save_lora_adapter(save_adapter, adapter_name='unlearn')
+    if save_adapter: pipe.save_lora_weights(save_adapter, unet_lora_layers=get_peft_model_state_dict(pipe.unet, adapter_name='unlearn'))
     merge_lora(pipe.unet, 'unlearn')
     return split_log(log)
 
-# %% ../nbs/60_resalign.ipynb #a6ee2ed0
+# %% ../nbs/60_resalign.ipynb #144c04fa
 class _Report:
     "What the budget reads of a report"
     def __init__(self, row): self.fallback, self.reason = row['fallback'], row['reason']

@@ -7,7 +7,7 @@ __all__ = ['BETAS', 'PARTS', 'PretrainConfig', 'train_tokenizer', 'start_level',
            'batch_of', 'autocast', 'train', 'train_vae', 'narrow', 'train_denoiser', 'pretrain', 'save_pipeline',
            'check_pipeline', 'is_local', 'load_pipeline', 'starting_noise', 'generate']
 
-# %% ../nbs/20_pipelines.ipynb #38cc6d31
+# %% ../nbs/20_pipelines.ipynb #4bcca948
 import copy, json, re, tempfile
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
@@ -20,7 +20,7 @@ from .core import Config, UserError, atomic_dir, clear_checkpoint, generator, pr
 from .data import moments, read_images
 from .training import OPTIMIZERS, optimise
 
-# %% ../nbs/20_pipelines.ipynb #bb06ec76
+# %% ../nbs/20_pipelines.ipynb #b8ea4d1c
 class PretrainConfig(Config):
     "Sizes and training of a small pipeline; defaults are the smoke setting"
     size:int = 64                       # pixels
@@ -46,7 +46,7 @@ class PretrainConfig(Config):
     bf16:bool = True                    # autocast the passes; the weights stay float32
     seed:int = 0
 
-# %% ../nbs/20_pipelines.ipynb #6f867ab6
+# %% ../nbs/20_pipelines.ipynb #4e751318
 def train_tokenizer(captions, folder, vocabulary:int=200, tokens:int=24) -> CLIPTokenizer:
     "A CLIPTokenizer for these captions"
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -59,7 +59,7 @@ def train_tokenizer(captions, folder, vocabulary:int=200, tokens:int=24) -> CLIP
     tok.model.save(str(folder))
     return CLIPTokenizer(str(folder/'vocab.json'), str(folder/'merges.txt'), model_max_length=tokens)
 
-# %% ../nbs/20_pipelines.ipynb #56490198
+# %% ../nbs/20_pipelines.ipynb #b94bac30
 def start_level(vae):
     "Orthogonal convolutions, residual branches at zero, posterior standard deviation at e⁻³"
     for m in vae.modules():
@@ -69,16 +69,16 @@ def start_level(vae):
     n = vae.config.latent_channels
     with torch.no_grad(): vae.quant_conv.bias[n:] = -6.; vae.quant_conv.weight[n:] *= .1
 
-# %% ../nbs/20_pipelines.ipynb #9ad9ecb8
+# %% ../nbs/20_pipelines.ipynb #06a7bd4a
 def build_vae(config, channels) -> AutoencoderKL:
     "An untrained VAE"
     n = len(config.vae_channels)
-    vae = AutoencoderKL(3, 3, ('DownEncoderBlock2D',)*n, ('UpDecoderBlock2D',)*n, config.vae_channels, layers_per_block=1,
+    vae = AutoencoderKL(down_block_types=('DownEncoderBlock2D',)*n, up_block_types=('UpDecoderBlock2D',)*n, block_out_channels=config.vae_channels, layers_per_block=1,
                         latent_channels=channels, norm_num_groups=1, sample_size=config.size, mid_block_add_attention=False)
     start_level(vae)
     return vae
 
-# %% ../nbs/20_pipelines.ipynb #fc2ae338
+# %% ../nbs/20_pipelines.ipynb #e6fdabff
 BETAS = dict(num_train_timesteps=1000, beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear') # as Stable Diffusion v1
 
 def build_pipeline(captions, config:PretrainConfig) -> StableDiffusionPipeline:
@@ -97,7 +97,7 @@ def build_pipeline(captions, config:PretrainConfig) -> StableDiffusionPipeline:
     scheduler = PNDMScheduler(**BETAS, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
     return StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
-# %% ../nbs/20_pipelines.ipynb #294ef3ba
+# %% ../nbs/20_pipelines.ipynb #1482b84e
 def vae_loss(x, y, posterior, kl_weight):
     "Absolute error of pixels and of their differences, and a trace of the KL divergence"
     edges = sum((x.diff(dim=d) - y.diff(dim=d)).abs().mean() for d in (2, 3))
@@ -106,10 +106,10 @@ def batch_of(images, index):
     "uint8 pictures to a float batch in [-1, 1]"
     return torch.from_numpy(images[index]).permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous(memory_format=torch.channels_last)
 
-# %% ../nbs/20_pipelines.ipynb #94dc2d74
+# %% ../nbs/20_pipelines.ipynb #38ebbeeb
 def autocast(on): return torch.autocast('cpu', torch.bfloat16, enabled=on)
 
-# %% ../nbs/20_pipelines.ipynb #df38d2d7
+# %% ../nbs/20_pipelines.ipynb #47dab88b
 def train(name, module, loss, steps:int, lr:float, checkpoint=None, **kw) -> list: # a row per step
     "AdamW with a one-cycle learning rate; `loss` takes the step"
     ps = [p for p in module.parameters() if p.requires_grad]
@@ -120,7 +120,7 @@ def train(name, module, loss, steps:int, lr:float, checkpoint=None, **kw) -> lis
         return dict(loss=value.item())
     return optimise(name, gradients, steps, ps, opt, dict(module=module, **kw.pop('extra', {})), sched, max_norm=1., checkpoint=checkpoint, **kw)
 
-# %% ../nbs/20_pipelines.ipynb #7e0371da
+# %% ../nbs/20_pipelines.ipynb #73cbf4dd
 def train_vae(vae, images, config:PretrainConfig, steps:int, checkpoint=None, decoder_only=False) -> list: # the losses
     "Train the VAE, then set its scaling factor so that latents have unit variance"
     vae.requires_grad_(not decoder_only); vae.decoder.requires_grad_(True); vae.post_quant_conv.requires_grad_(True)
@@ -137,7 +137,7 @@ def train_vae(vae, images, config:PretrainConfig, steps:int, checkpoint=None, de
     vae.register_to_config(scaling_factor=round(1/float(moments(vae, images[:1000])[0].std()), 5))
     return losses
 
-# %% ../nbs/20_pipelines.ipynb #a21c02bb
+# %% ../nbs/20_pipelines.ipynb #f3774931
 @torch.no_grad()
 def narrow(vae, images, channels:int) -> AutoencoderKL:
     "The same VAE with its latents' `channels` principal components, folded into the convolutions on either side"
@@ -159,7 +159,7 @@ def narrow(vae, images, channels:int) -> AutoencoderKL:
     for conv in (small.quant_conv, small.post_quant_conv): conv.weight.copy_(torch.eye(len(conv.weight))[..., None, None]); conv.bias.zero_()
     return small
 
-# %% ../nbs/20_pipelines.ipynb #a3d5fdb1
+# %% ../nbs/20_pipelines.ipynb #0e2bb160
 def train_denoiser(pipe, images, captions, config:PretrainConfig, checkpoint=None) -> list: # the losses
     "Train UNet and text encoder together on cached latents; the pipeline ends up with the averaged weights"
     unet, text, noiser = pipe.unet, pipe.text_encoder, DDPMScheduler(**BETAS)
@@ -181,14 +181,14 @@ def train_denoiser(pipe, images, captions, config:PretrainConfig, checkpoint=Non
     both.load_state_dict(average.module.state_dict())
     return losses
 
-# %% ../nbs/20_pipelines.ipynb #7d9f709b
+# %% ../nbs/20_pipelines.ipynb #ada6013e
 def pretrain(folder,              # captioned images
              out,                 # the pipeline's folder, written at the end
              config:PretrainConfig,
              checkpoints=None,    # folder for resuming; default: beside `out`
             ) -> StableDiffusionPipeline:
     "Train a pipeline from scratch and save it, in half precision, as a diffusers folder"
-    out = Path(out); checkpoints = Path(checkpoints or out.with_name(f'.{out.name}.checkpoints')); checkpoints.mkdir(parents=True, exist_ok=True)
+    out = Path(out); checkpoints = Path(checkpoints or out.with_name(f'.{out.name}.checkpoints'))
     images, captions = read_images(folder, config.size)
     pipe = build_pipeline(captions, config)
     wide = build_vae(config, config.wide_channels)
@@ -200,10 +200,10 @@ def pretrain(folder,              # captioned images
         save_pipeline(pipe, tmp)
         (tmp/'losses.json').write_text(json.dumps(dict(vae=[round(r['loss'], 5) for r in vae_losses], unet=[round(r['loss'], 5) for r in unet_losses])))
     for n in ('vae', 'decoder', 'unet'): clear_checkpoint(checkpoints/n)
-    checkpoints.rmdir()
+    if checkpoints.is_dir(): checkpoints.rmdir()
     return load_pipeline(out)
 
-# %% ../nbs/20_pipelines.ipynb #9bf4f7d0
+# %% ../nbs/20_pipelines.ipynb #13ea786d
 diffusers_logging.set_verbosity_error(); diffusers_logging.disable_progress_bar()
 
 def save_pipeline(pipe, folder):
@@ -212,12 +212,13 @@ def save_pipeline(pipe, folder):
     parts = dict(pipe.components, unet=half(pipe.unet), vae=half(pipe.vae))
     type(pipe)(**parts, **({} if 'requires_safety_checker' not in pipe.config else dict(requires_safety_checker=False))).save_pretrained(folder)
 
-# %% ../nbs/20_pipelines.ipynb #a73ee024
+# %% ../nbs/20_pipelines.ipynb #97696645
 PARTS = dict(unet='config.json', vae='config.json', text_encoder='config.json', scheduler='scheduler_config.json', tokenizer='tokenizer_config.json')
 
 def check_pipeline(folder:Path):
     "The folder has the parts of a pipeline, and they fit together"
     if not (folder/'model_index.json').is_file(): raise UserError(f'{folder}: not a diffusers pipeline, model_index.json is missing')
+    _json(folder/'model_index.json')
     for part, file in PARTS.items():
         if not (folder/part/file).is_file(): raise UserError(f"{folder}: component '{part}' is missing, expected {part}/{file}")
         if part in ('unet', 'vae', 'text_encoder') and not list((folder/part).glob('*.safetensors*')):
@@ -228,17 +229,19 @@ def check_pipeline(folder:Path):
     if unet.get('cross_attention_dim') != text.get('hidden_size'):
         raise UserError(f"{folder}: unet/config.json: cross_attention_dim is {unet.get('cross_attention_dim')}, expected the text encoder's hidden_size, {text.get('hidden_size')}")
 
-# %% ../nbs/20_pipelines.ipynb #54126847
+# %% ../nbs/20_pipelines.ipynb #c288a010
 def _json(path):
-    try: return json.loads(path.read_text())
+    try: found = json.loads(path.read_text())
     except ValueError: raise UserError(f'{path}: not JSON') from None
+    if not isinstance(found, dict): raise UserError(f'{path}: expected a mapping')
+    return found
 
-# %% ../nbs/20_pipelines.ipynb #1705fa94
+# %% ../nbs/20_pipelines.ipynb #278f3e5e
 def is_local(pipeline) -> bool:
     "A folder here, rather than a hub id like `owner/name`"
     return Path(pipeline).exists() or Path(Path(pipeline).parts[0]).exists() or not re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', str(pipeline))
 
-# %% ../nbs/20_pipelines.ipynb #5b6db02f
+# %% ../nbs/20_pipelines.ipynb #29801dbe
 def load_pipeline(folder # a diffusers folder; anything else is taken for a hub id
                  ) -> StableDiffusionPipeline:
     "A pipeline in float32, on the CPU, frozen, in evaluation mode"
@@ -249,14 +252,14 @@ def load_pipeline(folder # a diffusers folder; anything else is taken for a hub 
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
-# %% ../nbs/20_pipelines.ipynb #849c8a55
+# %% ../nbs/20_pipelines.ipynb #8c6b2c98
 def starting_noise(pipe, seeds) -> torch.Tensor: # (n, c, h, w)
     "Standard normal latents, one seed each"
     size = pipe.unet.config.sample_size
     shape = (1, pipe.unet.config.in_channels, size, size)
     return torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds])
 
-# %% ../nbs/20_pipelines.ipynb #2ebcc9d0
+# %% ../nbs/20_pipelines.ipynb #fc8bc2a1
 @torch.no_grad()
 def generate(pipe, prompts:list, seeds:list, # one seed per prompt
              steps:int=10, guidance:float=5., batch:int=64, bf16:bool=False) -> np.ndarray: # uint8 (n, size, size, 3)
