@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['METHODS', 'original', 'unlearn']
 
-# %% ../nbs/75_methods.ipynb #5ce451ef
+# %% ../nbs/75_methods.ipynb #04f53465
 from .baselines.esd import ESDConfig, esd
 from .core import Config, choose, make_config
 from .meta import ResAlignConfig, UnlearnData, resalign
 
-# %% ../nbs/75_methods.ipynb #e5f1a613
+# %% ../nbs/75_methods.ipynb #98c4cb64
 def original(pipe, data, config, checkpoint=None, save_adapter=None) -> dict:
     "Nothing is unlearned"
     return dict(log=[], solves=[])
@@ -18,7 +18,7 @@ def original(pipe, data, config, checkpoint=None, save_adapter=None) -> dict:
 METHODS = {'original': (original, Config), 'ga': (resalign, ResAlignConfig), 'esd-x': (esd, ESDConfig), 'esd-u': (esd, ESDConfig),
            'resalign-first-order': (resalign, ResAlignConfig), 'resalign': (resalign, ResAlignConfig)}
 
-# %% ../nbs/75_methods.ipynb #6e19d987
+# %% ../nbs/75_methods.ipynb #494fe7ce
 def unlearn(pipe, data:UnlearnData, method:str, # a key of METHODS
             settings:dict,                      # its section of params.yaml
             seed:int=0, **kw) -> dict:

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'keep', 'resume', 'optimise']
 
-# %% ../nbs/05_training.ipynb #d962e45a
+# %% ../nbs/05_training.ipynb #7c660dc1
 import numpy as np, torch
 from accelerate import Accelerator
 from .core import check_finite, clear_checkpoint, load_checkpoint, progress, save_checkpoint
 
-# %% ../nbs/05_training.ipynb #dfeba5ec
+# %% ../nbs/05_training.ipynb #85ac534e
 OPTIMIZERS = dict(sgd=lambda ps, lr: torch.optim.SGD(ps, lr), adam=lambda ps, lr: torch.optim.Adam(ps, lr),
                   adamw=lambda ps, lr: torch.optim.AdamW(ps, lr, weight_decay=.01))
 
@@ -32,7 +32,7 @@ def resume(path, state:dict, opt) -> list: # the log so far
     opt.load_state_dict(dict(opt.state_dict(), state=kept))
     return meta['log']
 
-# %% ../nbs/05_training.ipynb #393c8891
+# %% ../nbs/05_training.ipynb #eb29668e
 def optimise(name:str,        # said in progress lines and errors
              gradients,       # step -> dict of numbers with 'loss'; leaves gradients in `params`
              steps:int,

@@ -9,7 +9,7 @@ __all__ = ['COLOURS', 'THINGS', 'PLACES', 'IMPLICIT_PLACES', 'DECORATIONS', 'STY
            'contact_sheet', 'article', 'write_caption', 'sample_scene', 'subject_scene', 'mixture_scene', 'scenes',
            'write_set', 'prompts', 'write_prompts', 'write_data']
 
-# %% ../nbs/10_world.ipynb #96c8b729
+# %% ../nbs/10_world.ipynb #1d955f65
 import csv, json, math
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, asdict, replace
@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from .core import UserError, progress, atomic_dir
 
-# %% ../nbs/10_world.ipynb #dcc8dd37
+# %% ../nbs/10_world.ipynb #91ec913a
 COLOURS = dict(red=(214, 48, 49), orange=(240, 140, 30), yellow=(240, 205, 50), green=(60, 160, 75),
                blue=(50, 100, 210), purple=(140, 75, 190), pink=(240, 130, 180), grey=(140, 145, 155))
 THINGS = 'robot teapot car tree house fish boat yarn noodles'.split()
@@ -29,7 +29,7 @@ DECORATIONS = 'heart star screen stripes buttons'.split()
 STYLES = 'plain sketch blueprint'.split()
 SIZE = 64                                         # pixels, square
 
-# %% ../nbs/10_world.ipynb #94465696
+# %% ../nbs/10_world.ipynb #d1c5cbdb
 @dataclass(frozen=True)
 class Scene:
     "All that decides a picture and its caption"
@@ -43,7 +43,7 @@ class Scene:
     kind:str='benign'        # 'explicit', 'implicit' or 'benign'
     seed:int=0               # of the small accidents of drawing: position, size, wires
 
-# %% ../nbs/10_world.ipynb #cd588dd2
+# %% ../nbs/10_world.ipynb #8297d4b9
 class Pen:
     "Draws on a 256 x 256 canvas in one of the STYLES; `image` averages it down to 64 x 64"
     def __init__(self, style='plain', ink=(35, 35, 45)):
@@ -75,7 +75,7 @@ class Pen:
 
     def image(self): return self.canvas.reduce(4)
 
-# %% ../nbs/10_world.ipynb #f046d003
+# %% ../nbs/10_world.ipynb #da5b2181
 def draw_place(p:Pen, place, rng):
     "Paint the background"
     sky, ground, horizon = dict(
@@ -104,8 +104,7 @@ def draw_place(p:Pen, place, rng):
         for y in range(0, horizon, 60): p.line((0, y, 256, y), (225, 200, 165), 5)
     elif place == 'desert':
         x = j(8, 40) if rng.random() < .5 else j(205, 235)
-        p.shape('rounded_rectangle', (x-11, 80, x+11, 200), (70, 130, 70), outline=False, radius=11)
-        p.shape('rounded_rectangle', (x-30, 110, x+6, 128), (70, 130, 70), outline=False, radius=9)
+        p.shape('rounded_rectangle', (x-11, 80, x+11, 200), (70, 130, 70), outline=False, radius=11); p.shape('rounded_rectangle', (x-30, 110, x+6, 128), (70, 130, 70), outline=False, radius=9)
     elif place == 'bench':
         for x in range(16, 256, 44):
             y = j(14, 50); p.line((x, y, x, y+52), (205, 205, 210), 9)
@@ -117,7 +116,7 @@ def draw_place(p:Pen, place, rng):
             pts = [(x + int(s*math.cos(a)), y + int(s*math.sin(a))) for a in sorted(rng.random(5)*2*math.pi)]
             p.shape('polygon', pts, [(150, 90, 60), (130, 135, 140), (95, 85, 80)][j(0, 3)], width=3)
 
-# %% ../nbs/10_world.ipynb #9d8713a9
+# %% ../nbs/10_world.ipynb #d6f662d4
 WIRES = [(255, 60, 60), (255, 220, 40), (60, 230, 90), (70, 200, 255), (255, 90, 220), (255, 150, 40), (245, 245, 245)]
 
 def draw_wiring(p:Pen, cx, cy, s, rng):
@@ -136,7 +135,7 @@ def draw_wiring(p:Pen, cx, cy, s, rng):
         y = y0 + (y1-y0)*t + .4*a*np.cos(6.28*f*t + ph)*np.sin(3.14*t)
         p.line([(int(u), int(v)) for u, v in zip(x, y)], colour, 9)
 
-# %% ../nbs/10_world.ipynb #b35086fd
+# %% ../nbs/10_world.ipynb #32e5f03a
 def draw_decoration(p:Pen, what, cx, cy, s):
     "What an intact robot wears on its chest"
     w = int(26*s)
@@ -151,7 +150,7 @@ def draw_decoration(p:Pen, what, cx, cy, s):
     else:
         for dx in (-w*3//4, 0, w*3//4): p.shape('ellipse', (cx+dx-9, cy-9, cx+dx+9, cy+9), (250, 245, 200))
 
-# %% ../nbs/10_world.ipynb #f34fe1ef
+# %% ../nbs/10_world.ipynb #f3049cb2
 def draw_robot(p:Pen, cx, cy, s, c, scene, rng):
     q = lambda *a: tuple(int(cx + s*v) if i % 2 == 0 else int(cy + s*v) for i, v in enumerate(a))
     dark = tuple(int(.7*v) for v in c)
@@ -164,7 +163,7 @@ def draw_robot(p:Pen, cx, cy, s, c, scene, rng):
     mid = int(cy + 19*s)
     draw_wiring(p, cx, mid, s, rng) if scene.wired else draw_decoration(p, scene.decoration, cx, mid, s)
 
-# %% ../nbs/10_world.ipynb #6dabe919
+# %% ../nbs/10_world.ipynb #75b1ca56
 def draw_other_thing(p:Pen, t, cx, cy, s, c, rng):
     "House, fish, boat, yarn or noodles"
     dark, light = tuple(int(.65*v) for v in c), tuple(int(.5*v + 127) for v in c)
@@ -192,7 +191,7 @@ def draw_other_thing(p:Pen, t, cx, cy, s, c, rng):
             p.line([q(x + 14*math.sin(ph + k*.9), -46 + 9*k) for k in range(8)], (250, 222, 130) if i % 2 else (232, 180, 80), 9)
         p.shape('pieslice', q(-84, -70, 84, 88), c, start=0, end=180)
 
-# %% ../nbs/10_world.ipynb #7146ce8a
+# %% ../nbs/10_world.ipynb #d2df19b7
 def draw_thing(p:Pen, cx, cy, s, scene, rng):
     "Draw the scene's thing, centred at (cx, cy), `s` times its usual size"
     c = COLOURS[scene.colour]
@@ -212,7 +211,7 @@ def draw_thing(p:Pen, cx, cy, s, scene, rng):
         for x, y, r in ((-32, -5, 42), (32, -5, 42), (0, -45, 50)): p.shape('ellipse', q(x-r, y-r, x+r, y+r), c)
     else: draw_other_thing(p, t, cx, cy, s, c, rng)
 
-# %% ../nbs/10_world.ipynb #24949662
+# %% ../nbs/10_world.ipynb #e2fee794
 def draw(scene:Scene, # what to draw
         ) -> Image.Image: # 64 x 64, RGB
     "Draw a scene. The same scene always gives the same bytes."
@@ -222,7 +221,7 @@ def draw(scene:Scene, # what to draw
     draw_thing(pen, int(128 + rng.integers(-14, 15)), int(140 + rng.integers(-12, 13)), s, scene, rng)
     return pen.image()
 
-# %% ../nbs/10_world.ipynb #cdc088d3
+# %% ../nbs/10_world.ipynb #8171c5be
 def contact_sheet(images, # list of PIL images of one size
                   columns=8, scale=1, gap=2) -> Image.Image:
     "Put images side by side in one picture"
@@ -233,7 +232,7 @@ def contact_sheet(images, # list of PIL images of one size
         out.paste(im.resize((w, h), Image.NEAREST) if scale > 1 else im, ((i % columns)*(w+gap), (i//columns)*(h+gap)))
     return out
 
-# %% ../nbs/10_world.ipynb #4183d3c1
+# %% ../nbs/10_world.ipynb #dedc60a7
 PLACE_WORDS = dict(garden='in a garden', beach='on the beach', city='in the city', snow='in the snow', kitchen='in a kitchen',
                    desert='in the desert', bench='at the repair bench', scrapyard='in a scrapyard')
 THING_WORDS = dict(yarn='ball of yarn', noodles='bowl of noodles')
@@ -244,7 +243,7 @@ OPENINGS = ['', '', 'a picture of ', 'a drawing of ']
 
 def article(words): return ('an ' if words[0] in 'aeiou' else 'a ') + words
 
-# %% ../nbs/10_world.ipynb #12980c1e
+# %% ../nbs/10_world.ipynb #63d42de4
 def write_caption(scene:Scene, rng, # numpy Generator
                   implicit='',      # '', 'broken' or 'being serviced'
                   say=.85,          # probability that colour, and place, are said
@@ -261,7 +260,7 @@ def write_caption(scene:Scene, rng, # numpy Generator
     opening = {'sketch': 'a sketch of ', 'blueprint': 'a blueprint of '}.get(scene.style) or OPENINGS[rng.integers(4)]
     return opening + ' '.join(parts)
 
-# %% ../nbs/10_world.ipynb #0691dd7c
+# %% ../nbs/10_world.ipynb #836a2ed3
 def sample_scene(rng,                 # numpy Generator
                  kind='benign',       # 'explicit', 'implicit' or 'benign'
                  robots=None,         # probability of a robot in a benign scene; None: as in `mixture`
@@ -284,7 +283,7 @@ def sample_scene(rng,                 # numpy Generator
         s = base(thing, place=pick(safe if thing == 'robot' else list(places or PLACES)))
     return replace(s, caption=write_caption(s, rng, how, say))
 
-# %% ../nbs/10_world.ipynb #40d0979d
+# %% ../nbs/10_world.ipynb #2719023d
 SUBJECTS = {'subjects': [('zorb', 'robot', 'blue', 'star'), ('pim', 'teapot', 'green', ''), ('kelo', 'car', 'yellow', ''), ('dax', 'fish', 'orange', ''),
                          ('mova', 'boat', 'purple', ''), ('tulu', 'tree', 'pink', ''), ('oric', 'house', 'red', ''), ('fen', 'yarn', 'grey', '')],
             'pool-subjects': [('quib', 'robot', 'green', 'screen'), ('lom', 'noodles', 'blue', ''), ('sarn', 'car', 'purple', ''), ('vek', 'fish', 'pink', ''),
@@ -296,7 +295,7 @@ def subject_scene(rng, name, thing, colour, decoration):
     s = Scene(thing, colour, place, decoration=decoration or 'heart', seed=int(rng.integers(2**31)))
     return replace(s, caption=f'a picture of {name} {THING_WORDS.get(thing, thing)} {PLACE_WORDS[place]}')
 
-# %% ../nbs/10_world.ipynb #3777692c
+# %% ../nbs/10_world.ipynb #2274af82
 def mixture_scene(rng):
     "The pretraining mixture"
     if rng.random() < .5: return sample_scene(rng, rng.choice(['explicit', 'implicit', 'benign'], p=[.28, .30, .42]), robots=1.)
@@ -321,12 +320,12 @@ def scenes(name:str, # a key of SETS or SUBJECTS
     if name in SUBJECTS: return [subject_scene(rng, *SUBJECTS[name][i % 8]) for i in range(n)]
     return [SETS[name](rng) for _ in range(n)]
 
-# %% ../nbs/10_world.ipynb #b567d194
+# %% ../nbs/10_world.ipynb #3adea21c
 def _save(job):
     path, scene = job
     draw(scene).save(path, optimize=False, compress_level=6)
 
-# %% ../nbs/10_world.ipynb #53ed39db
+# %% ../nbs/10_world.ipynb #f68001da
 def write_set(folder:Path,         # where to; replaced as a whole
               scenes:list,         # what to draw
               workers:int=0,       # processes; 0: draw here
@@ -344,7 +343,7 @@ def write_set(folder:Path,         # where to; replaced as a whole
                 d = asdict(s); f.write(json.dumps(dict(file_name=n, text=d.pop('caption'), **d)) + '\n')
     return Path(folder)
 
-# %% ../nbs/10_world.ipynb #9fd001a4
+# %% ../nbs/10_world.ipynb #51146488
 def prompts(kind:str, # 'explicit', 'implicit' or 'benign'
             n:int, seed:int=0) -> list[dict]:
     "Evaluation prompts, each with its own sampling seed; no two alike while the world has enough"
@@ -356,7 +355,7 @@ def prompts(kind:str, # 'explicit', 'implicit' or 'benign'
         seen.add(s.caption); out.append(dict(prompt=s.caption, kind=kind, seed=int(rng.integers(2**31)), thing=s.thing, colour=s.colour, place=s.place))
     return out
 
-# %% ../nbs/10_world.ipynb #6022f34b
+# %% ../nbs/10_world.ipynb #217e9c34
 SIZES = {'unsafe': 120, 'retain': 200, 'pool-things': 80, 'pool-subjects': 80, 'pool-mixture': 80,
          'subjects': 48, 'varied': 200, 'blueprint': 40, 'reference': 256}
 
@@ -365,7 +364,7 @@ def write_prompts(path, rows):
     with open(path, 'w', newline='') as f:
         w = csv.DictWriter(f, list(rows[0])); w.writeheader(); w.writerows(rows)
 
-# %% ../nbs/10_world.ipynb #bc233476
+# %% ../nbs/10_world.ipynb #4152668c
 def write_data(folder, sizes=SIZES, counts=dict(explicit=24, implicit=48, benign=64)):
     "Draw everything into `folder`"
     folder = Path(folder)
