@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Denoiser', 'harmful', 'Retain']
 
-# %% ../nbs/30_losses.ipynb #fa329d78
+# %% ../nbs/30_losses.ipynb #1d1eda73
 import torch
 from diffusers import DDPMScheduler
 from .core import generator
 from .data import Bank, Sample, draw_sample
 
-# %% ../nbs/30_losses.ipynb #18d99d8e
+# %% ../nbs/30_losses.ipynb #20f84ebe
 class Denoiser:
     "A pipeline's UNet with its noise schedule: ε_θ(z_t, t, c)"
     def __init__(self, pipe):
@@ -30,14 +30,14 @@ class Denoiser:
         "L(θ) on one frozen sample"
         return (self.predict(s) - self.target(s)).square().mean()
 
-# %% ../nbs/30_losses.ipynb #5a21867c
+# %% ../nbs/30_losses.ipynb #0c728bd3
 def harmful(loss:torch.Tensor, # L(θ) on unsafe pairs
             bound:float,       # b; no gradient beyond
            ) -> torch.Tensor:
     "Bounded gradient ascent"
     return -loss.clamp(max=bound)
 
-# %% ../nbs/30_losses.ipynb #0366598b
+# %% ../nbs/30_losses.ipynb #d77cd4d3
 class Retain:
     "R(θ) on a fixed bank of samples with the original's predictions"
     @torch.no_grad()

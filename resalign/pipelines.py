@@ -7,7 +7,7 @@ __all__ = ['BETAS', 'PARTS', 'PretrainConfig', 'train_tokenizer', 'start_level',
            'batch_of', 'autocast', 'train', 'train_vae', 'narrow', 'train_denoiser', 'pretrain', 'save_pipeline',
            'check_pipeline', 'is_local', 'load_pipeline', 'starting_noise', 'generate']
 
-# %% ../nbs/20_pipelines.ipynb #4bcca948
+# %% ../nbs/20_pipelines.ipynb #76403d3b
 import copy, json, re, tempfile
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
@@ -16,11 +16,12 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.utils import logging as diffusers_logging
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 from .core import Config, UserError, atomic_dir, clear_checkpoint, generator, progress, seed_all
 from .data import moments, read_images
 from .training import OPTIMIZERS, optimise
 
-# %% ../nbs/20_pipelines.ipynb #b8ea4d1c
+# %% ../nbs/20_pipelines.ipynb #d6330475
 class PretrainConfig(Config):
     "Sizes and training of a small pipeline; defaults are the smoke setting"
     size:int = 64                       # pixels
@@ -46,7 +47,7 @@ class PretrainConfig(Config):
     bf16:bool = True                    # autocast the passes; the weights stay float32
     seed:int = 0
 
-# %% ../nbs/20_pipelines.ipynb #4e751318
+# %% ../nbs/20_pipelines.ipynb #226e9aaa
 def train_tokenizer(captions, folder, vocabulary:int=200, tokens:int=24) -> CLIPTokenizer:
     "A CLIPTokenizer for these captions"
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -59,7 +60,7 @@ def train_tokenizer(captions, folder, vocabulary:int=200, tokens:int=24) -> CLIP
     tok.model.save(str(folder))
     return CLIPTokenizer(str(folder/'vocab.json'), str(folder/'merges.txt'), model_max_length=tokens)
 
-# %% ../nbs/20_pipelines.ipynb #b94bac30
+# %% ../nbs/20_pipelines.ipynb #0d5fd12d
 def start_level(vae):
     "Orthogonal convolutions, residual branches at zero, posterior standard deviation at e⁻³"
     for m in vae.modules():
@@ -69,7 +70,7 @@ def start_level(vae):
     n = vae.config.latent_channels
     with torch.no_grad(): vae.quant_conv.bias[n:] = -6.; vae.quant_conv.weight[n:] *= .1
 
-# %% ../nbs/20_pipelines.ipynb #06a7bd4a
+# %% ../nbs/20_pipelines.ipynb #cdb53328
 def build_vae(config, channels) -> AutoencoderKL:
     "An untrained VAE"
     n = len(config.vae_channels)
@@ -78,7 +79,7 @@ def build_vae(config, channels) -> AutoencoderKL:
     start_level(vae)
     return vae
 
-# %% ../nbs/20_pipelines.ipynb #e6fdabff
+# %% ../nbs/20_pipelines.ipynb #caae5d78
 BETAS = dict(num_train_timesteps=1000, beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear') # as Stable Diffusion v1
 
 def build_pipeline(captions, config:PretrainConfig) -> StableDiffusionPipeline:
@@ -97,7 +98,7 @@ def build_pipeline(captions, config:PretrainConfig) -> StableDiffusionPipeline:
     scheduler = PNDMScheduler(**BETAS, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
     return StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
-# %% ../nbs/20_pipelines.ipynb #1482b84e
+# %% ../nbs/20_pipelines.ipynb #8db260f6
 def vae_loss(x, y, posterior, kl_weight):
     "Absolute error of pixels and of their differences, and a trace of the KL divergence"
     edges = sum((x.diff(dim=d) - y.diff(dim=d)).abs().mean() for d in (2, 3))
@@ -106,10 +107,10 @@ def batch_of(images, index):
     "uint8 pictures to a float batch in [-1, 1]"
     return torch.from_numpy(images[index]).permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous(memory_format=torch.channels_last)
 
-# %% ../nbs/20_pipelines.ipynb #38ebbeeb
+# %% ../nbs/20_pipelines.ipynb #8c6d3699
 def autocast(on): return torch.autocast('cpu', torch.bfloat16, enabled=on)
 
-# %% ../nbs/20_pipelines.ipynb #47dab88b
+# %% ../nbs/20_pipelines.ipynb #326e893f
 def train(name, module, loss, steps:int, lr:float, checkpoint=None, **kw) -> list: # a row per step
     "AdamW with a one-cycle learning rate; `loss` takes the step"
     ps = [p for p in module.parameters() if p.requires_grad]
@@ -120,7 +121,7 @@ def train(name, module, loss, steps:int, lr:float, checkpoint=None, **kw) -> lis
         return dict(loss=value.item())
     return optimise(name, gradients, steps, ps, opt, dict(module=module, **kw.pop('extra', {})), sched, max_norm=1., checkpoint=checkpoint, **kw)
 
-# %% ../nbs/20_pipelines.ipynb #73cbf4dd
+# %% ../nbs/20_pipelines.ipynb #f88b58c9
 def train_vae(vae, images, config:PretrainConfig, steps:int, checkpoint=None, decoder_only=False) -> list: # the losses
     "Train the VAE, then set its scaling factor so that latents have unit variance"
     vae.requires_grad_(not decoder_only); vae.decoder.requires_grad_(True); vae.post_quant_conv.requires_grad_(True)
@@ -137,7 +138,7 @@ def train_vae(vae, images, config:PretrainConfig, steps:int, checkpoint=None, de
     vae.register_to_config(scaling_factor=round(1/float(moments(vae, images[:1000])[0].std()), 5))
     return losses
 
-# %% ../nbs/20_pipelines.ipynb #f3774931
+# %% ../nbs/20_pipelines.ipynb #310569bb
 @torch.no_grad()
 def narrow(vae, images, channels:int) -> AutoencoderKL:
     "The same VAE with its latents' `channels` principal components, folded into the convolutions on either side"
@@ -159,7 +160,7 @@ def narrow(vae, images, channels:int) -> AutoencoderKL:
     for conv in (small.quant_conv, small.post_quant_conv): conv.weight.copy_(torch.eye(len(conv.weight))[..., None, None]); conv.bias.zero_()
     return small
 
-# %% ../nbs/20_pipelines.ipynb #0e2bb160
+# %% ../nbs/20_pipelines.ipynb #35c9509d
 def train_denoiser(pipe, images, captions, config:PretrainConfig, checkpoint=None) -> list: # the losses
     "Train UNet and text encoder together on cached latents; the pipeline ends up with the averaged weights"
     unet, text, noiser = pipe.unet, pipe.text_encoder, DDPMScheduler(**BETAS)
@@ -181,7 +182,7 @@ def train_denoiser(pipe, images, captions, config:PretrainConfig, checkpoint=Non
     both.load_state_dict(average.module.state_dict())
     return losses
 
-# %% ../nbs/20_pipelines.ipynb #ada6013e
+# %% ../nbs/20_pipelines.ipynb #5111c39f
 def pretrain(folder,              # captioned images
              out,                 # the pipeline's folder, written at the end
              config:PretrainConfig,
@@ -203,8 +204,8 @@ def pretrain(folder,              # captioned images
     if checkpoints.is_dir(): checkpoints.rmdir()
     return load_pipeline(out)
 
-# %% ../nbs/20_pipelines.ipynb #13ea786d
-diffusers_logging.set_verbosity_error(); diffusers_logging.disable_progress_bar()
+# %% ../nbs/20_pipelines.ipynb #dd5a854f
+for l in (diffusers_logging, transformers_logging): l.set_verbosity_error(); l.disable_progress_bar()
 
 def save_pipeline(pipe, folder):
     "Write a diffusers folder: UNet and VAE in float16, the text encoder in float32 (transformers would otherwise load it in float16)"
@@ -212,7 +213,7 @@ def save_pipeline(pipe, folder):
     parts = dict(pipe.components, unet=half(pipe.unet), vae=half(pipe.vae))
     type(pipe)(**parts, **({} if 'requires_safety_checker' not in pipe.config else dict(requires_safety_checker=False))).save_pretrained(folder)
 
-# %% ../nbs/20_pipelines.ipynb #97696645
+# %% ../nbs/20_pipelines.ipynb #619eda8a
 PARTS = dict(unet='config.json', vae='config.json', text_encoder='config.json', scheduler='scheduler_config.json', tokenizer='tokenizer_config.json')
 
 def check_pipeline(folder:Path):
@@ -229,19 +230,19 @@ def check_pipeline(folder:Path):
     if unet.get('cross_attention_dim') != text.get('hidden_size'):
         raise UserError(f"{folder}: unet/config.json: cross_attention_dim is {unet.get('cross_attention_dim')}, expected the text encoder's hidden_size, {text.get('hidden_size')}")
 
-# %% ../nbs/20_pipelines.ipynb #c288a010
+# %% ../nbs/20_pipelines.ipynb #ceb8d7b0
 def _json(path):
     try: found = json.loads(path.read_text())
     except ValueError: raise UserError(f'{path}: not JSON') from None
     if not isinstance(found, dict): raise UserError(f'{path}: expected a mapping')
     return found
 
-# %% ../nbs/20_pipelines.ipynb #278f3e5e
+# %% ../nbs/20_pipelines.ipynb #9c765777
 def is_local(pipeline) -> bool:
     "A folder here, rather than a hub id like `owner/name`"
     return Path(pipeline).exists() or Path(Path(pipeline).parts[0]).exists() or not re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', str(pipeline))
 
-# %% ../nbs/20_pipelines.ipynb #29801dbe
+# %% ../nbs/20_pipelines.ipynb #e13665c6
 def load_pipeline(folder # a diffusers folder; anything else is taken for a hub id
                  ) -> StableDiffusionPipeline:
     "A pipeline in float32, on the CPU, frozen, in evaluation mode"
@@ -252,14 +253,14 @@ def load_pipeline(folder # a diffusers folder; anything else is taken for a hub 
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
-# %% ../nbs/20_pipelines.ipynb #8c6b2c98
+# %% ../nbs/20_pipelines.ipynb #ef90b878
 def starting_noise(pipe, seeds) -> torch.Tensor: # (n, c, h, w)
     "Standard normal latents, one seed each"
     size = pipe.unet.config.sample_size
     shape = (1, pipe.unet.config.in_channels, size, size)
     return torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds])
 
-# %% ../nbs/20_pipelines.ipynb #fc8bc2a1
+# %% ../nbs/20_pipelines.ipynb #f4898659
 @torch.no_grad()
 def generate(pipe, prompts:list, seeds:list, # one seed per prompt
              steps:int=10, guidance:float=5., batch:int=64, bf16:bool=False) -> np.ndarray: # uint8 (n, size, size, 3)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ESDConfig', 'esd_params', 'trajectory_bank', 'esd']
 
-# %% ../../nbs/70_baselines/10_esd.ipynb #3b788a27
+# %% ../../nbs/70_baselines/10_esd.ipynb #446510c2
 from typing import Literal
 import torch
 from diffusers import DDIMScheduler
@@ -16,7 +16,7 @@ from ..losses import Denoiser
 from ..meta import UnlearnData
 from ..training import OPTIMIZERS, optimise
 
-# %% ../../nbs/70_baselines/10_esd.ipynb #6881ab92
+# %% ../../nbs/70_baselines/10_esd.ipynb #f68ae749
 class ESDConfig(Config):
     "Settings of ESD; defaults are the smoke setting"
     variant:Literal['x', 'u'] = 'x'
@@ -29,7 +29,7 @@ class ESDConfig(Config):
     guidance:float = 3.            # of the bank's samples, as published
     seed:int = 0
 
-# %% ../../nbs/70_baselines/10_esd.ipynb #f94ac3bb
+# %% ../../nbs/70_baselines/10_esd.ipynb #e3782a7d
 def esd_params(unet, variant) -> dict:
     "Names and parameters that the variant trains"
     def chosen(name):
@@ -37,7 +37,7 @@ def esd_params(unet, variant) -> dict:
         return 'attn2' not in name and not name.startswith(('time_embedding', 'conv_out', 'conv_norm_out'))
     return {n: p for n, p in unet.named_parameters() if chosen(n)}
 
-# %% ../../nbs/70_baselines/10_esd.ipynb #32e8baab
+# %% ../../nbs/70_baselines/10_esd.ipynb #7aabaa66
 @torch.no_grad()
 def trajectory_bank(model:Denoiser, text, empty, config:ESDConfig) -> dict: # tensors: z_t, t, text, target
     "Partly denoised samples of the frozen model, with ESD's target for each"
@@ -53,7 +53,7 @@ def trajectory_bank(model:Denoiser, text, empty, config:ESDConfig) -> dict: # te
         z = scheduler.step(unsaid + config.guidance*(said - unsaid), t, z).prev_sample
     return {k: torch.cat(v) for k, v in rows.items()}
 
-# %% ../../nbs/70_baselines/10_esd.ipynb #91b47629
+# %% ../../nbs/70_baselines/10_esd.ipynb #572c6595
 def esd(pipe, data:UnlearnData, config:ESDConfig=ESDConfig(), checkpoint=None, save_adapter=None) -> dict:
     "Erase what `data.unsafe_captions` name; the pipeline's UNet is changed in place"
     model, gen = Denoiser(pipe), generator(config.seed, 'esd captions')
