@@ -115,7 +115,7 @@ def train(name, module, loss, steps:int, lr:float, checkpoint=None, **kw) -> lis
     "AdamW with a one-cycle learning rate; `loss` takes the step"
     ps = [p for p in module.parameters() if p.requires_grad]
     opt = OPTIMIZERS['adamw'](ps, lr)
-    sched = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=max(steps, 4), pct_start=.1, cycle_momentum=False)
+    sched = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=max(steps, 4), pct_start=max(.1, 2/max(steps, 4)), cycle_momentum=False)
     def gradients(step):
         value = loss(step); value.backward()
         return dict(loss=value.item())
