@@ -7,12 +7,11 @@ __all__ = ['read_captions', 'check_captions', 'read_image', 'read_images', 'Bank
            'draw_sample']
 
 # %% ../nbs/25_data.ipynb #7321a78d
-import json
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from PIL import Image, ImageOps
-from .core import UserError, generator, progress
+from .core import UserError, generator
 
 # %% ../nbs/25_data.ipynb #16afea19
 def read_captions(folder # a folder with metadata.jsonl or metadata.csv
@@ -96,6 +95,7 @@ class Sample:
     t:torch.Tensor     # (b,) timesteps
     text:torch.Tensor  # (b, tokens, width)
     index:torch.Tensor # (b,) which pictures of the bank
+    def __getitem__(self, i): return Sample(self.z[i], self.noise[i], self.t[i], self.text[i], self.index[i])
 
 def draw_sample(bank:Bank, n:int, gen:torch.Generator, # one stream decides everything
                 timesteps:int=1000) -> Sample:

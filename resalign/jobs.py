@@ -7,11 +7,11 @@ __all__ = ['size_of', 'load_bank', 'checkpoint_of', 'check_inputs', 'unlearn', '
            'evaluate', 'sheet']
 
 # %% ../nbs/92_jobs.ipynb #d90c5391
-import hashlib, json, shlex, sys
+import hashlib, json
 from pathlib import Path
 import numpy as np, pandas as pd
 from PIL import Image
-from .core import RunRecord, UserError, atomic_dir, choose, clear_checkpoint, make_config, sha256, write_json
+from .core import RunRecord, UserError, atomic_dir, choose, clear_checkpoint, make_config
 from .data import encode, read_captions, read_images
 from .detectors import load_evaluators
 from .finetune import FinetuneConfig

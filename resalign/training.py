@@ -8,7 +8,7 @@ __all__ = ['OPTIMIZERS', 'keep', 'resume', 'optimise']
 # %% ../nbs/05_training.ipynb #7c660dc1
 import numpy as np, torch
 from accelerate import Accelerator
-from .core import check_finite, clear_checkpoint, load_checkpoint, progress, save_checkpoint
+from .core import check_finite, load_checkpoint, progress, save_checkpoint
 
 # %% ../nbs/05_training.ipynb #85ac534e
 OPTIMIZERS = dict(sgd=lambda ps, lr: torch.optim.SGD(ps, lr), adam=lambda ps, lr: torch.optim.Adam(ps, lr),

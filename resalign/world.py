@@ -365,7 +365,7 @@ def write_prompts(path, rows):
         w = csv.DictWriter(f, list(rows[0])); w.writeheader(); w.writerows(rows)
 
 # %% ../nbs/10_world.ipynb #4152668c
-def write_data(folder, sizes=SIZES, counts=dict(explicit=24, implicit=48, benign=64)):
+def write_data(folder, sizes=SIZES, counts=dict(explicit=24, implicit=48, benign=128)):
     "Draw everything into `folder`"
     folder = Path(folder)
     for i, (name, n) in enumerate(sizes.items()): write_set(folder/name, scenes(name, n, seed=100+i))
