@@ -314,7 +314,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'resalign.stages.phenomenon_stage': ('stages.html#phenomenon_stage', 'resalign/stages.py'),
                                  'resalign.stages.split_phase': ('stages.html#split_phase', 'resalign/stages.py'),
                                  'resalign.stages.trajectory': ('stages.html#trajectory', 'resalign/stages.py'),
-                                 'resalign.stages.tuning_stage': ('stages.html#tuning_stage', 'resalign/stages.py'),
+                                 'resalign.stages.trials_stage': ('stages.html#trials_stage', 'resalign/stages.py'),
                                  'resalign.stages.unlearn_base': ('stages.html#unlearn_base', 'resalign/stages.py'),
                                  'resalign.stages.unlearn_stage': ('stages.html#unlearn_stage', 'resalign/stages.py')},
             'resalign.training': { 'resalign.training.keep': ('training.html#keep', 'resalign/training.py'),

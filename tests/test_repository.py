@@ -203,6 +203,20 @@ def test_main_csv_columns():
     with open(ROOT/'results/main.csv', newline='') as f: head = next(csv.reader(f))
     assert head == 'method seed phase finetune metric value low high n detector'.split()
 
+def test_the_table_uses_what_tuning_chose():
+    "The same number of trials for every method that has any to make, and the winner's settings in `unlearn`"
+    import yaml, pandas as pd
+    from resalign.stages import best_trials
+    settings, rows = yaml.safe_load((ROOT/'params.yaml').read_text()), pd.read_csv(ROOT/'results/tuning.csv')
+    trials = {m: t for m, t in settings['tuning']['trials'].items() if m != 'original'}
+    assert len({len(t) for t in trials.values()}) == 1, 'unequal budgets'
+    best = best_trials(rows).set_index('method')
+    for m, tried in trials.items():
+        start, chosen = settings['tuning']['settings'][m], tried[best.trial[m]]
+        assert settings['unlearn'][m] == start | chosen, f'params.yaml: unlearn.{m}: tuning chose {chosen}'
+    first, full = settings['unlearn']['resalign-first-order'], settings['unlearn']['resalign']
+    assert {k: full[k] for k in first if k != 'solver'} == {k: v for k, v in first.items() if k != 'solver'}, 'the two rows of ResAlign differ in the solver alone'
+
 def test_readme_is_the_index():
     assert (ROOT/'README.md').read_text(encoding='utf-8') == readme.convert(), 'run make readme'
 
