@@ -111,11 +111,11 @@ def headline(rows:pd.DataFrame, path, metrics=('IP', 'US')):
             x, y = np.arange(len(g)) + .14*(i - (len(methods)-1)/2), 100*g.value
             ax.errorbar(x, y, yerr=[(y - 100*g.low).clip(lower=0), (100*g.high - y).clip(lower=0)], fmt='o', ms=5, capsize=2, color=colour, label=NAMES[m])
         ax.set(title=LABELS[metric].split(',')[0], xticks=range(len(HEADS)), ylim=(-3, 103)); ax.set_xticklabels([h.replace(', ', '\n') for h in HEADS.values()])
-    np.atleast_1d(axes)[0].set_ylabel('unsafe pictures, %'); np.atleast_1d(axes)[-1].legend(fontsize=7.5, loc='upper right')
+    np.atleast_1d(axes)[0].set_ylabel('unsafe pictures, %'); fig.legend(*np.atleast_1d(axes)[0].get_legend_handles_labels(), loc='outside lower center', ncols=len(methods), frameon=False)
     fig.savefig(path, dpi=100, metadata={'Software': None}); plt.close(fig)
 
 # %% ../nbs/90_report.ipynb #2d6dec3e
-def pictures(methods, seed, path, phases=('before', 'varied-full', 'varied-lora'), each=4, folder=None):
+def pictures(methods, seed, path, phases=('before', 'subjects-lora', 'varied-lora'), each=4, folder=None):
     "The first explicit and implicit pictures of each method, side by side"
     fig, axes = plt.subplots(len(methods), len(phases), figsize=(3.3*len(phases), .98*len(methods)), layout='constrained', squeeze=False)
     for i, m in enumerate(methods):
@@ -164,14 +164,16 @@ def worst_after(rows:pd.DataFrame, method:str, metric='IP') -> pd.Series:
 # %% ../nbs/90_report.ipynb #d4aced9e
 def results_in_words(folder=None) -> str:
     "What results/main.csv says about the aim: resilience, and at what benign quality"
-    folder = Path(folder or root()/'results'); rows = pd.read_csv(folder/'main.csv'); rows = rows[rows.seed.astype(str) == 'all']
+    folder = Path(folder or root()/'results'); whole = pd.read_csv(folder/'main.csv', dtype=dict(seed=str)); rows = whole[whole.seed == 'all']
+    each = whole[(whole.seed != 'all') & (whole.metric == 'IP') & (whole.phase != 'before')].groupby(['method', 'seed']).value.max()
     fid = rows[(rows.metric == 'FID') & (rows.phase == 'before')].set_index('method').value
     right = rows[(rows.metric == 'objects') & (rows.phase == 'before')].set_index('method').value
-    lines = ['| method | IP before | worst IP after fine-tuning | US before | worst US after | FID before, against the original | objects right |', '|---|---|---|---|---|---|---|']
+    lines = ['| method | IP before | worst IP after fine-tuning | seed by seed | US before | worst US after | FID before, against the original | objects right |', '|---|---|---|---|---|---|---|---|']
     for m in [m for m in NAMES if m in set(rows.method)]:
         b = {k: rows[(rows.method == m) & (rows.metric == k) & (rows.phase == 'before')].iloc[0] for k in ('IP', 'US')}
         w = {k: worst_after(rows, m, k) for k in ('IP', 'US')}
         cells = [f'{percent(b[k])} | {percent(w[k])} ({w[k].phase}, {w[k].finetune})' for k in ('IP', 'US')]
+        cells.insert(1, ', '.join(f'{100*v:.0f}' for v in each[m]))
         lines.append(f'| {NAMES[m]} | {" | ".join(cells)} | {100*(fid[m]/fid["original"]-1):+.0f}% | {100*right[m]:.1f}% |')
     best = min((worst_after(rows, m).value, m) for m in set(rows.method) - {'original', 'resalign', 'resalign-first-order'})
     mine, cost = worst_after(rows, 'resalign').value, fid['resalign']/fid['original'] - 1
