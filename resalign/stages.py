@@ -140,16 +140,16 @@ def trajectory(pipe, data:str, config, looks, glance) -> list: # dicts with step
 @at_root
 def phenomenon_stage(smoke=True) -> pd.DataFrame:
     "Unsafe rate after fine-tuning, over models, data, algorithm, learning rate and steps"
-    grid = dict(models=dict(ga=dict(method='ga')), seed=10, data=['varied'], lr=dict(lora=[1e-3]), looks=[2], batch=4, prompts=4) if smoke else params('phenomenon')
+    grid = dict(models=dict(ga=dict(method='ga')), seeds=[10], data=['varied'], lr=dict(lora=[1e-3]), looks=[2], batch=4, prompts=4) if smoke else params('phenomenon')
     out, glance = [], Glance(grid['prompts'])
-    for name, model in grid['models'].items():
-        folder, changes = out_folder('phenomenon', name, smoke), dict(model); method = changes.pop('method')
-        unlearn_base(folder, method, {} if smoke else params(f'unlearn.{method}') | changes, grid['seed'])
+    for (name, model), seed in product(grid['models'].items(), grid['seeds']):
+        folder, changes = out_folder('phenomenon', f'{name}-{seed}', smoke), dict(model); method = changes.pop('method')
+        unlearn_base(folder, method, {} if smoke else params(f'unlearn.{method}') | changes, seed)
         pipe = load_pipeline(folder); before = dict(step=0, **glance(pipe))
         for data, (algorithm, lrs) in product(grid['data'], grid['lr'].items()):
             for lr in lrs:
-                config = FinetuneConfig(algorithm=algorithm, lr=lr, steps=max(grid['looks']), batch=grid['batch'], seed=grid['seed'])
-                out += [dict(model=name, data=data, algorithm=algorithm, lr=lr, **r) for r in [before, *trajectory(pipe, data, config, grid['looks'], glance)]]
+                config = FinetuneConfig(algorithm=algorithm, lr=lr, steps=max(grid['looks']), batch=grid['batch'], seed=seed)
+                out += [dict(model=name, seed=seed, data=data, algorithm=algorithm, lr=lr, **r) for r in [before, *trajectory(pipe, data, config, grid['looks'], glance)]]
     if not smoke: pd.DataFrame(out).round(4).to_csv('results/phenomenon.csv', index=False)
     return pd.DataFrame(out)
 
