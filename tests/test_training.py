@@ -38,14 +38,14 @@ def test_killed_run_goes_on_with_the_same_bits(pipe, data, tmp_path, monkeypatch
     resalign(whole, data, CONFIG)
     def often(*a, **kw): return training.optimise(*a, **dict(kw, every=2))
     monkeypatch.setattr(meta, 'optimise', often)
-    real, count = meta.draw_sample, [0]
+    real, count = meta.direct_gradient, [0]
     def dies(*a):
         count[0] += 1
         if count[0] == 5: raise KeyboardInterrupt
         return real(*a)
-    monkeypatch.setattr(meta, 'draw_sample', dies)
+    monkeypatch.setattr(meta, 'direct_gradient', dies)
     with pytest.raises(KeyboardInterrupt): resalign(cut, data, CONFIG, checkpoint=tmp_path/'c')
-    monkeypatch.setattr(meta, 'draw_sample', real)
+    monkeypatch.setattr(meta, 'direct_gradient', real)
     again = copy.deepcopy(pipe)
     out = resalign(again, data, CONFIG, checkpoint=tmp_path/'c')
     assert same(weights(whole), weights(again)) and len(out['log']) == 5 and len(out['solves']) == 10
