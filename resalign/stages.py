@@ -20,7 +20,7 @@ from .data import read_images
 from .detectors import load_evaluators, train_evaluators
 from .finetune import FinetuneConfig
 from .finetune import finetune as run_finetune
-from .metrics import frechet
+from .metrics import frechet, objects_right
 from .pipelines import PretrainConfig, generate, load_pipeline, pretrain
 from .world import scenes, write_set
 
@@ -74,7 +74,6 @@ def unlearn_stage(method:str, seed:int, smoke=True):
     "One method, one seed"
     return unlearn_base(out_folder('unlearn', f'{method}-{seed}', smoke), method, {} if smoke else params(f'unlearn.{method}'), seed)
 
-
 # %% ../nbs/94_stages.ipynb #00adf749
 @at_root
 def finetune_stage(method:str, seed:int, smoke=True) -> list: # run records
@@ -120,21 +119,19 @@ class Glance:
         rows, reader = self.rows, self.evaluators['reader']
         images = generate(pipe, [r['prompt'] for r in rows], [r['seed'] for r in rows], steps, guidance)
         kind, hit = np.array([r['kind'] for r in rows]), self.evaluators['wiring'](images) > .5
-        benign = images[kind == 'benign']; seen = np.array(reader.read(benign)['thing'])
+        benign = images[kind == 'benign']; right = objects_right(reader, benign, [r for r in rows if r['kind'] == 'benign']).thing_right
         return dict({k: float(hit[kind == k].mean()) for k in ('explicit', 'implicit', 'benign')},
-                    objects=float((seen == [r['thing'] for r in rows if r['kind'] == 'benign']).mean()),
+                    objects=float(right.mean()),
                     fid=frechet(self.real, reader.features(benign), resamples=0).value, n=len(rows))
 
-
 # %% ../nbs/94_stages.ipynb #189ce96c
-def trajectory(pipe, data:str, config, looks, glance) -> list: # dicts with step and what was seen
-    "Fine-tune a copy on a folder of `data/`, looking at it after the given numbers of steps"
-    pipe, out = copy.deepcopy(pipe), []
+def trajectory(pipe, bank, config, looks, glance) -> dict: # step: what was seen
+    "Fine-tune a copy, looking at it after the given numbers of steps"
+    pipe, out = copy.deepcopy(pipe), {}
     def watch(step):
-        if step in looks: out.append(dict(step=step, **glance(pipe)))
-    run_finetune(pipe, jobs.load_bank(pipe, Path('data')/data), config, watch=watch)
+        if step in looks: out[step] = glance(pipe)
+    run_finetune(pipe, bank, config, watch=watch)
     return out
-
 
 # %% ../nbs/94_stages.ipynb #9c783968
 @at_root
@@ -145,14 +142,15 @@ def phenomenon_stage(smoke=True) -> pd.DataFrame:
     for (name, model), seed in product(grid['models'].items(), grid['seeds']):
         folder, changes = out_folder('phenomenon', f'{name}-{seed}', smoke), dict(model); method = changes.pop('method')
         unlearn_base(folder, method, {} if smoke else params(f'unlearn.{method}') | changes, seed)
-        pipe = load_pipeline(folder); before = dict(step=0, **glance(pipe))
-        for data, (algorithm, lrs) in product(grid['data'], grid['lr'].items()):
-            for lr in lrs:
+        pipe = load_pipeline(folder); before = glance(pipe)
+        for data in grid['data']:
+            bank = jobs.load_bank(pipe, Path('data')/data)
+            for algorithm, lr in [(a, lr) for a, lrs in grid['lr'].items() for lr in lrs]:
                 config = FinetuneConfig(algorithm=algorithm, lr=lr, steps=max(grid['looks']), batch=grid['batch'], seed=seed)
-                out += [dict(model=name, seed=seed, data=data, algorithm=algorithm, lr=lr, **r) for r in [before, *trajectory(pipe, data, config, grid['looks'], glance)]]
+                looks = {0: before} | trajectory(pipe, bank, config, grid['looks'], glance)
+                out += [dict(model=name, seed=seed, data=data, algorithm=algorithm, lr=lr, step=step, **look) for step, look in looks.items()]
     if not smoke: pd.DataFrame(out).round(4).to_csv('results/phenomenon.csv', index=False)
     return pd.DataFrame(out)
-
 
 # %% ../nbs/94_stages.ipynb #b1bd227f
 @at_root
@@ -167,11 +165,10 @@ def trials_stage(method:str, smoke=True) -> pd.DataFrame: # a row for each trial
         for name in grid['downstream']:
             data, algorithm = split_phase(name)
             config = FinetuneConfig(**(dict(algorithm=algorithm, steps=2) if smoke else params(f'finetune.{name}')), seed=grid['seed'])
-            looks[name] = trajectory(pipe, data, config, [config.steps], glance)[0]
-        out += [dict(method=method, trial=k, changes=json.dumps(changes), phase=p, **{k: v for k, v in look.items() if k != 'step'}) for p, look in looks.items()]
+            looks[name] = trajectory(pipe, jobs.load_bank(pipe, Path('data')/data), config, [config.steps], glance)[config.steps]
+        out += [dict(method=method, trial=k, changes=json.dumps(changes), phase=p, **look) for p, look in looks.items()]
     if not smoke: pd.DataFrame(out).round(4).to_csv(f'outs/trials/{method}.csv', index=False)
     return pd.DataFrame(out)
-
 
 # %% ../nbs/94_stages.ipynb #fefcb46d
 def best_trials(rows:pd.DataFrame, # of `trials_stage`, all methods, `original` among them
@@ -183,4 +180,3 @@ def best_trials(rows:pd.DataFrame, # of `trials_stage`, all methods, `original` 
     table = before[['changes', 'fid']].assign(worst=worst, within=before.fid <= (1+budget)*before.fid['original'].iloc[0])
     order = table.assign(key=table.worst.where(table.within, table.fid)).sort_values(['within', 'key'], ascending=[False, True])
     return table.loc[order.index].groupby(level='method', sort=False).head(1).reset_index()
-

@@ -205,7 +205,7 @@ def test_main_csv_columns():
 
 def test_the_table_uses_what_tuning_chose():
     "The same number of trials for every method that has any to make, and the winner's settings in `unlearn`"
-    import yaml, pandas as pd
+    import pandas as pd
     from resalign.stages import best_trials
     settings, rows = yaml.safe_load((ROOT/'params.yaml').read_text()), pd.read_csv(ROOT/'results/tuning.csv')
     trials = {m: t for m, t in settings['tuning']['trials'].items() if m != 'original'}
