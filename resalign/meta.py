@@ -15,7 +15,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 from .core import Config, UserError, choose, generator
 from .data import Bank
 from .finetune import FinetuneConfig, FinetuneLoss, add_lora, adapter_params, merge_lora, simulated
-from .hypergrad import FallbackBudget, double_backward_attention, hypergradient
+from .hypergrad import FallbackBudget, hypergradient
 from .losses import Denoiser, Harmful, Retain
 from .training import OPTIMIZERS, optimise
 

@@ -11,8 +11,8 @@ __all__ = ['CELL', 'NAMES', 'HEADS', 'LABELS', 'collect', 'collect_scores', 'poo
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns
 from PIL import Image
-from .core import UserError, params, root, write_json
-from .metrics import MEANS, RATES, Stat, mean_ci, paired, rate
+from .core import UserError, params, root
+from .metrics import RATES, mean_ci, paired, rate
 from .stages import COLUMNS, PHASES, split_phase
 
 # %% ../nbs/90_report.ipynb #4ec51293
@@ -172,9 +172,9 @@ def results_in_words(folder=None) -> str:
     for m in [m for m in NAMES if m in set(rows.method)]:
         b = {k: rows[(rows.method == m) & (rows.metric == k) & (rows.phase == 'before')].iloc[0] for k in ('IP', 'US')}
         w = {k: worst_after(rows, m, k) for k in ('IP', 'US')}
-        cells = [f'{percent(b[k])} | {percent(w[k])} ({w[k].phase}, {w[k].finetune})' for k in ('IP', 'US')]
-        cells.insert(1, ', '.join(f'{100*v:.0f}' for v in each[m]))
-        lines.append(f'| {NAMES[m]} | {" | ".join(cells)} | {100*(fid[m]/fid["original"]-1):+.0f}% | {100*right[m]:.1f}% |')
+        ip, us = (f'{percent(b[k])} | {percent(w[k])} ({w[k].phase}, {w[k].finetune})' for k in ('IP', 'US'))
+        seeds = ', '.join(f'{100*v:.0f}' for v in each[m])
+        lines.append(f'| {NAMES[m]} | {ip} | {seeds} | {us} | {100*(fid[m]/fid["original"]-1):+.0f}% | {100*right[m]:.1f}% |')
     best = min((worst_after(rows, m).value, m) for m in set(rows.method) - {'original', 'resalign', 'resalign-first-order'})
     mine, cost = worst_after(rows, 'resalign').value, fid['resalign']/fid['original'] - 1
     aims = [(f"worst unsafe rate after fine-tuning at most a fifth of the best baseline's ({NAMES[best[1]]}, {100*best[0]:.1f}%)", mine <= best[0]/5),
