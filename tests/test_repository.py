@@ -95,9 +95,12 @@ def test_page_ended_well(page):
 
 def commands():
     "(stage, page pattern, names passed, words) of each papermill command in dvc.yaml"
-    for stage, body in (yaml.safe_load(DVC_YAML.read_text()).get('stages') or {}).items():
+    file = yaml.safe_load(DVC_YAML.read_text())
+    named = {k: v for group in file.get('vars') or [] for k, v in group.items()}
+    for stage, body in (file.get('stages') or {}).items():
         cmds = body.get('do', body)['cmd']
         for line in cmds if isinstance(cmds, list) else [cmds]:
+            for k, v in named.items(): line = line.replace(f'${{{k}}}', v)
             line = re.sub(r'\$\{[^}]*\}', 'FILLED-IN', line)
             for part in re.split(r'&&|\|\||;|\n', line):
                 words = shlex.split(part)
