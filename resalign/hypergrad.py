@@ -430,7 +430,7 @@ def check_request(op, g, method, max_products, tol, clamp):
 def solve(
     op:MoreauOperator,
     g, # list of tensors shaped like the parameters: the right-hand side
-    method='richardson', # one of `METHODS`; with lora-bilinear the closed form stands in for all but identity
+    method='cg', # one of `METHODS`; with lora-bilinear the closed form stands in for all but identity
     max_products=4, # Hessian products of the iteration; `check` and `power` come on top
     tol=None, # stop earlier, once the relative residual is this small
     *,
@@ -482,7 +482,7 @@ def hypergradient(
     ft_loss, # () -> scalar tensor of one frozen sample, reads `params` in place
     params, # list of leaf tensors, holding θ*
     gamma:float, # γ of the proximal term
-    method='richardson', # see `solve`
+    method='cg', # see `solve`
     *,
     start=None, # θ as a list of tensors: report the stationarity of θ* as well
     product='exact', retain=True, tau=None, residuals=None, lora=None, # see `MoreauOperator`

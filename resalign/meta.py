@@ -61,9 +61,10 @@ class ResAlignConfig(Config):
     unsafe_bank:int = 16                # frozen unsafe samples with the original's losses
     J:int = 1                           # simulated fine-tunings per outer step
     gamma:float|Literal['matched'] = 1. # as published; matched: lr · steps of the simulated fine-tuning
-    solver:Literal['identity', 'richardson', 'cg', 'minres'] = 'richardson'
+    solver:Literal['identity', 'richardson', 'cg', 'minres'] = 'cg'
     product:Literal['exact', 'fd-central', 'fd-forward'] = 'exact'
-    products:int = 4                    # from x = g: the paper's K = 5 from 0
+    products:int = 4                    # at most; Richardson's 4 from x = g are the paper's K = 5 from 0
+    tol:float|None = .03                # stop a solve at this relative residual; None, as published: never
     clamp:float|None = .5               # use at most γ = clamp/‖H‖, without which the iteration may diverge
     check_every:int = 10                # outer steps between solves whose true residual is measured, at one product more
     max_norm:float = Field(.2, gt=0)    # of each hypergradient
@@ -94,7 +95,8 @@ def resilience_gradient(model, harmful, i, loss, params, where, ft:FinetuneConfi
     with simulated(loss, inner, ft) as start:
         harm = lambda: harmful(model, i, config.margin_after)
         x, report, value = hypergradient(harm, loss.frozen(ft.steps), inner, gamma, config.solver, start=start,
-                                         product=config.product, max_products=config.products, clamp=config.clamp, power=1, check=check and config.solver != 'identity')
+                                         product=config.product, max_products=config.products, tol=config.tol, clamp=config.clamp, power=1,
+                                         check=check and config.solver != 'identity')
         if ft.algorithm == 'full': x = pull_back(x, where, params)
     return x, report, -value
 

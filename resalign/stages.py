@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DOWNSTREAM', 'PHASES', 'COLUMNS', 'POOL', 'split_phase', 'out_folder', 'at_root', 'base_stage', 'evaluators_stage',
            'unlearn_base', 'unlearn_stage', 'finetune_stage', 'few_prompts', 'evaluate_stage', 'Glance', 'trajectory',
-           'phenomenon_stage', 'trials_stage', 'best_trials']
+           'watched', 'downstream', 'phenomenon_stage', 'solvers_stage', 'trials_stage', 'best_trials']
 
 # %% ../nbs/94_stages.ipynb #d8b3e744
 import copy, json, tempfile
@@ -133,6 +133,19 @@ def trajectory(pipe, bank, config, looks, glance) -> dict: # step: what was seen
     run_finetune(pipe, bank, config, watch=watch)
     return out
 
+def watched(folder, finetunings, looks, glance) -> pd.DataFrame: # data, algorithm, lr, step, what was seen
+    "A saved model, before and along each of its fine-tunings (pairs of data set and `FinetuneConfig`); looks None: at the end"
+    pipe, rows = load_pipeline(folder), []; before = glance(pipe)
+    for data, config in finetunings:
+        seen = {0: before} | trajectory(pipe, jobs.load_bank(pipe, Path('data')/data), config, looks or [config.steps], glance)
+        rows += [dict(data=data, algorithm=config.algorithm, lr=config.lr, step=step, **look) for step, look in seen.items()]
+    return pd.DataFrame(rows)
+
+def downstream(names, seed:int, smoke=False, **changes) -> list: # pairs of data set and `FinetuneConfig`
+    "Fine-tunings of the main table, by name"
+    section = lambda name: dict(algorithm=split_phase(name)[1], steps=2) if smoke else params(f'finetune.{name}')
+    return [(split_phase(name)[0], FinetuneConfig(**section(name) | changes, seed=seed)) for name in names]
+
 # %% ../nbs/94_stages.ipynb #9c783968
 @at_root
 def phenomenon_stage(smoke=True) -> pd.DataFrame:
@@ -142,15 +155,29 @@ def phenomenon_stage(smoke=True) -> pd.DataFrame:
     for (name, model), seed in product(grid['models'].items(), grid['seeds']):
         folder, changes = out_folder('phenomenon', f'{name}-{seed}', smoke), dict(model); method = changes.pop('method')
         unlearn_base(folder, method, {} if smoke else params(f'unlearn.{method}') | changes, seed)
-        pipe = load_pipeline(folder); before = glance(pipe)
-        for data in grid['data']:
-            bank = jobs.load_bank(pipe, Path('data')/data)
-            for algorithm, lr in [(a, lr) for a, lrs in grid['lr'].items() for lr in lrs]:
-                config = FinetuneConfig(algorithm=algorithm, lr=lr, steps=max(grid['looks']), batch=grid['batch'], seed=seed)
-                looks = {0: before} | trajectory(pipe, bank, config, grid['looks'], glance)
-                out += [dict(model=name, seed=seed, data=data, algorithm=algorithm, lr=lr, step=step, **look) for step, look in looks.items()]
-    if not smoke: pd.DataFrame(out).round(4).to_csv('results/phenomenon.csv', index=False)
-    return pd.DataFrame(out)
+        finetunings = [(data, FinetuneConfig(algorithm=a, lr=lr, steps=max(grid['looks']), batch=grid['batch'], seed=seed))
+                       for data in grid['data'] for a, lrs in grid['lr'].items() for lr in lrs]
+        out.append(pd.DataFrame(dict(model=name, seed=seed), index=[0]).merge(watched(folder, finetunings, grid['looks'], glance), how='cross'))
+    table = pd.concat(out)
+    if not smoke: table.round(4).to_csv('results/phenomenon.csv', index=False)
+    return table
+
+# %% ../nbs/94_stages.ipynb #50175e02
+@at_root
+def solvers_stage(smoke=True) -> tuple: # what was seen; every solve's report
+    "ResAlign with each solver and product, before and along fine-tuning"
+    grid = dict(variants={'first order': dict(solver='identity'), 'cg': dict(solver='cg', tol=.03)}, seeds=[10], downstream=DOWNSTREAM[1:2], looks=[2], prompts=4) if smoke else params('solvers')
+    seen, solves, glance = [], [], Glance(grid['prompts'])
+    for (name, changes), seed in product(grid['variants'].items(), grid['seeds']):
+        folder, row = out_folder('solvers', f'{name}-{seed}'.replace(' ', '-'), smoke), pd.DataFrame(dict(solver=name, seed=seed), index=[0])
+        unlearn_base(folder, 'resalign', {} if smoke else params('unlearn.resalign') | changes, seed)
+        report = pd.read_csv(folder/'solves.csv')['step folder algorithm lr gamma_used products residual lambda_min lambda_max h_norm stationarity fallback reason depth_after'.split()]
+        solves.append(row.merge(report, how='cross'))
+        finetunings = downstream(grid['downstream'], seed, smoke, steps=max(grid['looks']))
+        seen.append(row.merge(watched(folder, finetunings, grid['looks'], glance), how='cross'))
+    seen, solves = pd.concat(seen), pd.concat(solves)
+    if not smoke: seen.round(4).to_csv('results/solvers.csv', index=False); solves.round(5).to_csv('results/solves.csv', index=False)
+    return seen, solves
 
 # %% ../nbs/94_stages.ipynb #b1bd227f
 @at_root
@@ -161,14 +188,13 @@ def trials_stage(method:str, smoke=True) -> pd.DataFrame: # a row for each trial
     for k, changes in enumerate([{}] if smoke else params(f'tuning.trials.{method}')):
         folder = out_folder('trials', f'{method}-{k}', smoke)
         unlearn_base(folder, method, {} if smoke else params(f'tuning.settings.{method}') | changes, grid['seed'])
-        pipe = load_pipeline(folder); looks = {'before': glance(pipe)}
-        for name in grid['downstream']:
-            data, algorithm = split_phase(name)
-            config = FinetuneConfig(**(dict(algorithm=algorithm, steps=2) if smoke else params(f'finetune.{name}')), seed=grid['seed'])
-            looks[name] = trajectory(pipe, jobs.load_bank(pipe, Path('data')/data), config, [config.steps], glance)[config.steps]
-        out += [dict(method=method, trial=k, changes=json.dumps(changes), phase=p, **look) for p, look in looks.items()]
-    if not smoke: pd.DataFrame(out).round(4).to_csv(f'outs/trials/{method}.csv', index=False)
-    return pd.DataFrame(out)
+        seen = watched(folder, downstream(grid['downstream'], grid['seed'], smoke), None, glance)
+        phase = np.where(seen.step == 0, 'before', seen.data + '-' + seen.algorithm)
+        row = pd.DataFrame(dict(method=method, trial=k, changes=json.dumps(changes)), index=[0])
+        out.append(row.merge(seen.assign(phase=phase).drop_duplicates('phase'), how='cross'))
+    table = pd.concat(out)['method trial changes phase explicit implicit benign objects fid n'.split()]
+    if not smoke: table.round(4).to_csv(f'outs/trials/{method}.csv', index=False)
+    return table
 
 # %% ../nbs/94_stages.ipynb #fefcb46d
 def best_trials(rows:pd.DataFrame, # of `trials_stage`, all methods, `original` among them
