@@ -27,12 +27,12 @@ export DVC_NO_ANALYTICS := 1
 unexport PYTHONPATH PYTHONHOME JUPYTER_PATH
 
 # Nothing here asks a model hub for anything; real profiles do, and are run by `dvc` directly
-OFFLINE := test reproduce table reproduce-all readme
+OFFLINE := test reproduce table reproduce-all bench bench-gpu readme
 $(OFFLINE): export HF_HUB_OFFLINE := 1
 $(OFFLINE): export TRANSFORMERS_OFFLINE := 1
 $(OFFLINE): export MPLBACKEND := agg
 
-.PHONY: help env sources restore reproduce table reproduce-all test readme lab clean
+.PHONY: help env sources restore reproduce table reproduce-all bench bench-gpu test readme lab clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -59,7 +59,7 @@ $(VENV)/.stamp: $(LOCKS) setup.py settings.ini pyproject.toml
 	  step $(PIP) install $(PIPFLAGS) -r requirements.lock; \
 	  step $(PIP) install $(PIPFLAGS) --no-deps -r requirements-oracle.lock; \
 	  step $(PIP) install --no-deps --no-build-isolation -e .; \
-	  step $(BIN)/python -c 'from diffusers import StableDiffusionPipeline; import peft, curvlinops, nbdev.test, papermill, dvc'
+	  step $(BIN)/python -c 'from diffusers import StableDiffusionPipeline; import peft, curvlinops, torchopt, nbdev.test, papermill, dvc'
 	@# kernels: no words about their transport, about widgets (progress is plain text here) or about torchvision (not needed)
 	@mkdir -p $(VENV)/etc/ipython && printf '%s\n' 'c.IPKernelApp.log_level = 40' \
 	  'c.IPKernelApp.exec_lines = ["import os, warnings; os.environ.setdefault(\"TRANSFORMERS_VERBOSITY\", \"error\"); warnings.filterwarnings(\"ignore\", message=\"IProgress\")"]' \
@@ -85,6 +85,13 @@ reproduce-all: sources ## everything, base model and evaluators too
 	@$(BIN)/dvc repro --force $(RESTORED)
 	@$(BIN)/dvc repro
 	@echo; cat $(TABLE_SHOWN)
+
+# ------------------------------------------------------------------ what it costs
+bench: restore ## time, memory and error of an outer step against the published procedure (some 15 minutes)
+	@$(BIN)/dvc repro --force --single-item bench
+
+bench-gpu: env ## the same at the size of SD v1.4, for real: needs a CUDA GPU and a CUDA build of torch
+	@$(BIN)/python -c 'from resalign.cli import command; from resalign.sd14 import bench_gpu; command(bench_gpu)()' --out results/bench_gpu.csv
 
 # ------------------------------------------------------------------ the house
 test: restore ## the gate: rules of the house, unit tests, every page from top to bottom

@@ -1,6 +1,6 @@
 "The benchmark: its reference does what it says, its clock and its accounting count what they should."
 import numpy as np, pandas as pd, pytest, torch
-bench = pytest.importorskip('resalign.bench')
+from resalign import bench, sd14
 
 def quadratic():
     H = torch.diag(torch.tensor([.4, -.2, .1], dtype=torch.float64)); p = torch.zeros(3, dtype=torch.float64, requires_grad=True)
@@ -29,9 +29,13 @@ def test_ratios_are_taken_within_a_repeat():
 
 def test_flops_and_peak_of_a_matrix_product():
     m = torch.nn.Linear(64, 32, bias=False)
-    got = bench.counted(lambda: m(torch.zeros(16, 64)), m)
+    got = sd14.counted(lambda: m(torch.zeros(16, 64)), m)
     assert got['tflop']*1e12 == 2*16*64*32 and got['gb']*1e9 >= 4*64*32
 
 def test_peak_counts_what_is_held_at_once():
-    small, large = bench.peak(lambda: torch.zeros(1000)), bench.peak(lambda: [torch.zeros(1000) for _ in range(8)])
+    small, large = sd14.peak(lambda: torch.zeros(1000)), sd14.peak(lambda: [torch.zeros(1000) for _ in range(8)])
     assert large >= 8*4000 and small < large
+
+def test_bench_gpu_says_what_is_missing():
+    if torch.cuda.is_available(): pytest.skip('there is a GPU')
+    with pytest.raises(sd14.UserError, match='no CUDA device'): sd14.bench_gpu()
