@@ -6,10 +6,10 @@
 __all__ = ['SOLVES', 'PUBLISHED', 'OURS', 'DEFAULT', 'Problem', 'make_problem', 'fresh', 'FreshLoss', 'published_solve',
            'published_step', 'Ours', 'At', 'unsafe_sample', 'unrolled_gradient', 'implicit_gradient',
            'torchopt_gradient', 'timed', 'median_ci', 'ratio', 'solve_errors', 'agreement', 'krylov_basis',
-           'relative_error', 'same_solve', 'moreau_errors', 'TwoUNets', 'explicitly', 'checkpointed', 'savings',
+           'relative_error', 'same_solve', 'moreau_errors', 'Unbanked', 'explicitly', 'checkpointed', 'savings',
            'embedded_problem', 'moreau_stage', 'bench_stage']
 
-# %% ../nbs/96_bench.ipynb #8c370445
+# %% ../nbs/96_bench.ipynb #61654ed7
 import copy, platform, time
 from dataclasses import dataclass
 from functools import partial
@@ -24,10 +24,10 @@ from .hypergrad import MoreauOperator, double_backward_attention, flat, hypergra
 from .losses import Denoiser, Harmful, Retain
 from .meta import ResAlignConfig, direct_gradient, lora_map, pull_back, resilience_gradient
 from .pipelines import load_pipeline
-from .sd14 import RECIPES, SD14_OURS, accounting, peak, totals
+from .sd14 import RECIPES, SAVINGS, SD14_OURS, accounting, peak, totals
 from .stages import at_root
 
-# %% ../nbs/96_bench.ipynb #ce3dea3e
+# %% ../nbs/96_bench.ipynb #dde510a8
 @dataclass
 class Problem:
     "What one outer step works on"
@@ -48,7 +48,7 @@ def make_problem(pipe, pictures:dict, config:ResAlignConfig, configs:list) -> Pr
     original, banks = copy.deepcopy(pipe.unet), {k: encode(pipe, *v) for k, v in pictures.items()}
     return Problem(pipe, original, pictures, banks, add_lora(pipe.unet, 'unlearn', config.rank, config.seed, config.up_std, config.down_std), config, configs)
 
-# %% ../nbs/96_bench.ipynb #3ed82b5b
+# %% ../nbs/96_bench.ipynb #1cbe14ea
 def fresh(problem, folder:str, n:int, gen) -> Sample:
     "Pictures and captions through VAE and text encoder, as if for the first time"
     images, captions = problem.pictures[folder]
@@ -62,7 +62,7 @@ class FreshLoss(FinetuneLoss):
         super().__init__(problem.model, folder, ft, ('bench', j), prior='retain')
     def draw(self, folder, step, what): return fresh(self.problem, folder, self.config.batch, generator(self.config.seed, *self.names, what, step))
 
-# %% ../nbs/96_bench.ipynb #1304172c
+# %% ../nbs/96_bench.ipynb #d2c1c4b2
 def published_solve(frozen, g, params, gamma=1., products=5) -> list:
     "x ← g − γHx from x = 0, through one retained graph"
     grads, x = torch.autograd.grad(frozen(), params, create_graph=True, materialize_grads=True), [torch.zeros_like(p) for p in params]
@@ -86,7 +86,7 @@ def published_step(problem) -> list: # gradients over θ
         total = [a + (b + config.beta*c)/len(problem.configs) for a, b, c in zip(total, d, x)]
     return total
 
-# %% ../nbs/96_bench.ipynb #746b73f8
+# %% ../nbs/96_bench.ipynb #f9ccaf86
 class Ours:
     "One outer step of ours"
     def __init__(self, problem, loss_of=None, **changes):
@@ -106,7 +106,7 @@ class Ours:
             total = [a + config.beta/len(p.configs)*b for a, b in zip(total, x)]
         return total
 
-# %% ../nbs/96_bench.ipynb #6cda1421
+# %% ../nbs/96_bench.ipynb #0052c352
 class At(Denoiser):
     "The denoiser as a function of the adapter: its UNet is called at parameters that are handed over"
     def __init__(self, problem):
@@ -126,15 +126,16 @@ def unrolled_gradient(problem, j:int, lr:float, steps:int) -> tuple: # gradients
     x, end, _ = unrolled(inner_step, problem.params, steps, lambda theta: model.value(lambda: -model.loss(s), theta))
     return x, end
 
-def implicit_gradient(problem, j:int, end:list, gamma:float, **options) -> tuple: # gradients, SolveReport
+def implicit_gradient(problem, j:int, end:list, gamma:float, samples=None, **options) -> tuple: # gradients, SolveReport
     "The same from θ* alone: (I + γH)⁻¹∇(−L_unsafe(θ*))"
     loss, s, start = problem.loss(j), unsafe_sample(problem, j), [p.detach().clone() for p in problem.params]
     for p, e in zip(problem.params, end): p.data.copy_(e)
-    try: return hypergradient(lambda: -problem.model.loss(s), loss.frozen(loss.config.steps), problem.params, gamma, check=False, bound=np.inf, **options)[:2]
+    frozen = [loss.frozen(t) for t in samples or [loss.config.steps]] # of which steps' samples H is the mean
+    try: return hypergradient(lambda: -problem.model.loss(s), lambda: sum(f() for f in frozen)/len(frozen), problem.params, gamma, check=False, bound=np.inf, **options)[:2]
     finally:
         for p, a in zip(problem.params, start): p.data.copy_(a)
 
-# %% ../nbs/96_bench.ipynb #d47eac30
+# %% ../nbs/96_bench.ipynb #99cac5a5
 def torchopt_gradient(problem, j:int, end:list, gamma:float, iterations:int) -> list: # gradients over θ
     "TorchOpt's answer to `implicit_gradient`"
     import torchopt
@@ -151,7 +152,7 @@ def torchopt_gradient(problem, j:int, end:list, gamma:float, iterations:int) -> 
         phi = fine_tuned(tuple(e.detach().clone() for e in end), theta)
         return list(torch.autograd.grad(model.value(lambda: -model.loss(s), phi), theta))
 
-# %% ../nbs/96_bench.ipynb #bd68e23d
+# %% ../nbs/96_bench.ipynb #df3ac2e0
 def timed(candidates:dict, # name -> function without arguments
           repeats:int) -> pd.DataFrame: # name, repeat, seconds
     "Every candidate in turn, `repeats` times, after one round that doesn't count"
@@ -173,7 +174,7 @@ def ratio(times, f, *names) -> tuple: # median, low, high, n
     t = times.pivot(index='repeat', columns='name', values='seconds')
     return median_ci(f(*(t[n] for n in names)))
 
-# %% ../nbs/96_bench.ipynb #cde67014
+# %% ../nbs/96_bench.ipynb #a3994c5f
 SOLVES = { # name: options of `solve`, with the product; None: as published
     'published (x = 0, K = 5, γ = 1)': None,
     'identity':                   dict(method='identity'),
@@ -225,7 +226,7 @@ def relative_error(x, g, gamma, V, T) -> float:
     best = flat(g).norm()*(y.to(V) @ V[:len(y)])
     return ((flat(x) - best).norm()/best.norm()).item()
 
-# %% ../nbs/96_bench.ipynb #e962bff6
+# %% ../nbs/96_bench.ipynb #8e065ddc
 def same_solve(problem, j:int, repeats:int) -> tuple: # times; by name: error, peak in bytes
     "Fine-tuning `j` (LoRA, SGD) and its hypergradient: ours, unrolled, TorchOpt"
     ft, gamma = problem.configs[j][1], 1.
@@ -240,27 +241,35 @@ def same_solve(problem, j:int, repeats:int) -> tuple: # times; by name: error, p
     solvers = {k: f for k, f in runs.items() if k != 'inner'}
     return timed(runs, repeats), {k: agreement(f(), best)['error'] for k, f in solvers.items()}, {k: peak(f, problem.pipe.unet) for k, f in solvers.items()}
 
-# %% ../nbs/96_bench.ipynb #98d97dd2
+# %% ../nbs/96_bench.ipynb #fe641eef
 def moreau_errors(problem, j:int, lrs, steps) -> list: # rows: lr, steps, model, gamma_used, cosine, error, ...
-    "Three implicit hypergradients of fine-tuning `j` against the unrolled one, over learning rate and steps"
+    "Four implicit hypergradients of fine-tuning `j` against the unrolled one, over learning rate and steps"
     rows = []
     for lr, T in product(lrs, steps):
         exact, end = unrolled_gradient(problem, j, lr, T)
         moved = (flat(end) - flat(problem.params)).norm().item()
-        for name, gamma in (('first order', 0.), ('published, γ = 1', 1.), ('matched, γ = lr·T', lr*T)):
+        for name, gamma, samples in (('first order', 0., None), ('published, γ = 1', 1., None), ('matched, γ = lr·T', lr*T, None), ('matched, all samples', lr*T, range(T))):
             options = dict(method='identity') if name == 'first order' else dict(method='cg', max_products=30, tol=1e-4)
-            x, report = implicit_gradient(problem, j, end, gamma, **options)
+            x, report = implicit_gradient(problem, j, end, gamma, samples, **options)
             rows.append(dict(config=j, lr=lr, steps=T, model=name, gamma_asked=gamma, gamma_used=report.gamma_used, moved=moved, h_norm=report.h_norm,
                              lambda_min=report.lambda_min, residual=report.residual, **agreement(x, exact)))
     return rows
 
-# %% ../nbs/96_bench.ipynb #94f34686
-class TwoUNets(Retain):
-    "R(θ) with targets that a second UNet computes when they are needed"
-    def __init__(self, banked:Retain, problem): self.s, self.model, self.original = banked.s, problem.model, problem.original
+# %% ../nbs/96_bench.ipynb #588cb919
+class Unbanked(Retain):
+    "R(θ) with targets computed when they are needed: by a second UNet, or with the adapter switched off"
+    def __init__(self, banked:Retain, problem, second): self.s, self.problem, self.second = banked.s, problem, second
+    def answers_to(self, s):
+        p = self.problem
+        if self.second: return p.original(p.model.noiser.add_noise(s.z, s.noise, s.t), s.t, s.text).sample
+        p.pipe.unet.disable_adapters()
+        try: return p.model.predict(s)
+        finally:
+            p.pipe.unet.enable_adapters()
+            for q in p.params: q.requires_grad_(True)
     def __call__(self, model, n, gen):
         s = self.s[torch.randint(len(self.s.t), (n,), generator=gen)]
-        with torch.no_grad(): answers = self.original(model.noiser.add_noise(s.z, s.noise, s.t), s.t, s.text).sample
+        with torch.no_grad(): answers = self.answers_to(s)
         return (model.predict(s) - answers).square().mean()
 
 def explicitly(f):
@@ -278,11 +287,13 @@ def checkpointed(problem, f):
     return g
 
 def savings(problem, ours) -> dict: # name -> function without arguments
-    two = Ours(problem, **DEFAULT); two.retain = TwoUNets(two.retain, problem)
-    return {'without cached latents and embeddings': Ours(problem, partial(FreshLoss, problem), **DEFAULT), 'without banked retain targets': two,
-            'without fused attention': explicitly(ours), 'with gradient checkpointing': checkpointed(problem, ours)}
+    "Our outer step with one thing changed"
+    off, two = Ours(problem, **DEFAULT), Ours(problem, **DEFAULT)
+    off.retain, two.retain = Unbanked(off.retain, problem, second=False), Unbanked(two.retain, problem, second=True)
+    return {'latents and embeddings not cached': Ours(problem, partial(FreshLoss, problem), **DEFAULT), 'retain targets not banked, adapter off': off,
+            'retain targets not banked, second UNet': two, 'explicit attention': explicitly(ours), 'with gradient checkpointing': checkpointed(problem, ours)}
 
-# %% ../nbs/96_bench.ipynb #c1cc9f5b
+# %% ../nbs/96_bench.ipynb #37171dd2
 PUBLISHED, OURS = 'published (x = 0, K = 5, γ = 1)', 'cg, exact, tol .03'
 DEFAULT = dict(solver='cg', product='exact', products=4, tol=.03) # of `ResAlignConfig`
 
@@ -324,7 +335,7 @@ def bench_stage(smoke=True) -> dict: # name -> DataFrame: bench, times, solves, 
     row('hypergradient_overhead_share_forward_fd', 'share', *ratio(t, lambda a, b: 1 - b/a, 'ours_forward_fd', 'first_order'))
     for k in more: row(f'time_{k}', 'ratio to ours', *ratio(t, lambda a, b: a/b, k, 'ours'))
     kept = [problem.pipe.unet, problem.pipe.vae, problem.pipe.text_encoder]
-    for k, f in (steps if smoke else steps | more).items(): row(f'peak_{k}', 'MB', peak(f, *kept, *[problem.original]*(k in ('published', 'without banked retain targets')))/1e6)
+    for k, f in (steps if smoke else steps | more).items(): row(f'peak_{k}', 'MB', peak(f, *kept, *[problem.original]*(k == 'published' or 'second' in k))/1e6)
 
     solves = solve_errors(problem, {k: SOLVES[k] for k in (PUBLISHED, OURS)} if smoke else SOLVES, repeats, 8 if smoke else 40)
     errors = solves.dropna(subset='error').pivot_table(index='algorithm', columns='name', values='error', dropna=False)
@@ -342,7 +353,7 @@ def bench_stage(smoke=True) -> dict: # name -> DataFrame: bench, times, solves, 
         row('torchopt_relative_error', 'ratio', errors2['torchopt'])
     row('cg_relative_error', 'ratio', errors2['ours'])
 
-    counts = accounting({k: RECIPES[k] for k in ('published', SD14_OURS)} if smoke else RECIPES, reduced=smoke)
+    counts = accounting({k: RECIPES[k] for k in ('published', SD14_OURS)} if smoke else RECIPES | SAVINGS, reduced=smoke)
     total = totals(counts, 'tflop')
     fake = 'accounting on fake tensors, SD v1.4 layout'
     for k, c in total.iterrows():
