@@ -9,7 +9,7 @@ __all__ = ['SOLVES', 'PUBLISHED', 'OURS', 'DEFAULT', 'Problem', 'make_problem', 
            'relative_error', 'same_solve', 'moreau_errors', 'Unbanked', 'explicitly', 'checkpointed', 'savings',
            'embedded_problem', 'moreau_stage', 'bench_stage']
 
-# %% ../nbs/96_bench.ipynb #61654ed7
+# %% ../nbs/96_bench.ipynb #ab9cb08d
 import copy, platform, time
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,7 @@ from .pipelines import load_pipeline
 from .sd14 import RECIPES, SAVINGS, SD14_OURS, accounting, peak, totals
 from .stages import at_root
 
-# %% ../nbs/96_bench.ipynb #dde510a8
+# %% ../nbs/96_bench.ipynb #2461e186
 @dataclass
 class Problem:
     "What one outer step works on"
@@ -48,7 +48,7 @@ def make_problem(pipe, pictures:dict, config:ResAlignConfig, configs:list) -> Pr
     original, banks = copy.deepcopy(pipe.unet), {k: encode(pipe, *v) for k, v in pictures.items()}
     return Problem(pipe, original, pictures, banks, add_lora(pipe.unet, 'unlearn', config.rank, config.seed, config.up_std, config.down_std), config, configs)
 
-# %% ../nbs/96_bench.ipynb #1cbe14ea
+# %% ../nbs/96_bench.ipynb #fbda0bf2
 def fresh(problem, folder:str, n:int, gen) -> Sample:
     "Pictures and captions through VAE and text encoder, as if for the first time"
     images, captions = problem.pictures[folder]
@@ -62,7 +62,7 @@ class FreshLoss(FinetuneLoss):
         super().__init__(problem.model, folder, ft, ('bench', j), prior='retain')
     def draw(self, folder, step, what): return fresh(self.problem, folder, self.config.batch, generator(self.config.seed, *self.names, what, step))
 
-# %% ../nbs/96_bench.ipynb #d2c1c4b2
+# %% ../nbs/96_bench.ipynb #b151ebe9
 def published_solve(frozen, g, params, gamma=1., products=5) -> list:
     "x ← g − γHx from x = 0, through one retained graph"
     grads, x = torch.autograd.grad(frozen(), params, create_graph=True, materialize_grads=True), [torch.zeros_like(p) for p in params]
@@ -86,7 +86,7 @@ def published_step(problem) -> list: # gradients over θ
         total = [a + (b + config.beta*c)/len(problem.configs) for a, b, c in zip(total, d, x)]
     return total
 
-# %% ../nbs/96_bench.ipynb #f9ccaf86
+# %% ../nbs/96_bench.ipynb #52d58cab
 class Ours:
     "One outer step of ours"
     def __init__(self, problem, loss_of=None, **changes):
@@ -106,7 +106,7 @@ class Ours:
             total = [a + config.beta/len(p.configs)*b for a, b in zip(total, x)]
         return total
 
-# %% ../nbs/96_bench.ipynb #0052c352
+# %% ../nbs/96_bench.ipynb #4727b311
 class At(Denoiser):
     "The denoiser as a function of the adapter: its UNet is called at parameters that are handed over"
     def __init__(self, problem):
@@ -135,7 +135,7 @@ def implicit_gradient(problem, j:int, end:list, gamma:float, samples=None, **opt
     finally:
         for p, a in zip(problem.params, start): p.data.copy_(a)
 
-# %% ../nbs/96_bench.ipynb #99cac5a5
+# %% ../nbs/96_bench.ipynb #f87a7b30
 def torchopt_gradient(problem, j:int, end:list, gamma:float, iterations:int) -> list: # gradients over θ
     "TorchOpt's answer to `implicit_gradient`"
     import torchopt
@@ -152,7 +152,7 @@ def torchopt_gradient(problem, j:int, end:list, gamma:float, iterations:int) -> 
         phi = fine_tuned(tuple(e.detach().clone() for e in end), theta)
         return list(torch.autograd.grad(model.value(lambda: -model.loss(s), phi), theta))
 
-# %% ../nbs/96_bench.ipynb #df3ac2e0
+# %% ../nbs/96_bench.ipynb #95b167ea
 def timed(candidates:dict, # name -> function without arguments
           repeats:int) -> pd.DataFrame: # name, repeat, seconds
     "Every candidate in turn, `repeats` times, after one round that doesn't count"
@@ -174,7 +174,7 @@ def ratio(times, f, *names) -> tuple: # median, low, high, n
     t = times.pivot(index='repeat', columns='name', values='seconds')
     return median_ci(f(*(t[n] for n in names)))
 
-# %% ../nbs/96_bench.ipynb #a3994c5f
+# %% ../nbs/96_bench.ipynb #4dd07496
 SOLVES = { # name: options of `solve`, with the product; None: as published
     'published (x = 0, K = 5, γ = 1)': None,
     'identity':                   dict(method='identity'),
@@ -226,7 +226,7 @@ def relative_error(x, g, gamma, V, T) -> float:
     best = flat(g).norm()*(y.to(V) @ V[:len(y)])
     return ((flat(x) - best).norm()/best.norm()).item()
 
-# %% ../nbs/96_bench.ipynb #8e065ddc
+# %% ../nbs/96_bench.ipynb #78986110
 def same_solve(problem, j:int, repeats:int) -> tuple: # times; by name: error, peak in bytes
     "Fine-tuning `j` (LoRA, SGD) and its hypergradient: ours, unrolled, TorchOpt"
     ft, gamma = problem.configs[j][1], 1.
@@ -241,7 +241,7 @@ def same_solve(problem, j:int, repeats:int) -> tuple: # times; by name: error, p
     solvers = {k: f for k, f in runs.items() if k != 'inner'}
     return timed(runs, repeats), {k: agreement(f(), best)['error'] for k, f in solvers.items()}, {k: peak(f, problem.pipe.unet) for k, f in solvers.items()}
 
-# %% ../nbs/96_bench.ipynb #fe641eef
+# %% ../nbs/96_bench.ipynb #e6a18560
 def moreau_errors(problem, j:int, lrs, steps) -> list: # rows: lr, steps, model, gamma_used, cosine, error, ...
     "Four implicit hypergradients of fine-tuning `j` against the unrolled one, over learning rate and steps"
     rows = []
@@ -255,7 +255,7 @@ def moreau_errors(problem, j:int, lrs, steps) -> list: # rows: lr, steps, model,
                              lambda_min=report.lambda_min, residual=report.residual, **agreement(x, exact)))
     return rows
 
-# %% ../nbs/96_bench.ipynb #588cb919
+# %% ../nbs/96_bench.ipynb #a2f4230a
 class Unbanked(Retain):
     "R(θ) with targets computed when they are needed: by a second UNet, or with the adapter switched off"
     def __init__(self, banked:Retain, problem, second): self.s, self.problem, self.second = banked.s, problem, second
@@ -293,7 +293,7 @@ def savings(problem, ours) -> dict: # name -> function without arguments
     return {'latents and embeddings not cached': Ours(problem, partial(FreshLoss, problem), **DEFAULT), 'retain targets not banked, adapter off': off,
             'retain targets not banked, second UNet': two, 'explicit attention': explicitly(ours), 'with gradient checkpointing': checkpointed(problem, ours)}
 
-# %% ../nbs/96_bench.ipynb #37171dd2
+# %% ../nbs/96_bench.ipynb #df0a643f
 PUBLISHED, OURS = 'published (x = 0, K = 5, γ = 1)', 'cg, exact, tol .03'
 DEFAULT = dict(solver='cg', product='exact', products=4, tol=.03) # of `ResAlignConfig`
 
@@ -314,7 +314,7 @@ def moreau_stage(smoke=True) -> pd.DataFrame:
     ft = FinetuneConfig(algorithm='lora', optimizer='sgd', steps=max(grid['steps']), batch=problem.config.pool.batch, lr=grid['lr'][0])
     problem.configs = [(f, ft.model_copy(update=dict(seed=k))) for k in range(grid['samples']) for f in ('pool-things', 'pool-subjects')]
     rows = pd.DataFrame([r for j in progress(range(len(problem.configs)), desc='moreau') for r in moreau_errors(problem, j, grid['lr'], grid['steps'])])
-    if not smoke: rows.round(6).to_csv('results/moreau.csv', index=False)
+    if not smoke: rows.to_csv('results/moreau.csv', index=False, float_format='%.4g')
     return rows
 
 @at_root
@@ -365,6 +365,5 @@ def bench_stage(smoke=True) -> dict: # name -> DataFrame: bench, times, solves, 
 
     tables = dict(bench=pd.DataFrame(out), times=t, solves=solves, pieces=counts)
     if not smoke:
-        tables['bench'].round(4).to_csv('results/bench.csv', index=False)
-        tables['solves'].round(5).to_csv('results/bench_solves.csv', index=False); tables['pieces'].round(3).to_csv('results/bench_pieces.csv', index=False)
+        for name, file in dict(bench='bench', solves='bench_solves', pieces='bench_pieces').items(): tables[name].to_csv(f'results/{file}.csv', index=False, float_format='%.4g')
     return tables
