@@ -76,20 +76,21 @@ def sd14(dtype, reduced=False, device='cpu') -> SimpleNamespace:
                 if w is not None: module._parameters[name] = torch.nn.Parameter(.02*torch.randn(w.shape, dtype=dtype, device=device), requires_grad=w.requires_grad)
             for name, w in module._buffers.items():
                 if w is not None: module._buffers[name] = torch.zeros(w.shape, dtype=dtype if w.is_floating_point() else w.dtype, device=device)
-    return SimpleNamespace(unet=unet, vae=vae, text=text, params=list(adapter_params(unet, 'unlearn').values()), dtype=dtype, device=device)
+    return SimpleNamespace(unet=unet, vae=vae, text=text, params=list(adapter_params(unet, 'unlearn').values()), dtype=dtype, device=device, size=16 if reduced else 64)
 
 # %% ../nbs/93_sd14.ipynb #a40cc11d
 def pieces(m, attention=nullcontext) -> dict: # name -> function without arguments; equal work is the same function
     "The parts of an outer step, one call each"
     r = lambda *s: torch.randn(*s, dtype=m.dtype, device=m.device)
-    sample = lambda b: (r(b, 4, 64, 64), torch.zeros(b, dtype=torch.long, device=m.device), r(b, 77, 768))
+    n = m.size # of the latents
+    sample = lambda b: (r(b, 4, n, n), torch.zeros(b, dtype=torch.long, device=m.device), r(b, 77, 768))
     def loss(b):
         z, t, c = sample(b)
-        return (m.unet(z, t, c).sample - r(b, 4, 64, 64)).square().mean()
+        return (m.unet(z, t, c).sample - r(b, 4, n, n)).square().mean()
     def gradient(b, **kw):
         with attention(): return torch.autograd.grad(loss(b), m.params, **kw)
     def encode_one():
-        with torch.no_grad(): m.vae.encode(r(1, 3, 512, 512)); m.text(torch.zeros(1, 77, dtype=torch.long, device=m.device))
+        with torch.no_grad(): m.vae.encode(r(1, 3, 8*n, 8*n)); m.text(torch.zeros(1, 77, dtype=torch.long, device=m.device))
     def target():
         with torch.no_grad(): m.unet(*sample(1))
     def exact(products, start):
