@@ -7,7 +7,8 @@ __all__ = ['SOLVES', 'PUBLISHED', 'OURS', 'DEFAULT', 'Problem', 'make_problem', 
            'published_step', 'Ours', 'At', 'unsafe_sample', 'unrolled_gradient', 'implicit_gradient',
            'torchopt_gradient', 'timed', 'median_ci', 'ratio', 'solve_errors', 'agreement', 'krylov_basis',
            'relative_error', 'same_solve', 'moreau_errors', 'Unbanked', 'explicitly', 'checkpointed', 'savings',
-           'embedded_problem', 'moreau_stage', 'bench_stage']
+           'embedded_problem', 'moreau_stage', 'row', 'candidates', 'step_rows', 'solve_rows', 'same_rows', 'size_rows',
+           'bench_stage']
 
 # %% ../nbs/96_bench.ipynb #ab9cb08d
 import copy, platform, time
@@ -43,6 +44,7 @@ class Problem:
     def inner(self, ft): return list(self.params) if ft.algorithm == 'lora' else self.where['weights']
     def loss(self, j): folder, ft = self.configs[j]; return FinetuneLoss(self.model, self.banks[folder], ft, ('bench', j), self.banks['retain'])
 
+# %% ../nbs/96_bench.ipynb #9s5296
 def make_problem(pipe, pictures:dict, config:ResAlignConfig, configs:list) -> Problem:
     "θ is an adapter with the published non-zero start, on the pipeline's UNet"
     original, banks = copy.deepcopy(pipe.unet), {k: encode(pipe, *v) for k, v in pictures.items()}
@@ -55,6 +57,7 @@ def fresh(problem, folder:str, n:int, gen) -> Sample:
     index = torch.randperm(len(images), generator=gen)[:n]
     return draw_sample(encode(problem.pipe, images[index.numpy()], [captions[i] for i in index]), n, gen, problem.model.timesteps)
 
+# %% ../nbs/96_bench.ipynb #9s619607
 class FreshLoss(FinetuneLoss):
     "L_FT that encodes its pictures anew at every step; its banks are names of folders"
     def __init__(self, problem, j):
@@ -69,6 +72,7 @@ def published_solve(frozen, g, params, gamma=1., products=5) -> list:
     for _ in range(products): x = [a - gamma*h for a, h in zip(g, pullback(grads, params, x))]
     return x
 
+# %% ../nbs/96_bench.ipynb #9s418249
 def published_step(problem) -> list: # gradients over θ
     "One outer step as published"
     model, config, total = problem.model, problem.config, [torch.zeros_like(p) for p in problem.params]
@@ -114,9 +118,11 @@ class At(Denoiser):
     def __call__(self, z_t, t, text): return functional_call(self.unet, dict(zip(self.names, self.theta)), (z_t, t, text)).sample
     def value(self, loss, theta): self.theta = theta; return loss()
 
+# %% ../nbs/96_bench.ipynb #9s106934
 def unsafe_sample(problem, j) -> Sample:
     return draw_sample(problem.banks['unsafe'], problem.config.unsafe_batch, generator(0, 'bench', j), problem.model.timesteps)
 
+# %% ../nbs/96_bench.ipynb #9s57469
 def unrolled_gradient(problem, j:int, lr:float, steps:int) -> tuple: # gradients over θ, θ*
     "d(−L_unsafe(θ*))/dθ through every step of a LoRA fine-tuning by gradient descent"
     model, loss, s = At(problem), problem.loss(j), unsafe_sample(problem, j); loss.model = model
@@ -126,6 +132,7 @@ def unrolled_gradient(problem, j:int, lr:float, steps:int) -> tuple: # gradients
     x, end, _ = unrolled(inner_step, problem.params, steps, lambda theta: model.value(lambda: -model.loss(s), theta))
     return x, end
 
+# %% ../nbs/96_bench.ipynb #9s158431
 def implicit_gradient(problem, j:int, end:list, gamma:float, samples=None, **options) -> tuple: # gradients, SolveReport
     "The same from θ* alone: (I + γH)⁻¹∇(−L_unsafe(θ*))"
     loss, s, start = problem.loss(j), unsafe_sample(problem, j), [p.detach().clone() for p in problem.params]
@@ -163,12 +170,14 @@ def timed(candidates:dict, # name -> function without arguments
             rows.append(dict(name=name, repeat=r, seconds=time.perf_counter() - start))
     return pd.DataFrame([r for r in rows if r['repeat'] >= 0])
 
+# %% ../nbs/96_bench.ipynb #9s507819
 def median_ci(values) -> tuple: # median, low, high (95%), n
     v = np.asarray(values, float)
     if len(v) < 2: return float(np.median(v)), float('nan'), float('nan'), len(v)
     ci = stats.bootstrap((v,), np.median, method='percentile', rng=np.random.default_rng(0)).confidence_interval
     return float(np.median(v)), float(ci.low), float(ci.high), len(v)
 
+# %% ../nbs/96_bench.ipynb #9s101271
 def ratio(times, f, *names) -> tuple: # median, low, high, n
     "`f` of the seconds of `names`, within each repeat"
     t = times.pivot(index='repeat', columns='name', values='seconds')
@@ -186,6 +195,7 @@ SOLVES = { # name: options of `solve`, with the product; None: as published
     'cg, forward FD, 2':          dict(method='cg', product='fd-forward', max_products=2, tol=None, clamp=.5),
     'minres, exact, 2':           dict(method='minres', product='exact', max_products=2, tol=None, clamp=.5)}
 
+# %% ../nbs/96_bench.ipynb #9s972963
 def solve_errors(problem, solves:dict=SOLVES, repeats=1, basis=40) -> pd.DataFrame: # config, algorithm, name, repeat, gamma, error, products, seconds
     "Each solve at the end of each simulated fine-tuning"
     rows, model = [], problem.model
@@ -209,16 +219,19 @@ def solve_errors(problem, solves:dict=SOLVES, repeats=1, basis=40) -> pd.DataFra
                     if r == 0: rows[-1]['error'] = relative_error(x, g, used, V, T)
     return pd.DataFrame(rows)
 
+# %% ../nbs/96_bench.ipynb #9s427036
 def agreement(x, y) -> dict: # of two hypergradients: cosine; relative error of x, y being the reference
     x, y = flat(x), flat(y)
     return dict(cosine=((x @ y)/(x.norm()*y.norm())).item(), error=((x - y).norm()/y.norm()).item())
 
+# %% ../nbs/96_bench.ipynb #9s452826
 def krylov_basis(frozen, inner, g, products=40) -> tuple: # V, T
     "One basis serves every γ"
     with MoreauOperator(frozen, inner, 0.) as op:
         *_, (V, T) = krylov(lambda x: flat(op.hvp(unflat(x, inner))), flat(g), products)
     return V, T
 
+# %% ../nbs/96_bench.ipynb #9s910270
 def relative_error(x, g, gamma, V, T) -> float:
     "‖x − x*‖/‖x*‖, x* converged at the same γ; NaN where the system has no solution to speak of"
     y, residual = projected(T, gamma, 'cg')
@@ -272,6 +285,7 @@ class Unbanked(Retain):
         with torch.no_grad(): answers = self.answers_to(s)
         return (model.predict(s) - answers).square().mean()
 
+# %% ../nbs/96_bench.ipynb #9s349728
 def explicitly(f):
     "`f` with explicit attention throughout"
     def g():
@@ -286,6 +300,7 @@ def checkpointed(problem, f):
         finally: problem.pipe.unet.disable_gradient_checkpointing()
     return g
 
+# %% ../nbs/96_bench.ipynb #9s829144
 def savings(problem, ours) -> dict: # name -> function without arguments
     "Our outer step with one thing changed"
     off, two = Ours(problem, **DEFAULT), Ours(problem, **DEFAULT)
@@ -293,10 +308,11 @@ def savings(problem, ours) -> dict: # name -> function without arguments
     return {'latents and embeddings not cached': Ours(problem, partial(FreshLoss, problem), **DEFAULT), 'retain targets not banked, adapter off': off,
             'retain targets not banked, second UNet': two, 'explicit attention': explicitly(ours), 'with gradient checkpointing': checkpointed(problem, ours)}
 
-# %% ../nbs/96_bench.ipynb #df0a643f
+# %% ../nbs/96_bench.ipynb #96b1
 PUBLISHED, OURS = 'published (x = 0, K = 5, γ = 1)', 'cg, exact, tol .03'
 DEFAULT = dict(solver='cg', product='exact', products=4, tol=.03) # of `ResAlignConfig`
 
+# %% ../nbs/96_bench.ipynb #96b2
 def embedded_problem(smoke=True) -> Problem:
     "One outer step of ResAlign on the embedded pipeline"
     config = make_config(ResAlignConfig, {} if smoke else params('unlearn.resalign'), 'params.yaml: unlearn.resalign')
@@ -306,6 +322,7 @@ def embedded_problem(smoke=True) -> Problem:
     pictures = {k: read_images(f'data/{k}', 64, 16 if smoke else 256) for k in ('unsafe', 'retain', *folders)}
     return make_problem(load_pipeline('outs/base'), pictures, config, configs)
 
+# %% ../nbs/96_bench.ipynb #96b3
 @at_root
 def moreau_stage(smoke=True) -> pd.DataFrame:
     "Where the Moreau model holds, on the embedded pipeline"
@@ -317,53 +334,69 @@ def moreau_stage(smoke=True) -> pd.DataFrame:
     if not smoke: rows.to_csv('results/moreau.csv', index=False, float_format='%.4g')
     return rows
 
-@at_root
-def bench_stage(smoke=True) -> dict: # name -> DataFrame: bench, times, solves, pieces
-    "Every measurement of this page; unless `smoke`, written to results"
-    problem, repeats, out = embedded_problem(smoke), 1 if smoke else 9, []
-    machine = f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
-    row = lambda name, unit, value, low=np.nan, high=np.nan, n=1, device=machine: out.append(dict(name=name, value=value, unit=unit, low=low, high=high, n=n, device=device))
-    every, problem.configs = problem.configs, problem.configs[:2]
+# %% ../nbs/96_bench.ipynb #96b5
+def row(name, unit, value, low=np.nan, high=np.nan, n=1, device=None) -> dict:
+    "A row of results/bench.csv; a measurement's device is this machine"
+    return dict(name=name, value=value, unit=unit, low=low, high=high, n=n, device=device or f'{platform.machine()} CPU, {torch.get_num_threads()} threads')
 
+# %% ../nbs/96_bench.ipynb #96b6
+def candidates(problem, smoke) -> tuple: # outer steps; ours with one change each
+    "Who is timed; the smoke setting leaves most changes out"
     ours = Ours(problem, **DEFAULT)
     steps = dict(published=partial(published_step, problem), ours=ours, ours_richardson=Ours(problem), ours_forward_fd=Ours(problem, **DEFAULT | dict(product='fd-forward')),
                  first_order=Ours(problem, solver='identity'))
-    more = dict(list(savings(problem, ours).items())[:2 if smoke else None]); t = timed(steps | more, repeats)
-    row('outer_step_speedup_vs_published', 'ratio', *ratio(t, lambda a, b: a/b, 'published', 'ours'))
-    for k in ('ours_richardson', 'ours_forward_fd', 'first_order'): row(f'{k}_speedup_vs_published', 'ratio', *ratio(t, lambda a, b: a/b, 'published', k))
-    row('hypergradient_overhead_share', 'share', *ratio(t, lambda a, b: 1 - b/a, 'ours', 'first_order'))
-    row('hypergradient_overhead_share_forward_fd', 'share', *ratio(t, lambda a, b: 1 - b/a, 'ours_forward_fd', 'first_order'))
-    for k in more: row(f'time_{k}', 'ratio to ours', *ratio(t, lambda a, b: a/b, k, 'ours'))
-    kept = [problem.pipe.unet, problem.pipe.vae, problem.pipe.text_encoder]
-    for k, f in (dict(ours=ours) if smoke else steps | more).items(): row(f'peak_{k}', 'MB', peak(f, *kept, *[problem.original]*(k == 'published' or 'second' in k))/1e6)
+    return steps, dict(list(savings(problem, ours).items())[:2 if smoke else None])
 
+# %% ../nbs/96_bench.ipynb #96b7
+def step_rows(problem, repeats, smoke) -> tuple: # rows, times
+    "Time and memory of an outer step"
+    steps, more = candidates(problem, smoke)
+    t = timed(steps | more, repeats); out = [row('outer_step_speedup_vs_published', 'ratio', *ratio(t, lambda a, b: a/b, 'published', 'ours'))]
+    out += [row(f'{k}_speedup_vs_published', 'ratio', *ratio(t, lambda a, b: a/b, 'published', k)) for k in ('ours_richardson', 'ours_forward_fd', 'first_order')]
+    out += [row(f'hypergradient_overhead_share{end}', 'share', *ratio(t, lambda a, b: 1 - b/a, f'ours{end}', 'first_order')) for end in ('', '_forward_fd')]
+    out += [row(f'time_{k}', 'ratio to ours', *ratio(t, lambda a, b: a/b, k, 'ours')) for k in more]
+    kept = [problem.pipe.unet, problem.pipe.vae, problem.pipe.text_encoder]
+    second = lambda k: [problem.original]*(k == 'published' or 'second' in k)
+    return out + [row(f'peak_{k}', 'MB', peak(f, *kept, *second(k))/1e6) for k, f in (dict(ours=steps['ours']) if smoke else steps | more).items()], t
+
+# %% ../nbs/96_bench.ipynb #96b8
+def solve_rows(problem, repeats, smoke) -> tuple: # rows, solves
+    "Error of the solves, LoRA and full"
     solves = solve_errors(problem, {k: SOLVES[k] for k in (PUBLISHED, OURS)} if smoke else SOLVES, repeats, 8 if smoke else 40)
     errors = solves.dropna(subset='error').pivot_table(index='algorithm', columns='name', values='error', dropna=False)
-    for a in ('lora', 'full'):
-        for name, s in (('published', PUBLISHED), ('hypergradient', OURS)): row(f'{name}_relative_error_{a}', 'ratio', errors.loc[a].get(s, np.nan))
-    row('hypergradient_relative_error', 'ratio', errors[OURS].max())
+    out = [row(f'{name}_relative_error_{a}', 'ratio', errors.loc[a].get(s, np.nan)) for a in ('lora', 'full') for name, s in (('published', PUBLISHED), ('hypergradient', OURS))]
+    return out + [row('hypergradient_relative_error', 'ratio', errors[OURS].max())], solves
 
+# %% ../nbs/96_bench.ipynb #96b9
+def same_rows(problem, repeats) -> list:
+    "Against unrolling and TorchOpt"
+    t, errors, peaks = same_solve(problem, 2, repeats)
+    out = [row('speedup_vs_unrolled', 'ratio', *ratio(t, lambda a, b, c: a/(b + c), 'unrolled', 'inner', 'ours')), row('unrolled_difference', 'ratio', errors['unrolled'])]
+    out += [row(f'peak_same_solve_{k}', 'MB', v/1e6) for k, v in peaks.items()]
+    if 'torchopt' in errors:
+        out += [row('solve_speedup_vs_torchopt', 'ratio', *ratio(t, lambda a, b: a/b, 'torchopt', 'ours')), row('torchopt_relative_error', 'ratio', errors['torchopt'])]
+    return out + [row('cg_relative_error', 'ratio', errors['ours'])]
+
+# %% ../nbs/96_bench.ipynb #96ba
+def size_rows(smoke) -> tuple: # rows, pieces
+    "At the size of SD v1.4, counted"
+    counts, device = accounting({k: RECIPES[k] for k in ('published', SD14_OURS)} if smoke else RECIPES | SAVINGS, reduced=smoke), 'accounting on fake tensors, SD v1.4 layout'
+    total, own = totals(counts, 'tflop'), counts[counts.recipe == SD14_OURS].set_index('piece')
+    out = [r for k, c in total.iterrows() for r in (row(f'sd14_tflop {k}', 'TFLOP', c.tflop, device=device), row(f'sd14_gb {k}', 'GB', c.gb, device=device))]
+    solve_share = own.tflop['forward']*own.times['forward']/total.tflop[SD14_OURS]
+    return out + [row('sd14_peak_gb', 'GB', total.gb[SD14_OURS], device=device), row('sd14_flop_ratio_published', 'ratio', total.tflop['published']/total.tflop[SD14_OURS], device=device),
+                  row('sd14_hypergradient_overhead_share', 'share', solve_share, device=device)], counts
+
+# %% ../nbs/96_bench.ipynb #96bb
+@at_root
+def bench_stage(smoke=True) -> dict: # name -> DataFrame: bench, times, solves, pieces
+    "Every measurement of this page; unless `smoke`, written to results"
+    problem, repeats = embedded_problem(smoke), 1 if smoke else 9
+    every, problem.configs = problem.configs, problem.configs[:2]
+    (steps, t), (solves, s) = step_rows(problem, repeats, smoke), solve_rows(problem, repeats, smoke)
     problem.configs = every
-    t2, errors2, peaks2 = same_solve(problem, 2, repeats)
-    row('speedup_vs_unrolled', 'ratio', *ratio(t2, lambda a, b, c: a/(b + c), 'unrolled', 'inner', 'ours'))
-    row('unrolled_difference', 'ratio', errors2['unrolled'])
-    for k, v in peaks2.items(): row(f'peak_same_solve_{k}', 'MB', v/1e6)
-    if 'torchopt' in errors2:
-        row('solve_speedup_vs_torchopt', 'ratio', *ratio(t2, lambda a, b: a/b, 'torchopt', 'ours'))
-        row('torchopt_relative_error', 'ratio', errors2['torchopt'])
-    row('cg_relative_error', 'ratio', errors2['ours'])
-
-    counts = accounting({k: RECIPES[k] for k in ('published', SD14_OURS)} if smoke else RECIPES | SAVINGS, reduced=smoke)
-    total = totals(counts, 'tflop')
-    fake = 'accounting on fake tensors, SD v1.4 layout'
-    for k, c in total.iterrows():
-        row(f'sd14_tflop {k}', 'TFLOP', c.tflop, device=fake); row(f'sd14_gb {k}', 'GB', c.gb, device=fake)
-    row('sd14_peak_gb', 'GB', total.gb[SD14_OURS], device=fake)
-    row('sd14_flop_ratio_published', 'ratio', total.tflop['published']/total.tflop[SD14_OURS], device=fake)
-    own = counts[counts.recipe == SD14_OURS].set_index('piece')
-    row('sd14_hypergradient_overhead_share', 'share', own.tflop['forward']*own.times['forward']/total.tflop[SD14_OURS], device=fake)
-
-    tables = dict(bench=pd.DataFrame(out), times=t, solves=solves, pieces=counts)
+    same, (size, counts) = same_rows(problem, repeats), size_rows(smoke)
+    tables = dict(bench=pd.DataFrame([*steps, *solves, *same, *size]), times=t, solves=s, pieces=counts)
     if not smoke:
         for name, file in dict(bench='bench', solves='bench_solves', pieces='bench_pieces').items(): tables[name].to_csv(f'results/{file}.csv', index=False, float_format='%.4g')
     return tables

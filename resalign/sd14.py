@@ -38,6 +38,7 @@ class Peak(TorchDispatchMode):
         tree_map_only(torch.Tensor, self.add, out)
         return out
 
+# %% ../nbs/93_sd14.ipynb #9s792865
 def peak(f, *modules) -> int: # bytes
     "The most memory that tensors held while `f` ran, weights of `modules` included"
     with Peak(*modules) as seen: f()
@@ -113,16 +114,21 @@ class Recipe:
     unets:int = 1              # kept in memory
     checkpointing:bool = False
 
+# %% ../nbs/93_sd14.ipynb #9s806288
 INNER, J = 15, 3 # steps of a simulated fine-tuning (the middle of the published 5 to 30), and simulated fine-tunings of an outer step
 _direct = dict(harm=1 + 1/J, retain=1/J)      # ours computes the losses at θ once per outer step, not once per fine-tuning
 _forward = dict(inner=INNER, forward=3, **_direct)
 SD14_OURS = 'ours, bf16, forward FD'
 _ours = Recipe(torch.bfloat16, _forward)
+
+# %% ../nbs/93_sd14.ipynb #9s3179
 RECIPES = {
     'published': Recipe(torch.float32, dict(encode=INNER + 6, inner=INNER, harm=1, exact5=1, target=1, outer=1), double_backward_attention, 2),
     'ours, float32, exact': Recipe(torch.float32, dict(inner=INNER, exact4=1, **_direct)),
     'ours, float32, forward FD': Recipe(torch.float32, _forward),
     SD14_OURS: _ours}
+
+# %% ../nbs/93_sd14.ipynb #9s235315
 SAVINGS = {
     'latents and embeddings not cached': replace(_ours, parts=_forward | dict(encode=INNER + 6)),
     'retain targets not banked, adapter off': replace(_ours, parts=_forward | dict(target=1)),
@@ -133,12 +139,14 @@ SAVINGS = {
 # %% ../nbs/93_sd14.ipynb #c99f6bb6
 def weight_gb(*modules): return sum(p.numel()*p.element_size() for m in modules for p in m.parameters())/1e9
 
+# %% ../nbs/93_sd14.ipynb #9s120552
 def made(recipe:Recipe, reduced, device='cpu') -> tuple: # the model, its pieces
     "What a recipe is run on"
     m = sd14(recipe.dtype, reduced, device)
     if recipe.checkpointing: m.unet.enable_gradient_checkpointing()
     return m, pieces(m, recipe.attention)
 
+# %% ../nbs/93_sd14.ipynb #9s348461
 def accounting(recipes:dict=RECIPES, reduced=False) -> pd.DataFrame: # recipe, piece, times, tflop, gb
     "FLOPs and peak of every piece of every recipe, on fake tensors"
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -154,6 +162,7 @@ def accounting(recipes:dict=RECIPES, reduced=False) -> pd.DataFrame: # recipe, p
                 rows.append(dict(recipe=name, piece=piece, times=times, tflop=seen[f]['tflop'], gb=seen[f]['gb'] + more))
     return pd.DataFrame(rows)
 
+# %% ../nbs/93_sd14.ipynb #9s348083
 def totals(rows, what:str) -> pd.DataFrame: # by recipe: `what`, summed over its pieces as often as they run; gb, the largest
     "One simulated fine-tuning, with its share of the outer step"
     return rows.assign(all=rows[what]*rows.times).groupby('recipe', sort=False).agg(**{what: ('all', 'sum'), 'gb': ('gb', 'max')})
@@ -177,6 +186,7 @@ def measured(recipe:str, device='cuda', reduced=False, repeats=5) -> pd.DataFram
             rows.append(dict(recipe=what, piece=name, times=times, repeat=r, seconds=seconds, gb=gb if cuda else peak(todo[name], *kept)/1e9))
     return pd.DataFrame(rows)
 
+# %% ../nbs/93_sd14.ipynb #9s887216
 def bench_gpu(device:str='cuda',   # a torch device
               reduced:bool=False,  # the narrow model
               repeats:int=5,       # of each piece

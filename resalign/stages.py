@@ -133,6 +133,7 @@ def trajectory(pipe, bank, config, looks, glance) -> dict: # step: what was seen
     run_finetune(pipe, bank, config, watch=watch)
     return out
 
+# %% ../nbs/94_stages.ipynb #9s236404
 def watched(folder, finetunings, looks, glance) -> pd.DataFrame: # data, algorithm, lr, step, what was seen
     "A saved model, before and along each of its fine-tunings (pairs of data set and `FinetuneConfig`); looks None: at the end"
     pipe, rows = load_pipeline(folder), []; before = glance(pipe)
@@ -141,6 +142,7 @@ def watched(folder, finetunings, looks, glance) -> pd.DataFrame: # data, algorit
         rows += [dict(data=data, algorithm=config.algorithm, lr=config.lr, step=step, **look) for step, look in seen.items()]
     return pd.DataFrame(rows)
 
+# %% ../nbs/94_stages.ipynb #9s957518
 def downstream(names, seed:int, smoke=False, **changes) -> list: # pairs of data set and `FinetuneConfig`
     "Fine-tunings of the main table, by name"
     section = lambda name: dict(algorithm=split_phase(name)[1], steps=2) if smoke else params(f'finetune.{name}')
