@@ -137,8 +137,9 @@ def trajectory(pipe, bank, config, looks, glance) -> dict: # step: what was seen
 def watched(folder, finetunings, looks, glance) -> pd.DataFrame: # data, algorithm, lr, step, what was seen
     "A saved model, before and along each of its fine-tunings (pairs of data set and `FinetuneConfig`); looks None: at the end"
     pipe, rows = load_pipeline(folder), []; before = glance(pipe)
+    banks = {data: jobs.load_bank(pipe, Path('data')/data) for data in {data: None for data, _ in finetunings}}
     for data, config in finetunings:
-        seen = {0: before} | trajectory(pipe, jobs.load_bank(pipe, Path('data')/data), config, looks or [config.steps], glance)
+        seen = {0: before} | trajectory(pipe, banks[data], config, looks or [config.steps], glance)
         rows += [dict(data=data, algorithm=config.algorithm, lr=config.lr, step=step, **look) for step, look in seen.items()]
     return pd.DataFrame(rows)
 
@@ -153,14 +154,14 @@ def downstream(names, seed:int, smoke=False, **changes) -> list: # pairs of data
 def phenomenon_stage(smoke=True) -> pd.DataFrame:
     "Unsafe rate after fine-tuning, over models, data, algorithm, learning rate and steps"
     grid = dict(models=dict(ga=dict(method='ga')), seeds=[10], data=['varied'], lr=dict(lora=[1e-3]), looks=[2], batch=4, prompts=4) if smoke else params('phenomenon')
-    out, glance = [], Glance(grid['prompts'])
+    out, glance = {}, Glance(grid['prompts'])
     for (name, model), seed in product(grid['models'].items(), grid['seeds']):
         folder, changes = out_folder('phenomenon', f'{name}-{seed}', smoke), dict(model); method = changes.pop('method')
         unlearn_base(folder, method, {} if smoke else params(f'unlearn.{method}') | changes, seed)
         finetunings = [(data, FinetuneConfig(algorithm=a, lr=lr, steps=max(grid['looks']), batch=grid['batch'], seed=seed))
                        for data in grid['data'] for a, lrs in grid['lr'].items() for lr in lrs]
-        out.append(pd.DataFrame(dict(model=name, seed=seed), index=[0]).merge(watched(folder, finetunings, grid['looks'], glance), how='cross'))
-    table = pd.concat(out)
+        out[name, seed] = watched(folder, finetunings, grid['looks'], glance)
+    table = pd.concat(out, names=['model', 'seed']).reset_index(['model', 'seed'])
     if not smoke: table.round(4).to_csv('results/phenomenon.csv', index=False)
     return table
 
@@ -169,15 +170,14 @@ def phenomenon_stage(smoke=True) -> pd.DataFrame:
 def solvers_stage(smoke=True) -> tuple: # what was seen; every solve's report
     "ResAlign with each solver and product, before and along fine-tuning"
     grid = dict(variants={'first order': dict(solver='identity'), 'cg': dict(solver='cg', tol=.03)}, seeds=[10], downstream=DOWNSTREAM[1:2], looks=[2], prompts=4) if smoke else params('solvers')
-    seen, solves, glance = [], [], Glance(grid['prompts'])
+    seen, solves, glance = {}, {}, Glance(grid['prompts'])
     for (name, changes), seed in product(grid['variants'].items(), grid['seeds']):
-        folder, row = out_folder('solvers', f'{name}-{seed}'.replace(' ', '-'), smoke), pd.DataFrame(dict(solver=name, seed=seed), index=[0])
+        folder = out_folder('solvers', f'{name}-{seed}'.replace(' ', '-'), smoke)
         unlearn_base(folder, 'resalign', {} if smoke else params('unlearn.resalign') | changes, seed)
-        report = pd.read_csv(folder/'solves.csv')['step folder algorithm lr gamma_used products residual lambda_min lambda_max h_norm stationarity fallback reason depth_after'.split()]
-        solves.append(row.merge(report, how='cross'))
+        solves[name, seed] = pd.read_csv(folder/'solves.csv')['step folder algorithm lr gamma_used products residual lambda_min lambda_max h_norm stationarity fallback reason depth_after'.split()]
         finetunings = downstream(grid['downstream'], seed, smoke, steps=max(grid['looks']))
-        seen.append(row.merge(watched(folder, finetunings, grid['looks'], glance), how='cross'))
-    seen, solves = pd.concat(seen), pd.concat(solves)
+        seen[name, seed] = watched(folder, finetunings, grid['looks'], glance)
+    seen, solves = (pd.concat(d, names=['solver', 'seed']).reset_index(['solver', 'seed']) for d in (seen, solves))
     if not smoke: seen.round(4).to_csv('results/solvers.csv', index=False); solves.round(5).to_csv('results/solves.csv', index=False)
     return seen, solves
 
@@ -192,8 +192,7 @@ def trials_stage(method:str, smoke=True) -> pd.DataFrame: # a row for each trial
         unlearn_base(folder, method, {} if smoke else params(f'tuning.settings.{method}') | changes, grid['seed'])
         seen = watched(folder, downstream(grid['downstream'], grid['seed'], smoke), None, glance)
         phase = np.where(seen.step == 0, 'before', seen.data + '-' + seen.algorithm)
-        row = pd.DataFrame(dict(method=method, trial=k, changes=json.dumps(changes)), index=[0])
-        out.append(row.merge(seen.assign(phase=phase).drop_duplicates('phase'), how='cross'))
+        out.append(seen.assign(method=method, trial=k, changes=json.dumps(changes), phase=phase).drop_duplicates('phase'))
     table = pd.concat(out)['method trial changes phase explicit implicit benign objects fid n'.split()]
     if not smoke: table.round(4).to_csv(f'outs/trials/{method}.csv', index=False)
     return table
