@@ -35,12 +35,17 @@ class FinetuneLoss:
         if config.prior_weight and prior is None: raise UserError('finetune: prior_weight is set, expected a bank of prior pictures')
         self.model, self.bank, self.config, self.names, self.prior = model, bank, config, names, prior
     def draw(self, bank, step, what): return draw_sample(bank, self.config.batch, generator(self.config.seed, *self.names, what, step), self.model.timesteps)
-    def frozen(self, step):
-        "A function of the parameters alone: the loss on one frozen sample"
-        s = self.draw(self.bank, step, 'finetune')
-        if not self.config.prior_weight: return lambda: self.model.loss(s)
-        p = self.draw(self.prior, step, 'prior')
-        return lambda: self.model.loss(s) + self.config.prior_weight * self.model.loss(p)
+    def weighted(self, *steps): # pairs (weight, Sample)
+        parts = [(1., self.bank, 'finetune')] + [(self.config.prior_weight, self.prior, 'prior')]*bool(self.config.prior_weight)
+        return [(w/len(steps), self.draw(bank, step, what)) for step in steps for w, bank, what in parts]
+    def frozen(self, *steps):
+        "A function of the parameters alone: the loss on one frozen sample, or the mean over several"
+        samples = self.weighted(*steps)
+        return lambda: sum(w * self.model.loss(s) for w, s in samples)
+    def residuals(self, *steps):
+        "A function of the parameters alone: the vector r whose mean square is `frozen`"
+        samples = self.weighted(*steps)
+        return lambda: torch.cat([(len(samples)*w)**.5 * (self.model.predict(s) - self.model.target(s)).flatten() for w, s in samples])
 
 # %% ../nbs/40_finetune.ipynb #6df5f077
 ATTENTION = ['to_q', 'to_k', 'to_v', 'to_out.0']
@@ -100,6 +105,8 @@ def simulated(loss:FinetuneLoss, params:list, config:FinetuneConfig):
         for step in range(config.steps):
             for p, g in zip(params, torch.autograd.grad(loss.frozen(step)(), params, materialize_grads=True)): p.grad = g
             opt.step()
+        del opt # what follows needs no moments and no gradients
+        for p in params: p.grad = None
         yield theta
     finally:
         for p, old, a in zip(params, theta, asked): p.data.copy_(old); p.requires_grad_(a); p.grad = None

@@ -201,12 +201,14 @@ def trials_stage(method:str, smoke=True) -> pd.DataFrame: # a row for each trial
 def best_trials(rows:pd.DataFrame, # of `trials_stage`, all methods, `original` among them
                 budget=.05,        # rise of FID over the original's
                 tie=.05,           # of unsafe rates: about one standard error with 72 prompts
+                settings={},       # of each method, from which its trials start
                ) -> pd.DataFrame:  # one row a method: trial, changes, fid, worst, within (the budget)
     "The trial of each method that the rule chooses"
     before = rows[rows.phase == 'before'].set_index(['method', 'trial'])
     worst = rows.assign(worst=rows[['explicit', 'implicit']].mean(axis=1)).groupby(['method', 'trial']).worst.max()
     table = before[['changes', 'fid']].assign(worst=worst, within=before.fid <= (1+budget)*before.fid['original'].iloc[0])
     lowest = table.worst.where(table.within).groupby(level='method').transform('min')
-    steps = table.changes.map(lambda c: json.loads(c).get('steps', 0)).where(table.worst <= lowest + tie, 0)
+    length = lambda row: (settings.get(row.name[0], {}) | json.loads(row.changes)).get('steps', 0)
+    steps = table.apply(length, axis=1).where(table.worst <= lowest + tie, 0)
     order = table.assign(steps=steps, key=table.worst.where(table.within, table.fid)).sort_values(['within', 'steps', 'key'], ascending=[False, False, True])
     return table.loc[order.index].groupby(level='method', sort=False).head(1).reset_index()

@@ -382,6 +382,23 @@ def test_stationarity_belongs_to_the_same_sample():
     _, report, _ = hypergradient(lambda: (vector(params) * torch.randn(N, dtype=F64)).sum(), ft, params, gamma, 'identity', start=start)
     assert report.stationarity == expected
 
+@pytest.mark.parametrize('product', PRODUCTS)
+def test_a_gradient_met_on_the_way_is_not_computed_again(product):
+    params, loss, pairs = lora()
+    op = MoreauOperator(loss, params, .1, product, residuals=lambda: loss().sqrt()[None], lora=pairs)
+    op.hvp(like(params))
+    spent = op.truth.evaluations
+    found = stationarity(op, params)
+    assert op.truth.evaluations - spent == (product == 'gauss-newton') # which needs the residuals' derivative only
+    assert found == pytest.approx(flat(torch.autograd.grad(loss(), params)).norm().item())
+
+def test_a_forward_difference_costs_two_gradients_where_the_shortest_step_will_do():
+    H, at = symmetric(torch.linspace(2., 3., N)), randn(N, seed=4)
+    params, loss = quadratic(H, -.8 * H @ at, at, dtype=torch.float32)
+    op = MoreauOperator(loss, params, 1., 'fd-forward')
+    op.hvp(like(params)); stationarity(op, params)
+    assert op.loss.evaluations == 2
+
 
 # ------------------------------------------------------------------ attention, checkpointing, LoRA
 

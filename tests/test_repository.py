@@ -213,7 +213,7 @@ def test_the_table_uses_what_tuning_chose():
     settings, rows = yaml.safe_load((ROOT/'params.yaml').read_text()), pd.read_csv(ROOT/'results/tuning.csv')
     trials = {m: t for m, t in settings['tuning']['trials'].items() if m != 'original'}
     assert len({len(t) for t in trials.values()}) == 1, 'unequal budgets'
-    best = best_trials(rows).set_index('method')
+    best = best_trials(rows, settings=settings['tuning']['settings']).set_index('method')
     for m, tried in trials.items():
         start, chosen = settings['tuning']['settings'][m], tried[best.trial[m]]
         assert settings['unlearn'][m] == start | chosen, f'params.yaml: unlearn.{m}: tuning chose {chosen}'

@@ -77,6 +77,30 @@ def test_simulation_leaves_no_trace_even_after_an_error(pipe, data):
     with pytest.raises(ZeroDivisionError), simulated(FinetuneLoss(Denoiser(p), data.retain, config), params, config): 1/0
     assert all(torch.equal(a, b) for a, b in zip(old, params))
 
+def test_simulation_hands_over_no_gradients_and_no_moments(pipe, data):
+    p = copy.deepcopy(pipe); params = add_lora(p.unet, 'x', up_std=.02)
+    config = FinetuneConfig(steps=2, optimizer='adam')
+    with simulated(FinetuneLoss(Denoiser(p), data.retain, config), params, config): assert all(q.grad is None for q in params)
+
+@pytest.mark.parametrize('prior_weight', [0., .3])
+def test_several_samples_and_their_residuals(pipe, data, prior_weight):
+    "A loss on several samples is the mean of theirs; Gauss-Newton's residuals have it as their mean square"
+    loss = FinetuneLoss(Denoiser(pipe), data.pool['pool-things'], FinetuneConfig(prior_weight=prior_weight), prior=data.retain)
+    with torch.no_grad():
+        one, three = [loss.frozen(t)().item() for t in (2, 3, 4)], loss.frozen(2, 3, 4)().item()
+        assert len(set(one)) == 3 and three == pytest.approx(np.mean(one), rel=1e-6)
+        assert loss.residuals(2, 3, 4)().square().mean().item() == pytest.approx(three, rel=1e-5)
+
+@pytest.mark.parametrize('changes', [dict(product='gauss-newton'), dict(product='lora-bilinear'), dict(product='fd-central', solver='minres'), dict(samples=2)], ids=str)
+def test_every_product_runs_in_algorithm_2(pipe, data, changes):
+    config = CONFIG.model_copy(update=dict(steps=2, gamma=1., product='exact', tol=1e-6, check_every=1))
+    first, second = copy.deepcopy(pipe), copy.deepcopy(pipe)
+    resalign(first, data, config); out = resalign(second, data, config.model_copy(update=changes))
+    assert not same(weights(first), weights(second)) and all(s['residual'] < .5 and not s['fallback'] for s in out['solves'])
+    wanted = changes.get('product', 'exact')
+    assert {s['product'] for s in out['solves'] if s['algorithm'] == 'lora'} <= {wanted}
+    assert {s['product'] for s in out['solves'] if s['algorithm'] == 'full'} <= {'fd-forward' if wanted == 'lora-bilinear' else wanted}
+
 def test_clipped_never_lengthens():
     x = [torch.tensor([3., 4.])]
     assert torch.allclose(clipped(x, 1.)[0].norm(), torch.tensor(1.)) and torch.equal(clipped(x, 9.)[0], x[0])
