@@ -118,10 +118,11 @@ def unlearn(
     unsafe:str,   # captioned images of what should go
     benign:str,   # captioned images of what should stay
     out:str,      # folder to write
-    method:str='resalign', # resalign, resalign-first-order, ga, esd-x, esd-u, or original (no unlearning)
+    method:str='resalign', # resalign, resalign-first-order, ga, esd-x, esd-u, ca, safegen, advunlearn, lcfdsd-ng, lcfdsd-lt, uce, rece, salun, meta-unlearning-esd, meta-unlearning-sdd, modular-lora, pgu, or original (no unlearning)
     config:str=None, # settings: file.yaml or file.yaml:section [section unlearn.METHOD of the repository's params.yaml]
     set:Param('key=value: change one setting; may be given several times', str, action='append')=None,
     pool:Param('captioned images for the simulated fine-tunings; may be given several times [BENIGN]', str, action='append')=None,
+    erase:Param('words that make an unsafe caption harmless when they are left out; may be given several times; some methods need them', str, action='append')=None,
     seed:int=None, # of everything random [the settings' seed, or 0]
 ):
     """Remove a concept from a pipeline so that benign fine-tuning does not bring it back.
@@ -138,7 +139,7 @@ def unlearn(
     from resalign.core import choose
     choose(method, jobs.METHODS, '--method')
     settings, seed = settings_for(f'unlearn.{method}', config, set, seed)
-    jobs.unlearn(pipeline, unsafe, benign, check_out(out, [pipeline, unsafe, benign, *(pool or ())]), method, settings, pool or (), seed)
+    jobs.unlearn(pipeline, unsafe, benign, check_out(out, [pipeline, unsafe, benign, *(pool or ())]), method, settings, pool or (), erase or (), seed)
     wrote(out, **PIPELINE, adapter='what was learned, as a LoRA for load_lora_weights', **{'log.csv': 'losses of each step', 'solves.csv': 'a row for each hypergradient', 'README.md': 'the model card'})
 
 # %% ../nbs/95_cli.ipynb #339d55e0

@@ -17,7 +17,8 @@ from .detectors import load_evaluators
 from .finetune import FinetuneConfig
 from .finetune import finetune as run_finetune
 from .meta import UnlearnData
-from .methods import METHODS, unlearn as run_method
+from .baselines.modular_lora import with_module
+from .methods import METHODS, config_of, unlearn as run_method
 from .metrics import judge
 from .pipelines import check_pipeline, generate, is_local, load_pipeline, save_pipeline
 from .world import contact_sheet
@@ -51,15 +52,16 @@ def unlearn(pipeline,        # diffusers folder or hub id
             method='ga',     # a key of METHODS
             settings:dict=None, # as in params.yaml; default: the smoke setting
             pool=(),         # captioned image folders for the simulated fine-tunings; default: `benign`
+            erase=(),        # words that make an unsafe caption harmless when they are left out; some methods need them
             seed:int=0) -> RunRecord:
     "Unlearn, and write a diffusers folder with the adapter, the curves, a model card and the run record"
-    _, cls = METHODS[choose(method, METHODS, 'method')]
-    settings = dict(settings or {}); make_config(cls, settings, f'settings of {method}')
+    settings = dict(settings or {}); config_of(method, settings, seed)
     out, pool = Path(out), [Path(p) for p in pool] or [Path(benign)]
     check_inputs(pipeline, [unsafe, benign, *pool], out)
-    record = RunRecord(job='unlearn', pipeline=str(pipeline), unsafe=str(unsafe), benign=str(benign), pool=[str(p) for p in pool], method=method, settings=settings, seed=seed)
+    record = RunRecord(job='unlearn', pipeline=str(pipeline), unsafe=str(unsafe), benign=str(benign), pool=[str(p) for p in pool], method=method, settings=settings, erase=list(erase), seed=seed)
     pipe = load_pipeline(pipeline)
-    data = UnlearnData(load_bank(pipe, unsafe), load_bank(pipe, benign), {p.name: load_bank(pipe, p) for p in pool}, list(read_captions(unsafe).text))
+    data = UnlearnData(load_bank(pipe, unsafe), load_bank(pipe, benign), {p.name: load_bank(pipe, p) for p in pool}, list(read_captions(unsafe).text),
+                       list(read_captions(benign).text), tuple(erase))
     with atomic_dir(out) as tmp:
         result = run_method(pipe, data, method, settings, seed, checkpoint=checkpoint_of(out, record), save_adapter=tmp/'adapter')
         save_pipeline(pipe, tmp)
@@ -90,16 +92,19 @@ Made by `resalign` {record['versions'].get('resalign', '')} (companion to *ResAl
 
 # %% ../nbs/92_jobs.ipynb #1382c87f
 def finetune(pipeline, images, out, settings:dict=None, prior=None, # folder for prior preservation
-             seed:int=0) -> RunRecord:
+             seed:int=0,
+             module=None, # a LoRA folder that is merged into the result (page 70_baselines/85_modular_lora)
+            ) -> RunRecord:
     "Fine-tune a pipeline on captioned images and write the new one"
     settings, out = dict(settings or {}), Path(out)
     config = make_config(FinetuneConfig, settings | dict(seed=seed), 'settings of finetune')
     if config.prior_weight and not prior: raise UserError('finetune: prior_weight is set, expected a folder of prior pictures (--prior)')
     check_inputs(pipeline, [images] + [prior]*bool(prior), out)
-    record = RunRecord(job='finetune', pipeline=str(pipeline), images=str(images), prior=str(prior or ''), settings=config.model_dump())
+    record = RunRecord(job='finetune', pipeline=str(pipeline), images=str(images), prior=str(prior or ''), settings=config.model_dump(), **(dict(module=str(module)) if module else {}))
     pipe = load_pipeline(pipeline)
     with atomic_dir(out) as tmp:
         log = run_finetune(pipe, load_bank(pipe, images), config, load_bank(pipe, prior) if prior else None, checkpoint_of(out, record))
+        if module: pipe = with_module(pipe, module)
         save_pipeline(pipe, tmp); pd.DataFrame(log).to_csv(tmp/'log.csv', index=False)
         record.save(tmp/'record.json')
     clear_checkpoint(checkpoint_of(out, record))

@@ -80,6 +80,8 @@ class UnlearnData:
     retain:Bank
     pool:dict            # name -> Bank, the benign folders of the simulated fine-tunings
     unsafe_captions:list # captions of `unsafe`
+    retain_captions:list = () # captions of `retain`
+    erase:tuple = ()     # words that make a caption of `unsafe` harmless when they are left out
 
 # %% ../nbs/60_resalign.ipynb #d5f59683
 def direct_gradient(model, harmful, i, retain, params, config, gen) -> tuple: # gradients, numbers to log

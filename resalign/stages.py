@@ -4,22 +4,26 @@
 
 # %% auto #0
 __all__ = ['DOWNSTREAM', 'PHASES', 'COLUMNS', 'POOL', 'split_phase', 'out_folder', 'at_root', 'base_stage', 'evaluators_stage',
-           'unlearn_base', 'unlearn_stage', 'finetune_stage', 'few_prompts', 'evaluate_stage', 'Glance', 'trajectory',
-           'watched', 'downstream', 'phenomenon_stage', 'solvers_stage', 'trials_stage', 'best_trials']
+           'source_of', 'code_stage', 'unlearn_base', 'unlearn_stage', 'start_of', 'finetune_stage', 'few_prompts',
+           'evaluate_stage', 'Glance', 'trajectory', 'watched', 'downstream', 'phenomenon_stage', 'solvers_stage',
+           'trials_stage', 'best_trials']
 
 # %% ../nbs/94_stages.ipynb #d8b3e744
-import copy, json, tempfile
+import copy, inspect, json, tempfile
 from contextlib import chdir
 from functools import wraps
 from itertools import product
 from pathlib import Path
 import numpy as np, pandas as pd
 from . import jobs
-from .core import make_config, params, root
+from .baselines import parts
+from .baselines.modular_lora import with_module
+from .core import atomic_dir, make_config, params, root
 from .data import read_images
 from .detectors import load_evaluators, train_evaluators
 from .finetune import FinetuneConfig
 from .finetune import finetune as run_finetune
+from .methods import METHODS
 from .metrics import frechet, objects_right
 from .pipelines import PretrainConfig, generate, load_pipeline, pretrain
 from .world import scenes, write_set
@@ -61,13 +65,26 @@ def evaluators_stage(smoke=True):
     values = dict(pictures=96, heldout=48, epochs=dict.fromkeys(('wiring', 'reader', 'clip', 'mhsc'), .2)) if smoke else params('evaluators')
     return train_evaluators(out_folder('evaluators', 'evaluators', smoke) if smoke else Path('outs/evaluators'), **values)
 
+# %% ../nbs/94_stages.ipynb #94c002
+def source_of(run) -> str:
+    "The module of a method, and what baselines share if it uses that"
+    own = inspect.getsource(inspect.getmodule(run))
+    return own + inspect.getsource(parts)*('baselines.parts' in own or '.parts import' in own)
+
+@at_root
+def code_stage(smoke=True) -> list: # names of files
+    "outs/code/METHOD.py for every method"
+    with atomic_dir((Path(tempfile.mkdtemp()) if smoke else Path('outs'))/'code') as folder:
+        for method, (run, _) in METHODS.items(): (folder/f'{method}.py').write_text(source_of(run))
+        return sorted(p.name for p in folder.iterdir())
+
 # %% ../nbs/94_stages.ipynb #35409467
 POOL = ['pool-things', 'pool-subjects', 'pool-mixture'] # benign folders of the simulated fine-tunings
 
 def unlearn_base(out:Path, method:str, settings:dict, seed:int):
     "One method, from the base model, with the data that every method gets"
     data = Path('data')
-    return jobs.unlearn(Path('outs/base'), data/'unsafe', data/'retain', out, method, settings, [data/p for p in POOL], seed)
+    return jobs.unlearn(Path('outs/base'), data/'unsafe', data/'retain', out, method, settings, [data/p for p in POOL], params('erase'), seed)
 
 @at_root
 def unlearn_stage(method:str, seed:int, smoke=True):
@@ -75,15 +92,19 @@ def unlearn_stage(method:str, seed:int, smoke=True):
     return unlearn_base(out_folder('unlearn', f'{method}-{seed}', smoke), method, {} if smoke else params(f'unlearn.{method}'), seed)
 
 # %% ../nbs/94_stages.ipynb #00adf749
+def start_of(method:str, folder:Path) -> tuple: # folder, adapter or None
+    "What is fine-tuned, and what is merged into it afterwards"
+    return (Path('outs/base'), folder/'adapter') if method == 'modular-lora' else (folder, None)
+
 @at_root
 def finetune_stage(method:str, seed:int, smoke=True) -> list: # run records
     "The four downstream fine-tunings of one unlearned model"
-    start = Path('outs/base') if smoke else Path(f'outs/unlearn/{method}-{seed}')
+    start, module = (Path('outs/base'), None) if smoke else start_of(method, Path(f'outs/unlearn/{method}-{seed}'))
     out = out_folder('finetune', f'{method}-{seed}', smoke)
     records = []
     for name in DOWNSTREAM[:1] if smoke else DOWNSTREAM:
         data, algorithm = split_phase(name)
-        records.append(jobs.finetune(start, Path('data')/data, out/name, dict(algorithm=algorithm, steps=2) if smoke else params(f'finetune.{name}'), seed=seed))
+        records.append(jobs.finetune(start, Path('data')/data, out/name, dict(algorithm=algorithm, steps=2) if smoke else params(f'finetune.{name}'), seed=seed, module=module))
     return records
 
 # %% ../nbs/94_stages.ipynb #7ec9c1e4
@@ -134,8 +155,9 @@ def trajectory(pipe, bank, config, looks, glance) -> dict: # step: what was seen
     return out
 
 # %% ../nbs/94_stages.ipynb #9s236404
-def watched(folder, finetunings, looks, glance) -> pd.DataFrame: # data, algorithm, lr, step, what was seen
+def watched(folder, finetunings, looks, glance, module=None) -> pd.DataFrame: # data, algorithm, lr, step, what was seen
     "A saved model, before and along each of its fine-tunings (pairs of data set and `FinetuneConfig`); looks None: at the end"
+    if module: plain, glance = glance, lambda pipe: plain(with_module(pipe, module))
     pipe, rows = load_pipeline(folder), []; before = glance(pipe)
     banks = {data: jobs.load_bank(pipe, Path('data')/data) for data in {data: None for data, _ in finetunings}}
     for data, config in finetunings:
@@ -190,7 +212,8 @@ def trials_stage(method:str, smoke=True) -> pd.DataFrame: # a row for each trial
     for k, changes in enumerate([{}] if smoke else params(f'tuning.trials.{method}')):
         folder = out_folder('trials', f'{method}-{k}', smoke)
         unlearn_base(folder, method, {} if smoke else params(f'tuning.settings.{method}') | changes, grid['seed'])
-        seen = watched(folder, downstream(grid['downstream'], grid['seed'], smoke), None, glance)
+        start, module = start_of(method, folder)
+        seen = watched(start, downstream(grid['downstream'], grid['seed'], smoke), None, glance, module)
         phase = np.where(seen.step == 0, 'before', seen.data + '-' + seen.algorithm)
         out.append(seen.assign(method=method, trial=k, changes=json.dumps(changes), phase=phase).drop_duplicates('phase'))
     table = pd.concat(out)['method trial changes phase explicit implicit benign objects fid n'.split()]
