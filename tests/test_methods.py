@@ -1,10 +1,13 @@
 "Every method trains what it says it trains, by the term it is named for; the ledger and the settings name real things."
 import copy, csv, json
 from pathlib import Path
-import pytest, torch, yaml
-from resalign.baselines import advunlearn, ca, lcfdsd, meta_unlearning, pgu, safegen, salun
+import numpy as np, pytest, torch, yaml
+from resalign import world
+from resalign.baselines import advunlearn
 from resalign.baselines.parts import demo, layers, moved
 from resalign.core import UserError
+from resalign.data import encode
+from resalign.meta import ResAlignConfig, UnlearnData
 from resalign.methods import FIXED, METHODS, config_of, unlearn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,6 +80,35 @@ def test_a_killed_run_goes_on_with_the_same_bits(world_of_demo, method, tmp_path
 def test_anchors_need_words(given, method):
     pipe, data = given; data = copy.copy(data); data.erase = ()
     with pytest.raises(UserError, match='expected `erase`'): unlearn(pipe, data, method, {}, 0)
+
+@pytest.fixture(scope='module')
+def sd14_shaped(world_of_demo):
+    "SD v1.4's layout at reduced width: four levels, 1x1 projections, 77 tokens, eightfold VAE, PNDM; and data encoded by it"
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+    torch.manual_seed(0)
+    tokenizer = copy.deepcopy(world_of_demo[0].tokenizer); tokenizer.model_max_length = 77
+    unet = UNet2DConditionModel(sample_size=8, cross_attention_dim=64, block_out_channels=(32, 32, 64, 64), layers_per_block=1)
+    vae = AutoencoderKL(block_out_channels=(32,)*4, down_block_types=['DownEncoderBlock2D']*4, up_block_types=['UpDecoderBlock2D']*4, latent_channels=4, sample_size=64)
+    text = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, projection_dim=64,
+                                        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id))
+    pipe = StableDiffusionPipeline(vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=PNDMScheduler(beta_schedule='scaled_linear', beta_start=.00085, beta_end=.012, skip_prk_steps=True, steps_offset=1),
+                                   safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    for m in (unet, vae, text): m.requires_grad_(False).eval()
+    def bank(name):
+        drawn = world.scenes(name, 4); captions = [s.caption for s in drawn]
+        return encode(pipe, np.stack([np.asarray(world.draw(s)) for s in drawn]), captions), captions
+    (unsafe, said), (retain, kept) = bank('unsafe'), bank('retain')
+    return pipe, UnlearnData(unsafe, retain, dict(pool=retain), said, kept, world_of_demo[1].erase)
+
+@pytest.mark.parametrize('method', [m for m in METHODS if m != 'original'])
+def test_the_layout_of_sd14(sd14_shaped, method):
+    base, data = sd14_shaped
+    pipe = copy.deepcopy(base); small = dict(batch=2) if 'batch' in METHODS[method][1].model_fields else {}
+    where = (lambda u: linear(layers(u, 'attention'))) if METHODS[method][1] is ResAlignConfig else WHAT_MOVES[method]
+    changed = moved(pipe.unet, lambda: unlearn(pipe, data, method, SETTINGS.get(method, {}) | small, 0))
+    assert changed <= where(pipe.unet) and (changed or method == 'advunlearn')
+    assert all(p.isfinite().all() for p in pipe.unet.parameters())
 
 def test_every_method_has_settings_that_hold():
     for method in METHODS: config_of(method, PARAMS['unlearn'][method])
