@@ -312,7 +312,7 @@ def savings(problem, ours) -> dict: # name -> function without arguments
 
 # %% ../nbs/96_bench.ipynb #96b1
 PUBLISHED, OURS = 'published (x = 0, K = 5, γ = 1)', 'cg, forward FD, tol .03'
-DEFAULT = dict(solver='cg', product='fd-forward', products=4, tol=.03) # of `ResAlignConfig`
+DEFAULT = ResAlignConfig().model_dump(include={'solver', 'product', 'products', 'tol'})
 
 # %% ../nbs/96_bench.ipynb #96b2
 def embedded_problem(smoke=True) -> Problem:

@@ -16,7 +16,6 @@ from itertools import product
 from pathlib import Path
 import numpy as np, pandas as pd
 from . import jobs
-from .baselines import parts
 from .baselines.modular_lora import with_module
 from .core import atomic_dir, make_config, params, root
 from .data import read_images
@@ -67,9 +66,10 @@ def evaluators_stage(smoke=True):
 
 # %% ../nbs/94_stages.ipynb #94c002
 def source_of(run) -> str:
-    "The module of a method, and what baselines share if it uses that"
-    own = inspect.getsource(inspect.getmodule(run))
-    return own + inspect.getsource(parts)*('baselines.parts' in own or '.parts import' in own)
+    "The module of a method, and those of other methods and of what baselines share from which it takes functions"
+    own = inspect.getmodule(run)
+    used = {own} | {inspect.getmodule(f) for f in vars(own).values() if inspect.isfunction(f)}
+    return ''.join(inspect.getsource(m) for m in sorted(used, key=lambda m: m.__name__) if m.__name__.startswith(('resalign.baselines.', 'resalign.meta')))
 
 @at_root
 def code_stage(smoke=True) -> list: # names of files

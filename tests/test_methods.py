@@ -1,13 +1,11 @@
 "Every method trains what it says it trains, by the term it is named for; the ledger and the settings name real things."
 import copy, csv, json
 from pathlib import Path
-import numpy as np, pytest, torch, yaml
-from resalign import world
+import pytest, torch, yaml
 from resalign.baselines import advunlearn
-from resalign.baselines.parts import demo, layers, moved
+from resalign.baselines.parts import demo, demo_data, layers, moved
 from resalign.core import UserError
-from resalign.data import encode
-from resalign.meta import ResAlignConfig, UnlearnData
+from resalign.meta import ResAlignConfig
 from resalign.methods import FIXED, METHODS, config_of, unlearn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,7 +55,7 @@ def test_the_named_term_changes_the_result(world_of_demo, method):
         ends.append(torch.cat([p.detach().flatten() for m in (pipe.unet, pipe.text_encoder) for p in m.parameters()]))
     assert not torch.equal(*ends)
 
-@pytest.mark.parametrize('method', ['ca', 'salun', 'lcfdsd-ng', 'meta-unlearning-sdd', 'advunlearn', 'pgu', 'safegen'])
+@pytest.mark.parametrize('method', ['ca', 'salun', 'lcfdsd-ng', 'lcfdsd-lt', 'meta-unlearning-esd', 'meta-unlearning-sdd', 'advunlearn', 'pgu', 'safegen', 'esd-x', 'esd-u'])
 def test_a_killed_run_goes_on_with_the_same_bits(world_of_demo, method, tmp_path, monkeypatch):
     import resalign.baselines.parts as parts, resalign.training as training
     base, data = world_of_demo
@@ -72,9 +70,11 @@ def test_a_killed_run_goes_on_with_the_same_bits(world_of_demo, method, tmp_path
         return often(name, until, *a, **kw)
     monkeypatch.setattr(parts, 'optimise', dies)
     with pytest.raises(KeyboardInterrupt): unlearn(cut, data, method, dict(steps=4), 0, checkpoint=tmp_path/'c')
-    monkeypatch.setattr(parts, 'optimise', often)
+    made = []
+    def counts(name, gradients, *a, **kw): return often(name, lambda step: made.append(step) or gradients(step), *a, **kw)
+    monkeypatch.setattr(parts, 'optimise', counts)
     out = unlearn(again, data, method, dict(steps=4), 0, checkpoint=tmp_path/'c')
-    assert len(out['log']) == 4 and torch.equal(weights(whole), weights(again))
+    assert made == [2, 3] and len(out['log']) == 4 and torch.equal(weights(whole), weights(again))
 
 @pytest.mark.parametrize('method', ['ca', 'salun', 'uce', 'meta-unlearning-esd'])
 def test_anchors_need_words(given, method):
@@ -95,11 +95,7 @@ def sd14_shaped(world_of_demo):
     pipe = StableDiffusionPipeline(vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=PNDMScheduler(beta_schedule='scaled_linear', beta_start=.00085, beta_end=.012, skip_prk_steps=True, steps_offset=1),
                                    safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     for m in (unet, vae, text): m.requires_grad_(False).eval()
-    def bank(name):
-        drawn = world.scenes(name, 4); captions = [s.caption for s in drawn]
-        return encode(pipe, np.stack([np.asarray(world.draw(s)) for s in drawn]), captions), captions
-    (unsafe, said), (retain, kept) = bank('unsafe'), bank('retain')
-    return pipe, UnlearnData(unsafe, retain, dict(pool=retain), said, kept, world_of_demo[1].erase)
+    return pipe, demo_data(pipe, 4)
 
 @pytest.mark.parametrize('method', [m for m in METHODS if m != 'original'])
 def test_the_layout_of_sd14(sd14_shaped, method):
@@ -107,8 +103,10 @@ def test_the_layout_of_sd14(sd14_shaped, method):
     pipe = copy.deepcopy(base); small = dict(batch=2) if 'batch' in METHODS[method][1].model_fields else {}
     where = (lambda u: linear(layers(u, 'attention'))) if METHODS[method][1] is ResAlignConfig else WHAT_MOVES[method]
     changed = moved(pipe.unet, lambda: unlearn(pipe, data, method, SETTINGS.get(method, {}) | small, 0))
+    words = {n for (n, p), q in zip(pipe.text_encoder.named_parameters(), base.text_encoder.parameters()) if not torch.equal(p, q)}
     assert changed <= where(pipe.unet) and (changed or method == 'advunlearn')
-    assert all(p.isfinite().all() for p in pipe.unet.parameters())
+    assert words == (set(advunlearn.trained_params(pipe.text_encoder)) if method == 'advunlearn' else set())
+    assert all(p.isfinite().all() for m in (pipe.unet, pipe.text_encoder) for p in m.parameters())
 
 def test_every_method_has_settings_that_hold():
     for method in METHODS: config_of(method, PARAMS['unlearn'][method])

@@ -9,7 +9,7 @@ __all__ = ['AdvUnlearnConfig', 'tokens', 'prefixed', 'attack', 'trained_params',
 import contextlib, copy
 import torch
 from pydantic import Field
-from .parts import fit
+from .parts import fit, tokenised
 from ..core import Config, generator
 from ..data import draw_sample
 from ..losses import Denoiser
@@ -32,7 +32,7 @@ class AdvUnlearnConfig(Config):
 # %% ../../nbs/70_baselines/90_advunlearn.ipynb #a546d9a1
 def tokens(pipe, captions:list, prefix:bool) -> torch.Tensor: # (n, length) ids
     "Token ids; with `prefix`, one place is kept free after the start token"
-    ids = pipe.tokenizer(list(captions), padding='max_length', max_length=pipe.tokenizer.model_max_length, truncation=True, return_tensors='pt').input_ids
+    ids = tokenised(pipe, captions).input_ids
     return torch.cat([ids[:, :1], ids[:, 1:2], ids[:, 1:-1]], 1) if prefix else ids
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ __all__ = ['LCFDSDConfig', 'guesses', 'transformed', 'contrast', 'lcfdsd']
 from typing import Literal
 import torch
 from pydantic import Field
-from .parts import fit, layers
+from .parts import fit
 from ..core import Config, generator
 from ..data import draw_sample
 from ..losses import Denoiser

@@ -56,10 +56,10 @@ def pgu(pipe, data:UnlearnData, config:PGUConfig=PGUConfig(), checkpoint=None, s
     chosen = {n.removesuffix('.weight'): p for n, p in layers(pipe.unet, config.params).items() if n.endswith('.weight') and p.ndim == 2}
     modules = {n: pipe.unet.get_submodule(n) for n in chosen}
     s = draw_sample(data.retain, config.samples, generator(config.seed, 'pgu inputs'), model.timesteps)
-    U = {n: main_directions(C, config.energy).float() for n, C in covariances(model, s, modules).items()}
+    C = covariances(model, s, modules)
+    U = [main_directions(C[n], config.energy).float() for n in chosen]
     harmful, params = Harmful(model, data.unsafe, config.unsafe_bank, config.seed), list(chosen.values())
     def project(params, step):
-        for p, u in zip(params, U.values()): p.grad -= (p.grad @ u) @ u.T
+        for p, u in zip(params, U): p.grad -= (p.grad @ u) @ u.T
     loss = lambda step: harmful(model, harmful.draw(config.batch, generator(config.seed, 'pgu', step)), config.margin)
-    U = {n: U[n] for n in chosen}
     return fit('pgu', pipe.unet, params, loss, config.steps, config.lr, 'sgd', config.max_norm, change=project, checkpoint=checkpoint)

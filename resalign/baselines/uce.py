@@ -9,7 +9,7 @@ __all__ = ['UCEConfig', 'embeddings', 'last_words', 'pairs', 'edit', 'still_ther
 from typing import Literal
 import torch
 from pydantic import Field, NonNegativeInt
-from .parts import anchored
+from .parts import anchored, tokenised
 from ..core import Config
 from ..meta import UnlearnData
 
@@ -27,7 +27,7 @@ class UCEConfig(Config):
 @torch.no_grad()
 def embeddings(pipe, texts:list) -> tuple: # (n, tokens, width) in float64; (n,) position of each last word
     "Token embeddings of whole captions"
-    tok = pipe.tokenizer(list(texts), padding='max_length', max_length=pipe.tokenizer.model_max_length, truncation=True, return_tensors='pt')
+    tok = tokenised(pipe, texts)
     return pipe.text_encoder(tok.input_ids)[0].double(), (tok.attention_mask.sum(1) - 2).clamp(min=0)
 
 def last_words(pipe, texts:list) -> torch.Tensor: # (n, width)
