@@ -475,7 +475,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'resalign.stages.finetune_stage': ('stages.html#finetune_stage', 'resalign/stages.py'),
                                  'resalign.stages.out_folder': ('stages.html#out_folder', 'resalign/stages.py'),
                                  'resalign.stages.phenomenon_stage': ('stages.html#phenomenon_stage', 'resalign/stages.py'),
-                                 'resalign.stages.solvers_stage': ('stages.html#solvers_stage', 'resalign/stages.py'),
+                                 'resalign.stages.solver_runs_stage': ('stages.html#solver_runs_stage', 'resalign/stages.py'),
                                  'resalign.stages.source_of': ('stages.html#source_of', 'resalign/stages.py'),
                                  'resalign.stages.split_phase': ('stages.html#split_phase', 'resalign/stages.py'),
                                  'resalign.stages.start_of': ('stages.html#start_of', 'resalign/stages.py'),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DOWNSTREAM', 'PHASES', 'COLUMNS', 'POOL', 'split_phase', 'out_folder', 'at_root', 'base_stage', 'evaluators_stage',
            'source_of', 'code_stage', 'unlearn_base', 'unlearn_stage', 'start_of', 'finetune_stage', 'few_prompts',
-           'evaluate_stage', 'Glance', 'trajectory', 'watched', 'downstream', 'phenomenon_stage', 'solvers_stage',
+           'evaluate_stage', 'Glance', 'trajectory', 'watched', 'downstream', 'phenomenon_stage', 'solver_runs_stage',
            'trials_stage', 'best_trials']
 
 # %% ../nbs/94_stages.ipynb #d8b3e744
@@ -189,18 +189,19 @@ def phenomenon_stage(smoke=True) -> pd.DataFrame:
 
 # %% ../nbs/94_stages.ipynb #50175e02
 @at_root
-def solvers_stage(smoke=True) -> tuple: # what was seen; every solve's report
+def solver_runs_stage(seed:int, smoke=True) -> tuple: # what was seen; every solve's report
     "ResAlign with each solver and product, before and along fine-tuning"
-    grid = dict(variants={'first order': dict(solver='identity'), 'cg': dict(solver='cg', tol=.03)}, seeds=[10], downstream=DOWNSTREAM[1:2], looks=[2], prompts=4) if smoke else params('solvers')
+    grid = dict(variants={'first order': dict(solver='identity'), 'cg': dict(solver='cg', tol=.03)}, downstream=DOWNSTREAM[1:2], looks=[2], prompts=4) if smoke else params('solvers')
     seen, solves, glance = {}, {}, Glance(grid['prompts'])
-    for (name, changes), seed in product(grid['variants'].items(), grid['seeds']):
+    Path('outs/solver-runs').mkdir(parents=True, exist_ok=True)
+    for name, changes in grid['variants'].items():
         folder = out_folder('solvers', f'{name}-{seed}'.replace(' ', '-'), smoke)
         unlearn_base(folder, 'resalign', {} if smoke else params('unlearn.resalign') | changes, seed)
         solves[name, seed] = pd.read_csv(folder/'solves.csv')['step folder algorithm lr gamma_used products residual lambda_min lambda_max h_norm stationarity fallback reason depth_after'.split()]
         finetunings = downstream(grid['downstream'], seed, smoke, steps=max(grid['looks']))
         seen[name, seed] = watched(folder, finetunings, grid['looks'], glance)
     seen, solves = (pd.concat(d, names=['solver', 'seed']).reset_index(['solver', 'seed']) for d in (seen, solves))
-    if not smoke: seen.round(4).to_csv('results/solvers.csv', index=False); solves.round(5).to_csv('results/solves.csv', index=False)
+    if not smoke: seen.round(4).to_csv(f'outs/solver-runs/{seed}.csv', index=False); solves.round(5).to_csv(f'outs/solver-runs/{seed}-solves.csv', index=False)
     return seen, solves
 
 # %% ../nbs/94_stages.ipynb #b1bd227f
