@@ -22,7 +22,7 @@ from .data import read_images
 from .detectors import load_evaluators, train_evaluators
 from .finetune import FinetuneConfig
 from .finetune import finetune as run_finetune
-from .methods import METHODS
+from .methods import FIXED, METHODS
 from .metrics import frechet, objects_right
 from .pipelines import PretrainConfig, generate, load_pipeline, pretrain
 from .world import scenes, write_set
@@ -73,9 +73,9 @@ def source_of(run) -> str:
 
 @at_root
 def code_stage(smoke=True) -> list: # names of files
-    "outs/code/METHOD.py for every method"
+    "outs/code/METHOD.py for every method, with what its name fixes"
     with atomic_dir((Path(tempfile.mkdtemp()) if smoke else Path('outs'))/'code') as folder:
-        for method, (run, _) in METHODS.items(): (folder/f'{method}.py').write_text(source_of(run))
+        for method, (run, _) in METHODS.items(): (folder/f'{method}.py').write_text(f'{source_of(run)}\nFIXED = {FIXED.get(method, {})}\n')
         return sorted(p.name for p in folder.iterdir())
 
 # %% ../nbs/94_stages.ipynb #35409467

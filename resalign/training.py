@@ -6,6 +6,7 @@
 __all__ = ['OPTIMIZERS', 'keep', 'resume', 'optimise']
 
 # %% ../nbs/05_training.ipynb #7c660dc1
+import warnings
 import numpy as np, torch
 from accelerate import Accelerator
 from .core import check_finite, load_checkpoint, progress, save_checkpoint
@@ -48,7 +49,8 @@ def optimise(name:str,        # said in progress lines and errors
     "Run `steps` optimizer steps, resuming from `checkpoint`"
     accelerator = Accelerator()
     log = resume(checkpoint, state, optimizer)
-    for _ in log if scheduler else (): scheduler.step()
+    with warnings.catch_warnings(action='ignore'): # of a scheduler that steps before its optimizer
+        for _ in log if scheduler else (): scheduler.step()
     for step in (bar := progress(range(len(log), steps), desc=name)):
         optimizer.zero_grad(set_to_none=True)
         row = gradients(step)

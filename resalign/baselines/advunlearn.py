@@ -9,8 +9,9 @@ __all__ = ['AdvUnlearnConfig', 'tokens', 'prefixed', 'attack', 'trained_params',
 import contextlib, copy
 import torch
 from pydantic import Field
-from .parts import fit, tokenised
-from ..core import Config, generator
+from .parts import fit, kept_captions, tokenised
+from typing import Literal
+from ..core import Config, UserError, generator
 from ..data import draw_sample
 from ..losses import Denoiser
 from ..meta import UnlearnData
@@ -19,7 +20,8 @@ from ..meta import UnlearnData
 class AdvUnlearnConfig(Config):
     "Settings of AdvUnlearn; defaults are the smoke setting"
     eta:float = 1.                      # of the ESD target
-    retain_weight:float = Field(.3, ge=0) # w; released default: 1
+    mode:Literal['reg', 'iter'] = 'reg' # both terms in every step; or, as released by default, one after the other
+    retain_weight:float = Field(.3, ge=0) # w of `reg`; released default: 1
     attack_steps:int = Field(2, ge=0)   # as published 30
     attack_lr:float = 1e-3              # Adam
     accumulate:bool = False             # True: gradients of the attack add up, as released
@@ -32,8 +34,8 @@ class AdvUnlearnConfig(Config):
 # %% ../../nbs/70_baselines/90_advunlearn.ipynb #a546d9a1
 def tokens(pipe, captions:list, prefix:bool) -> torch.Tensor: # (n, length) ids
     "Token ids; with `prefix`, one place is kept free after the start token"
-    ids = tokenised(pipe, captions).input_ids
-    return torch.cat([ids[:, :1], ids[:, 1:2], ids[:, 1:-1]], 1) if prefix else ids
+    ids = tokenised(pipe, captions, room=int(prefix)).input_ids
+    return torch.cat([ids[:, :1], ids[:, 1:2], ids[:, 1:]], 1) if prefix else ids
 
 @contextlib.contextmanager
 def prefixed(encoder, delta):
@@ -65,20 +67,25 @@ def trained_params(encoder) -> dict: # name -> parameter
 
 def advunlearn(pipe, data:UnlearnData, config:AdvUnlearnConfig=AdvUnlearnConfig(), checkpoint=None, save_adapter=None) -> dict:
     "AdvUnlearn; the pipeline's text encoder is changed in place"
+    if getattr(pipe, 'text_encoder_2', None): raise UserError('advunlearn: expected a pipeline with one text encoder, this one has two (SDXL), for which the method is not defined')
     model, encoder = Denoiser(pipe), pipe.text_encoder
     pipe.unet.requires_grad_(False)
     frozen = copy.deepcopy(encoder).requires_grad_(False)
-    plain, room, kept, empty = (tokens(pipe, c, p) for c, p in ((data.unsafe_captions, False), (data.unsafe_captions, True), (data.retain_captions, False), ([''], False)))
-    def loss(step):
-        gen = generator(config.seed, 'advunlearn', step)
-        s, b = draw_sample(data.unsafe, config.batch, gen, model.timesteps), draw_sample(data.retain, config.batch, gen, model.timesteps)
-        z_t, z_b = (model.noiser.add_noise(x.z, x.noise, x.t) for x in (s, b))
-        with torch.no_grad():
-            said, unsaid, answer = model(z_t, s.t, frozen(plain[s.index])[0]), model(z_t, s.t, frozen(empty)[0].expand_as(s.text)), model(z_b, b.t, frozen(kept[b.index])[0])
+    plain, room, kept, empty = (tokens(pipe, c, p) for c, p in ((data.unsafe_captions, False), (data.unsafe_captions, True), (kept_captions(data, 'advunlearn'), False), ([''], False)))
+    def sample(bank, what, step):
+        s = draw_sample(bank, config.batch, generator(config.seed, 'advunlearn', what, step), model.timesteps)
+        return s, model.noiser.add_noise(s.z, s.noise, s.t)
+    def erase(step):
+        s, z_t = sample(data.unsafe, 'unsafe', step)
+        with torch.no_grad(): said, unsaid = model(z_t, s.t, frozen(plain[s.index])[0]), model(z_t, s.t, frozen(empty)[0].expand_as(s.text))
         if step < config.warm_up: text = encoder(plain[s.index])[0]
         else:
-            delta = attack(model, encoder, room[s.index], z_t, s.t, said, config, gen)
+            delta = attack(model, encoder, room[s.index], z_t, s.t, said, config, generator(config.seed, 'attack', step))
             with prefixed(encoder, delta): text = encoder(room[s.index])[0]
-        erased = (model(z_t, s.t, text) - (unsaid - config.eta*(said - unsaid))).square().mean()
-        return erased + config.retain_weight*(model(z_b, b.t, encoder(kept[b.index])[0]) - answer).square().mean()
+        return (model(z_t, s.t, text) - (unsaid - config.eta*(said - unsaid))).square().mean()
+    def keep(step):
+        s, z_t = sample(data.retain, 'retain', step)
+        with torch.no_grad(): answer = model(z_t, s.t, frozen(kept[s.index])[0])
+        return (model(z_t, s.t, encoder(kept[s.index])[0]) - answer).square().mean()
+    loss = (lambda step: erase(step) + config.retain_weight*keep(step)) if config.mode == 'reg' else (lambda step: (erase, keep)[step % 2](step))
     return fit('advunlearn', encoder, list(trained_params(encoder).values()), loss, config.steps, config.lr, checkpoint=checkpoint)

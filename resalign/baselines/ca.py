@@ -8,9 +8,9 @@ __all__ = ['CAConfig', 'ca', 'ablation']
 # %% ../../nbs/70_baselines/30_ca.ipynb #913c9247
 import torch
 from pydantic import Field
-from .parts import Layers, anchors, fit, layers, sample_latents
+from .parts import Layers, anchors, drawn, fit, layers
 from ..core import Config, generator
-from ..data import embed
+from ..data import draw_sample, embed
 from ..losses import Denoiser
 from ..meta import UnlearnData
 
@@ -32,17 +32,17 @@ def ca(pipe, data:UnlearnData, config:CAConfig=CAConfig(), checkpoint=None, save
     "Concept Ablation; the pipeline's UNet is changed in place"
     model, safe = Denoiser(pipe), anchors(data.unsafe_captions, data.erase, 'ca')
     i = torch.randint(len(safe), (config.pictures,), generator=generator(config.seed, 'ca anchors'))
-    text, anchor = (embed(pipe, [captions[j] for j in i]) for captions in (data.unsafe_captions, safe))
-    x = sample_latents(model, anchor, embed(pipe, ['']), config.sampling_steps, config.guidance, config.seed)
+    x = drawn(pipe, [safe[j] for j in i], config.sampling_steps, config.guidance, config.seed)
+    unsafe = embed(pipe, [data.unsafe_captions[j] for j in i])
     def loss(step):
-        gen = generator(config.seed, 'ca', step)
-        k = torch.randint(len(x), (config.batch,), generator=gen)
-        noise, t = torch.randn(x[k].shape, generator=gen), torch.randint(model.timesteps, (config.batch,), generator=gen)
-        return ablation(model, x[k], noise, t, text[k], anchor[k], config.prior_weight)
+        s = draw_sample(x, config.batch, generator(config.seed, 'ca', step), model.timesteps)
+        return ablation(model, s, unsafe[s.index], config.prior_weight)
     return fit('ca', pipe.unet, list(layers(pipe.unet, config.params).values()), loss, config.steps, config.lr, checkpoint=checkpoint)
 
-def ablation(model, x, noise, t, text, anchor, weight) -> torch.Tensor: # scalar
+def ablation(model, s, # pictures of anchors, with the anchors' embeddings
+             unsafe,   # (b, tokens, width) embeddings of the unsafe captions
+             weight:float) -> torch.Tensor: # scalar
     "L_CA on one sample"
-    x_t = model.noiser.add_noise(x, noise, t)
-    answer = model(x_t, t, anchor)
-    return (model(x_t, t, text) - answer.detach()).square().mean() + weight*(answer - noise).square().mean()
+    answer = model.predict(s)
+    said = model(model.noiser.add_noise(s.z, s.noise, s.t), s.t, unsafe)
+    return (said - answer.detach()).square().mean() + weight*(answer - model.target(s)).square().mean()

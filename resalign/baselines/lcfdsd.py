@@ -9,11 +9,12 @@ __all__ = ['LCFDSDConfig', 'guesses', 'transformed', 'contrast', 'lcfdsd']
 from typing import Literal
 import torch
 from pydantic import Field
-from .parts import fit
+from .parts import epsilon, fit
 from ..core import Config, generator
 from ..data import draw_sample
 from ..losses import Denoiser
 from ..meta import UnlearnData
+from ..training import OPTIMIZERS
 
 # %% ../../nbs/70_baselines/60_lcfdsd.ipynb #372d4391
 class LCFDSDConfig(Config):
@@ -34,7 +35,7 @@ def guesses(model, s, shift:float) -> tuple: # x̂₀, ε_θ, the noise that was
     noise = s.noise + shift
     z_t = model.noiser.add_noise(s.z, noise, s.t)
     a = model.noiser.alphas_cumprod[s.t].view(-1, 1, 1, 1)
-    predicted = model(z_t, s.t, s.text)
+    predicted = epsilon(model, z_t, s.t, s.text)
     return (z_t - (1-a).sqrt()*predicted)/a.sqrt(), predicted, noise
 
 def transformed(x, clean:bool, variant:str):
@@ -65,4 +66,4 @@ def lcfdsd(pipe, data:UnlearnData, config:LCFDSDConfig=LCFDSDConfig(), checkpoin
             if clean: total = total + (predicted - noise).square().mean()
         return total
     cosine = lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, config.steps)
-    return fit(f'lcfdsd-{config.variant}', state, list(pipe.unet.parameters()), loss, config.steps, config.lr, 'adamw', scheduler=cosine, checkpoint=checkpoint)
+    return fit(f'lcfdsd-{config.variant}', state, list(pipe.unet.parameters()), loss, config.steps, config.lr, OPTIMIZERS['adamw'], scheduler=cosine, checkpoint=checkpoint)

@@ -10,7 +10,7 @@ import copy
 from typing import Literal
 import torch
 from pydantic import Field
-from .parts import anchors, fit, sample_latents
+from .parts import anchors, drawn, fit
 from ..core import Config, generator
 from ..data import Bank, draw_sample, embed
 from ..finetune import FinetuneConfig, FinetuneLoss, simulated
@@ -22,12 +22,13 @@ class MetaUnlearningConfig(Config):
     "Settings of Meta-Unlearning; defaults are the smoke setting"
     base:Literal['esd', 'sdd'] = 'esd'
     eta:float = 1.                      # of ESD
+    teacher_decay:float = Field(.99, ge=0, lt=1) # of SDD's teacher, a moving average of the weights; 0: the current weights
     gamma_11:float = Field(.1, ge=0)    # at θ, irrelevant
     gamma_12:float = Field(.1, ge=0)    # at θ, related
     gamma_21:float = Field(.05, ge=0)   # at θ', harmful
     gamma_22:float = Field(.05, ge=0)   # at θ', related
     gamma_23:float = Field(.05, ge=0)   # at θ', irrelevant
-    inner_steps:int = Field(2, ge=1)    # of the simulated harmful fine-tuning
+    inner_steps:int|None = Field(None, ge=1) # of the simulated harmful fine-tuning; None, as published: an epoch
     inner_lr:float = 1e-3               # AdamW
     margin:float = Field(1., gt=0)      # no loss at θ' counts beyond it: unbounded ascent destroys a small model
     pictures:int = 8                    # drawn for anchors, by the original model
@@ -35,41 +36,42 @@ class MetaUnlearningConfig(Config):
     guidance:float = 5.
     steps:int = Field(2, ge=1)
     lr:float = 1e-3                     # AdamW
+    weight_decay:float = Field(1e-4, ge=0)
     batch:int = 8
     seed:int = 0
 
 # %% ../../nbs/70_baselines/70_meta_unlearning.ipynb #5f40dc39
-def unlearning_loss(model, original, s, empty, config) -> torch.Tensor: # scalar
+def unlearning_loss(model, teacher, s, empty, config) -> torch.Tensor: # scalar
     "L_u: ESD's target, or the unguided answer"
-    z_t, empty = model.noiser.add_noise(s.z, s.noise, s.t), empty.expand_as(s.text)
+    z_t = model.noiser.add_noise(s.z, s.noise, s.t)
     with torch.no_grad():
-        unsaid = (original if config.base == 'esd' else model)(z_t, s.t, empty)
-        target = unsaid - config.eta*(original(z_t, s.t, s.text) - unsaid) if config.base == 'esd' else unsaid
+        target = teacher(z_t, s.t, empty.expand_as(s.text))
+        if config.base == 'esd': target = target - config.eta*(teacher(z_t, s.t, s.text) - target)
     return (model(z_t, s.t, s.text) - target).square().mean()
 
-def related(pipe, model, data, config) -> Bank:
+def related(pipe, data, config) -> Bank:
     "Pictures of the anchors, by the original model"
     safe = anchors(data.unsafe_captions, data.erase, 'meta-unlearning')
     i = torch.randint(len(safe), (config.pictures,), generator=generator(config.seed, 'meta anchors'))
-    text = embed(pipe, [safe[j] for j in i])
-    z = sample_latents(model, text, embed(pipe, ['']), config.sampling_steps, config.guidance, config.seed)
-    return Bank(z, torch.zeros_like(z), text)
+    return drawn(pipe, [safe[j] for j in i], config.sampling_steps, config.guidance, config.seed)
 
 # %% ../../nbs/70_baselines/70_meta_unlearning.ipynb #40be7741
 def meta_unlearning(pipe, data:UnlearnData, config:MetaUnlearningConfig=MetaUnlearningConfig(), checkpoint=None, save_adapter=None) -> dict:
     "Meta-Unlearning on an ESD or SDD loss; the pipeline's UNet is changed in place"
     model, empty, params = Denoiser(pipe), embed(pipe, ['']), list(pipe.unet.parameters())
-    original = copy.copy(model); original.unet = copy.deepcopy(pipe.unet).requires_grad_(False)
-    banks = dict(hrm=data.unsafe, irt=data.retain, tgt=related(pipe, model, data, config))
+    teacher = copy.copy(model); teacher.unet = copy.deepcopy(pipe.unet).requires_grad_(False) # ESD: the original; SDD: a moving average
+    banks = dict(hrm=data.unsafe, irt=data.retain, tgt=related(pipe, data, config))
     draw = lambda what, step: draw_sample(banks[what], config.batch, generator(config.seed, 'meta', what, step), model.timesteps)
     def loss(step):
         s = {what: draw(what, step) for what in banks}
-        return unlearning_loss(model, original, s['hrm'], empty, config) + config.gamma_11*model.loss(s['irt']) + config.gamma_12*model.loss(s['tgt'])
-    enemy = FinetuneConfig(algorithm='full', optimizer='adamw', lr=config.inner_lr, steps=config.inner_steps, batch=config.batch, seed=config.seed)
+        if config.base == 'sdd': torch._foreach_lerp_(list(teacher.unet.parameters()), [p.detach() for p in params], 1 - config.teacher_decay)
+        return unlearning_loss(model, teacher, s['hrm'], empty, config) + config.gamma_11*model.loss(s['irt']) + config.gamma_12*model.loss(s['tgt'])
+    enemy = FinetuneConfig(algorithm='full', optimizer='adamw', lr=config.inner_lr, steps=config.inner_steps or -(-len(data.unsafe)//config.batch), batch=config.batch, seed=config.seed)
     def ahead(params, step):
         here = [p.grad for p in params]
         with simulated(FinetuneLoss(model, data.unsafe, enemy, ('meta', step)), params, enemy):
             lost = sum(w*model.loss(draw(what, step)).clamp(max=config.margin) for w, what in ((config.gamma_21, 'hrm'), (config.gamma_22, 'tgt'), (config.gamma_23, 'irt')))
             there = torch.autograd.grad(lost, params)
         for p, a, b in zip(params, here, there): p.grad = a - b
-    return fit(f'meta-unlearning-{config.base}', pipe.unet, params, loss, config.steps, config.lr, 'adamw', 1., change=ahead, checkpoint=checkpoint)
+    state, adamw = torch.nn.ModuleDict(dict(unet=pipe.unet, teacher=teacher.unet)), lambda ps, lr: torch.optim.AdamW(ps, lr, weight_decay=config.weight_decay)
+    return fit(f'meta-unlearning-{config.base}', state, params, loss, config.steps, config.lr, adamw, 1., change=ahead, checkpoint=checkpoint)

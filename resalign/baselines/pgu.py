@@ -13,6 +13,7 @@ from ..core import Config, generator
 from ..data import draw_sample
 from ..losses import Denoiser, Harmful
 from ..meta import UnlearnData
+from ..training import OPTIMIZERS
 
 # %% ../../nbs/70_baselines/80_pgu.ipynb #7a02fec9
 class PGUConfig(Config):
@@ -62,4 +63,4 @@ def pgu(pipe, data:UnlearnData, config:PGUConfig=PGUConfig(), checkpoint=None, s
     def project(params, step):
         for p, u in zip(params, U): p.grad -= (p.grad @ u) @ u.T
     loss = lambda step: harmful(model, harmful.draw(config.batch, generator(config.seed, 'pgu', step)), config.margin)
-    return fit('pgu', pipe.unet, params, loss, config.steps, config.lr, 'sgd', config.max_norm, change=project, checkpoint=checkpoint)
+    return fit('pgu', pipe.unet, params, loss, config.steps, config.lr, OPTIMIZERS['sgd'], config.max_norm, change=project, checkpoint=checkpoint)

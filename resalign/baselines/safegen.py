@@ -8,11 +8,12 @@ __all__ = ['SafeGenConfig', 'mosaics', 'safegen']
 # %% ../../nbs/70_baselines/50_safegen.ipynb #8a5401f0
 import torch
 from pydantic import Field
-from .parts import fit, layers
+from .parts import epsilon, fit, layers
 from ..core import Config, generator
 from ..data import draw_sample, embed
 from ..losses import Denoiser
 from ..meta import UnlearnData
+from ..training import OPTIMIZERS
 
 # %% ../../nbs/70_baselines/50_safegen.ipynb #84d9689f
 class SafeGenConfig(Config):
@@ -43,6 +44,6 @@ def safegen(pipe, data:UnlearnData, config:SafeGenConfig=SafeGenConfig(), checkp
     coarse = mosaics(pipe.vae, data.unsafe.mean, config.block)
     def loss(step):
         s, b = (draw_sample(bank, config.batch, generator(config.seed, 'safegen', what, step), model.timesteps) for what, bank in (('unsafe', data.unsafe), ('benign', data.retain)))
-        predict = lambda s: model(model.noiser.add_noise(s.z, s.noise, s.t), s.t, empty.expand_as(s.text))
+        predict = lambda s: epsilon(model, model.noiser.add_noise(s.z, s.noise, s.t), s.t, empty.expand_as(s.text))
         return config.mosaic_weight*(predict(s) - (s.z - coarse[s.index] + s.noise)).square().mean() + config.benign_weight*(predict(b) - b.noise).square().mean()
-    return fit('safegen', pipe.unet, list(layers(pipe.unet, 'self').values()), loss, config.steps, config.lr, 'adamw', checkpoint=checkpoint)
+    return fit('safegen', pipe.unet, list(layers(pipe.unet, 'self').values()), loss, config.steps, config.lr, OPTIMIZERS['adamw'], checkpoint=checkpoint)
