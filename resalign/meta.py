@@ -140,12 +140,14 @@ def resalign(pipe,                     # unlearned in place
              config:ResAlignConfig=ResAlignConfig(),
              checkpoint=None,
              save_adapter=None,        # folder for the LoRA by itself
+             harmful=None,             # L_harm with `draw`, as `Harmful`; None: bounded gradient ascent
             ) -> dict:                 # log: a row per outer step; solves: a row per solve
     "Algorithm 2: meta-learned resilience (β > 0), or GA + retain (β = 0)"
     if config.beta and not data.pool: raise UserError('resalign: expected at least one benign folder for the pool')
     for name in config.pool.folders: choose(name, data.pool, 'pool.folders')
     model = Denoiser(pipe)
-    harmful, retain = Harmful(model, data.unsafe, config.unsafe_bank, config.seed), Retain(model, data.retain, config.retain_bank, config.seed)
+    harmful = harmful or Harmful(model, data.unsafe, config.unsafe_bank, config.seed)
+    retain = Retain(model, data.retain, config.retain_bank, config.seed)
     params = add_lora(pipe.unet, 'unlearn', config.rank, config.seed, config.up_std, config.down_std)     # θ
     where, budget = lora_map(pipe.unet, 'unlearn'), FallbackBudget(config.fallback_share)
 

@@ -14,7 +14,8 @@ from resalign.pipelines import load_pipeline, save_pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMS = yaml.safe_load((ROOT/'params.yaml').read_text())
-BASELINES = [m for m in METHODS if m not in ('original', 'ga', 'resalign', 'resalign-first-order')]
+OURS = ('ga', 'resalign', 'resalign-first-order', 'esd-retain', 'resalign-esd', 'ca-retain', 'resalign-ca')
+BASELINES = [m for m in METHODS if m not in ('original', *OURS)]
 
 @pytest.fixture(scope='module')
 def world_of_demo(): return demo()
@@ -37,7 +38,7 @@ LINEAR = r'attn[12]\.to_(q|k|v|out\.0)\.weight$'
 WHAT_MOVES = { # names of the UNet's parameters
     'esd-x': r'\.attn2\.', 'esd-u': r'^(?!.*attn2)(?!time_embedding|conv_out|conv_norm_out)', 'ca': r'attn2\.to_[kv]\.weight$', 'uce': r'attn2\.to_[kv]\.weight$', 'rece': r'attn2\.to_[kv]\.weight$',
     'safegen': r'\.attn1\.', 'advunlearn': r'$^', 'lcfdsd-ng': '', 'lcfdsd-lt': '', 'salun': '', 'meta-unlearning-esd': '', 'meta-unlearning-sdd': '',
-    'modular-lora': LINEAR, 'pgu': LINEAR, 'ga': LINEAR, 'resalign': LINEAR, 'resalign-first-order': LINEAR}
+    'modular-lora': LINEAR, 'pgu': LINEAR, **dict.fromkeys(OURS, LINEAR)}
 WORDS = r'(^|\.)(encoder|final_layer_norm)\.' # of the text encoder, by AdvUnlearn
 
 def names(module, pattern): return {n for n, _ in module.named_parameters() if re.search(pattern, n)}
@@ -172,6 +173,15 @@ def test_a_prefix_leaves_the_end_token_where_it_can_be_read(given):
         plain, room = (advunlearn.tokens(pipe, [caption], p)[0] for p in (False, True))
         assert len(plain) == len(room) and room[0] == plain[0] and room[2] == plain[1]
         assert (room == pipe.tokenizer.eos_token_id).any()
+
+@pytest.mark.parametrize('method', ['esd-retain', 'ca-retain', 'resalign-esd', 'resalign-ca'])
+def test_other_losses_take_the_place_of_ascent(loud, method):
+    base, data = loud
+    pipe, measure = copy.deepcopy(base), towards_esd if 'esd' in method else towards_anchor
+    own = dict(eta=5., prompts=16, lr=3e-3) if 'esd' in method else dict(pictures=16, lr=3e-4)
+    out = unlearn(pipe, data, method, dict(steps=20, alpha=0., beta=.5, unsafe_bank=64) | own | (dict(beta=0.) if 'retain' in method else {}), 3)
+    with torch.no_grad(): assert float(measure(pipe, base, data)) < float(measure(base, base, data))
+    assert len(out['solves']) == (0 if 'retain' in method else 20)
 
 def test_rece_leaves_less_to_be_found_than_uce(loud):
     base, data = loud
