@@ -273,14 +273,17 @@ def starting_noise(pipe, seeds) -> torch.Tensor: # (n, c, h, w)
 # %% ../nbs/20_pipelines.ipynb #f4898659
 @torch.no_grad()
 def generate(pipe, prompts:list, seeds:list, # one seed per prompt
-             steps:int=10, guidance:float=5., batch:int=64, bf16:bool=False) -> np.ndarray: # uint8 (n, size, size, 3)
+             steps:int=10, guidance:float=5., batch:int=64, bf16:bool=False,
+             embeds=None,               # (n, tokens, width) in place of the prompts' own embeddings
+            ) -> np.ndarray: # uint8 (n, size, size, 3)
     "Pictures for prompts"
     keep = pipe.scheduler
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(keep.config, timestep_spacing='trailing')
     out, noise = [], starting_noise(pipe, seeds).to(pipe.unet.device)
+    def said(part): return dict(prompt=list(prompts[part])) if embeds is None else dict(prompt_embeds=embeds[part])
     try:
         with autocast(bf16):
             for i in progress(range(0, len(prompts), batch), desc='sample'):
-                out.append(pipe(list(prompts[i:i+batch]), num_inference_steps=steps, guidance_scale=guidance, latents=noise[i:i+batch], output_type='np').images)
+                out.append(pipe(**said(slice(i, i+batch)), num_inference_steps=steps, guidance_scale=guidance, latents=noise[i:i+batch], output_type='np').images)
     finally: pipe.scheduler = keep
     return (np.concatenate(out)*255).round().astype(np.uint8)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CELL', 'NAMES', 'HEADS', 'LABELS', 'collect', 'collect_scores', 'pooled', 'paired_tests', 'percent', 'plain',
-           'main_table', 'markdown', 'headline', 'pictures', 'headline_stage', 'table_stage', 'worst_after',
-           'results_in_words']
+           'main_table', 'markdown', 'headline', 'pictures', 'portrait', 'in_the_table', 'headline_stage',
+           'table_stage', 'worst_after', 'results_in_words']
 
 # %% ../nbs/90_report.ipynb #14c576b8
 from pathlib import Path
@@ -69,7 +69,9 @@ def paired_tests(scores:pd.DataFrame, method='resalign') -> pd.DataFrame:
     return pd.DataFrame(out)
 
 # %% ../nbs/90_report.ipynb #a32e82e2
-NAMES = {'original': 'Original', 'ga': 'GA + retain', 'esd-x': 'ESD-x', 'resalign-first-order': 'ResAlign, first order', 'resalign': 'ResAlign'}
+NAMES = {'original': 'Original', 'ga': 'GA + retain', 'esd-x': 'ESD-x', 'esd-u': 'ESD-u', 'ca': 'Concept Ablation', 'safegen': 'SafeGen', 'advunlearn': 'AdvUnlearn', 'lcfdsd-ng': 'LCFDSD-NG', 'lcfdsd-lt': 'LCFDSD-LT',
+         'uce': 'UCE', 'rece': 'RECE', 'salun': 'SalUn', 'meta-unlearning-esd': 'Meta-Unlearning, ESD', 'meta-unlearning-sdd': 'Meta-Unlearning, SDD', 'modular-lora': 'Modular LoRA', 'pgu': 'PGU',
+         'esd-retain': 'ESD + retain', 'ca-retain': 'CA + retain', 'resalign-esd': 'ResAlign on ESD', 'resalign-ca': 'ResAlign on CA', 'resalign-first-order': 'ResAlign, first order', 'resalign': 'ResAlign'}
 HEADS = {split_phase(p): p.replace('-', ', ').replace('lora', 'LoRA') for p in PHASES}
 
 def percent(r): return f'{100*r.value:.1f} ({100*r.low:.0f}–{100*r.high:.0f})'
@@ -101,17 +103,19 @@ def markdown(rows, title, note='') -> str:
 
 # %% ../nbs/90_report.ipynb #a1c6f05c
 def headline(rows:pd.DataFrame, path, metrics=('IP', 'US')):
-    "Unsafe rate before and after each fine-tuning, with 95% intervals"
+    "Unsafe rate before and after each fine-tuning, with 95% intervals; a row a method"
     sns.set_theme(style='whitegrid', context='paper')
     methods = [m for m in NAMES if m in set(rows.method)]
-    fig, axes = plt.subplots(1, len(metrics), figsize=(10, 3.6), sharey=True, layout='constrained')
+    fig, axes = plt.subplots(1, len(metrics), figsize=(10, 1.1 + .5*len(methods)), sharey=True, layout='constrained')
     for ax, metric in zip(np.atleast_1d(axes), metrics):
-        for i, (m, colour) in enumerate(zip(methods, sns.color_palette('colorblind', len(methods)))):
-            g = rows[(rows.metric == metric) & (rows.method == m)].set_index(['phase', 'finetune']).loc[list(HEADS)]
-            x, y = np.arange(len(g)) + .14*(i - (len(methods)-1)/2), 100*g.value
-            ax.errorbar(x, y, yerr=[(y - 100*g.low).clip(lower=0), (100*g.high - y).clip(lower=0)], fmt='o', ms=5, capsize=2, color=colour, label=NAMES[m])
-        ax.set(title=LABELS[metric].split(',')[0], xticks=range(len(HEADS)), ylim=(-3, 103)); ax.set_xticklabels([h.replace(', ', '\n') for h in HEADS.values()])
-    np.atleast_1d(axes)[0].set_ylabel('unsafe pictures, %'); fig.legend(*np.atleast_1d(axes)[0].get_legend_handles_labels(), loc='outside lower center', ncols=len(methods), frameon=False)
+        for j, ((phase, how), head) in enumerate(HEADS.items()):
+            g = rows[(rows.metric == metric) & (rows.phase == phase) & (rows.finetune == how)].set_index('method').loc[methods]
+            x, y = 100*g.value, np.arange(len(g)) + .15*(j - 2)
+            ax.errorbar(x, y, xerr=[(x - 100*g.low).clip(lower=0), (100*g.high - x).clip(lower=0)], fmt='o', ms=5, capsize=2, color=['.25', *sns.color_palette('colorblind')][j], label=head)
+        ax.set(title=LABELS[metric].split(',')[0], yticks=range(len(methods)), yticklabels=[NAMES[m] for m in methods], xlim=(-3, 103), xlabel='unsafe pictures, %')
+        ax.grid(visible=False, axis='y')
+        for k in range(1, len(methods)): ax.axhline(k - .5, color='.85', lw=.8)
+    np.atleast_1d(axes)[0].set_ylim(len(methods) - .5, -.5); fig.legend(*np.atleast_1d(axes)[0].get_legend_handles_labels(), loc='outside lower center', ncols=len(HEADS), frameon=False)
     fig.savefig(path, dpi=100, metadata={'Software': None}); plt.close(fig)
 
 # %% ../nbs/90_report.ipynb #2d6dec3e
@@ -128,6 +132,31 @@ def pictures(methods, seed, path, phases=('before', 'subjects-lora', 'varied-lor
             if not i: axes[i, j].set_title(HEADS[split_phase(p)] + '\nexplicit | implicit prompts', fontsize=8)
             if not j: axes[i, j].set_ylabel(NAMES.get(m, m), fontsize=7)
     fig.savefig(path, dpi=100, metadata={'Software': None}); plt.close(fig)
+
+# %% ../nbs/90_report.ipynb #report-portrait
+def portrait(method:str, seed:int, path, each=5, folder=None):
+    "The same prompts and the same starting noise: the original, and a method before and after fine-tuning"
+    rows = [('original', 'before')]*(method != 'original') + [(method, p) for p in ('before', 'subjects-lora', 'varied-lora')]
+    fig, axes = plt.subplots(len(rows), 3, figsize=(9.5, .68*len(rows) + .3), layout='constrained', squeeze=False)
+    for i, (m, p) in enumerate(rows):
+        sheet = np.asarray(Image.open(Path(folder or root()/'outs/evaluate')/f'{m}-{seed}'/p/'sheet.png'))
+        for j, kind in enumerate(('explicit', 'implicit', 'benign')):
+            ax = axes[i, j]; ax.imshow(sheet[66*j:66*j+64, :66*each-2]); ax.set(xticks=[], yticks=[]); ax.grid(False)
+            for s in ax.spines.values(): s.set_visible(False)
+            if not i: ax.set_title(f'{kind} prompts', fontsize=8)
+        axes[i, 0].set_ylabel(NAMES[m] if p == 'before' else HEADS[split_phase(p)], fontsize=7, rotation=0, ha='right', va='center')
+    fig.savefig(path, dpi=100, pil_kwargs=dict(quality=88)); plt.close(fig)
+
+def in_the_table(method:str, folder=None) -> str: # Markdown
+    "What results/main.csv and the portrait say about one method"
+    folder, up = Path(folder or root()/'results'), '../../results'
+    table = pd.read_csv(folder/'main.csv', dtype=dict(seed=str)); rows = table[(table.seed == 'all') & (table.method == method)]
+    if rows.empty: return f'{NAMES[method]} has no row in the main table yet.'
+    rate = lambda metric, phase: percent(rows[(rows.metric == metric) & (rows.phase == phase)].iloc[0])
+    fid = lambda m: table[(table.seed == 'all') & (table.method == m) & (table.metric == 'FID') & (table.phase == 'before')].value.iloc[0]
+    worst = worst_after(rows, method)
+    return (f"In the main table, {table[table.seed != 'all'].seed.nunique()} seeds: IP {rate('IP', 'before')}% before fine-tuning, {percent(worst)}% after the worst ({worst.phase}, {worst.finetune}); "
+            f"FID {100*(fid(method)/fid('original') - 1):+.0f}% against the original; named objects right in {rate('objects', 'before')}%.\n\n![{NAMES[method]}]({up}/methods/{method}.jpg)")
 
 # %% ../nbs/90_report.ipynb #2589095f
 def headline_stage(seed:int, methods=None):
@@ -153,6 +182,8 @@ def table_stage(methods=None, seeds=None):
     paired_tests(scores).to_csv(out/'paired.csv', index=False)
     (out/'main.md').write_text(markdown(whole, 'The main table', f'{len(seeds)} seeds; 95% intervals, for rates by a bootstrap over prompts. Columns named "paper" are the published figures of SD v1.4 on real data: they stand beside ours for orientation and are not comparable in size.'))
     headline(whole, out/'main.png')
+    (out/'methods').mkdir(exist_ok=True)
+    for m in methods: portrait(m, seeds[0], out/'methods'/f'{m}.jpg')
     return whole
 
 # %% ../nbs/90_report.ipynb #36859c15

@@ -6,7 +6,7 @@
 __all__ = ['DOWNSTREAM', 'PHASES', 'COLUMNS', 'POOL', 'split_phase', 'out_folder', 'at_root', 'base_stage', 'evaluators_stage',
            'source_of', 'code_stage', 'unlearn_base', 'unlearn_stage', 'start_of', 'finetune_stage', 'few_prompts',
            'evaluate_stage', 'Glance', 'trajectory', 'watched', 'downstream', 'phenomenon_stage', 'solver_runs_stage',
-           'trials_stage', 'best_trials']
+           'attack_stage', 'trials_stage', 'best_trials']
 
 # %% ../nbs/94_stages.ipynb #d8b3e744
 import copy, inspect, json, tempfile
@@ -16,6 +16,7 @@ from itertools import product
 from pathlib import Path
 import numpy as np, pandas as pd
 from . import jobs
+from .baselines.advunlearn import AdvUnlearnConfig, attacked
 from .baselines.modular_lora import with_module
 from .core import atomic_dir, make_config, params, root
 from .data import read_images
@@ -203,6 +204,25 @@ def solver_runs_stage(seed:int, smoke=True) -> tuple: # what was seen; every sol
     seen, solves = (pd.concat(d, names=['solver', 'seed']).reset_index(['solver', 'seed']) for d in (seen, solves))
     if not smoke: seen.round(4).to_csv(f'outs/solver-runs/{seed}.csv', index=False); solves.round(5).to_csv(f'outs/solver-runs/{seed}-solves.csv', index=False)
     return seen, solves
+
+# %% ../nbs/94_stages.ipynb #stageattack
+@at_root
+def attack_stage(smoke=True) -> pd.DataFrame: # a row for each model, prefix and prompt
+    "What unlearned models draw behind no prefix, a random one, and one found against them"
+    grid = dict(methods=['original'], seed=0, prompts=2, settings=dict(attack_steps=2)) if smoke else params('attack')
+    rows = [r for r in jobs.read_prompts(few_prompts('data/validation.csv', grid['prompts'])) if r['kind'] != 'benign']
+    captions, seeds, original, detector = [r['prompt'] for r in rows], [r['seed'] for r in rows], load_pipeline(Path('outs/base')), load_evaluators(Path('outs/evaluators'))['wiring']
+    bank, out = jobs.load_bank(original, Path('data/unsafe')), []
+    for method in grid['methods']:
+        pipe = original if smoke else load_pipeline(Path(f'outs/unlearn/{method}-{grid["seed"]}'))
+        for prefix, steps in dict(none=None, random=0, found=grid['settings']['attack_steps']).items():
+            config = AdvUnlearnConfig(**grid['settings'] | dict(attack_steps=steps or 0))
+            embeds = None if steps is None else attacked(pipe, original, captions, bank, config)
+            scores = detector(generate(pipe, captions, seeds, embeds=embeds))
+            out += [dict(method=method, prefix=prefix, kind=r['kind'], prompt=r['prompt'], seed=r['seed'], score=s) for r, s in zip(rows, scores)]
+    table = pd.DataFrame(out)
+    if not smoke: table.round(4).to_csv('results/attack.csv', index=False)
+    return table
 
 # %% ../nbs/94_stages.ipynb #b1bd227f
 @at_root

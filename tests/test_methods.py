@@ -162,7 +162,7 @@ def test_advunlearn_erases_and_its_attack_undoes_it(loud):
     s, x_t = noised(model, data.unsafe)
     wanted = model(x_t, s.t, s.text).detach()
     def gap(steps):
-        delta = advunlearn.attack(model, pipe.text_encoder, ids[s.index], x_t, s.t, wanted, advunlearn.AdvUnlearnConfig(attack_steps=steps, attack_lr=.05), generator(1, 'attack'))
+        delta = advunlearn.attack(model, pipe.text_encoder, ids[s.index], lambda _: (x_t, s.t, wanted), advunlearn.AdvUnlearnConfig(attack_steps=steps, attack_lr=.05), generator(1, 'attack'))
         with torch.no_grad(), advunlearn.prefixed(pipe.text_encoder, delta): return float((model(x_t, s.t, pipe.text_encoder(ids[s.index])[0]) - wanted).square().mean())
     assert gap(30) < gap(0)
 
