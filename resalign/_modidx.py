@@ -523,6 +523,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'resalign.stages.at_root': ('stages.html#at_root', 'resalign/stages.py'),
                                  'resalign.stages.attack_stage': ('stages.html#attack_stage', 'resalign/stages.py'),
                                  'resalign.stages.base_stage': ('stages.html#base_stage', 'resalign/stages.py'),
+                                 'resalign.stages.behind_prefixes': ('stages.html#behind_prefixes', 'resalign/stages.py'),
                                  'resalign.stages.best_trials': ('stages.html#best_trials', 'resalign/stages.py'),
                                  'resalign.stages.code_stage': ('stages.html#code_stage', 'resalign/stages.py'),
                                  'resalign.stages.downstream': ('stages.html#downstream', 'resalign/stages.py'),
