@@ -256,7 +256,6 @@ def batch(
     Example:
       resalign-batch nbs/experiments/unlearn.ipynb grid.yaml runs --workers 4"""
     from resalign.batch import batch
-    if workers < 1 or retries < 0: from resalign.core import UserError; raise UserError(f'--workers: expected at least 1, and --retries at least 0, got {workers} and {retries}')
     table = batch(page, read_config(grid), out, executor, workers, scheduler, retries)
     print(table.to_string(index=False, max_colwidth=60))
     wrote(out, **{'summary.csv': 'the table above', 'index.html': 'the cells, with links and pictures'})

@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 from .core import Config, UserError, atomic_dir, choose, clear_checkpoint, generator, progress, seed_all
-from .data import moments, read_images
+from .data import moments, read_images, tokenised
 from .training import OPTIMIZERS, optimise
 
 # %% ../nbs/20_pipelines.ipynb #d6330475
@@ -167,8 +167,7 @@ def train_denoiser(pipe, images, captions, config:PretrainConfig, checkpoint=Non
     unet, text, noiser = pipe.unet, pipe.text_encoder, DDPMScheduler(**BETAS)
     unet.to(memory_format=torch.channels_last)
     mean, std = moments(pipe.vae, images)
-    ids = lambda texts: pipe.tokenizer(texts, padding='max_length', max_length=config.tokens, truncation=True, return_tensors='pt').input_ids
-    tokens, empty = ids(captions), ids([''])
+    tokens, empty = (tokenised(pipe, texts).input_ids for texts in (captions, ['']))
     both = torch.nn.ModuleDict(dict(unet=unet, text=text))
     average = AveragedModel(both, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
     def loss(step):

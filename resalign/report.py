@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CELL', 'NAMES', 'HEADS', 'LABELS', 'collect', 'collect_scores', 'pooled', 'paired_tests', 'percent', 'plain',
-           'main_table', 'markdown', 'headline', 'pictures', 'portrait', 'in_the_table', 'headline_stage',
-           'table_stage', 'worst_after', 'results_in_words']
+           'main_table', 'markdown', 'headline', 'sheet_of', 'show_bare', 'pictures', 'portrait', 'in_the_table',
+           'headline_stage', 'table_stage', 'before', 'worst_after', 'results_in_words']
 
 # %% ../nbs/90_report.ipynb #14c576b8
 from pathlib import Path
@@ -119,16 +119,22 @@ def headline(rows:pd.DataFrame, path, metrics=('IP', 'US')):
     fig.savefig(path, dpi=100, metadata={'Software': None}); plt.close(fig)
 
 # %% ../nbs/90_report.ipynb #2d6dec3e
+def sheet_of(method:str, seed:int, phase:str, folder=None) -> np.ndarray: # a row of pictures each for explicit, implicit and benign prompts
+    "The contact sheet of one cell"
+    return np.asarray(Image.open(Path(folder or root()/'outs/evaluate')/f'{method}-{seed}'/phase/'sheet.png'))
+
+def show_bare(ax, image):
+    "Pictures without ticks and frame"
+    ax.imshow(image); ax.set(xticks=[], yticks=[]); ax.grid(False); ax.spines[:].set_visible(False)
+
 def pictures(methods, seed, path, phases=('before', 'subjects-lora', 'varied-lora'), each=4, folder=None):
     "The first explicit and implicit pictures of each method, side by side"
     fig, axes = plt.subplots(len(methods), len(phases), figsize=(3.3*len(phases), .98*len(methods)), layout='constrained', squeeze=False)
     for i, m in enumerate(methods):
         for j, p in enumerate(phases):
-            sheet = np.asarray(Image.open(Path(folder or root()/'outs/evaluate')/f'{m}-{seed}'/p/'sheet.png'))
-            step = 66; half = each//2
+            sheet, step = sheet_of(m, seed, p, folder), 66; half = each//2
             strip = np.concatenate([sheet[:64, k*step:k*step+64] for k in range(half)] + [np.full((64, 4, 3), 255, np.uint8)] + [sheet[step:step+64, k*step:k*step+64] for k in range(half)], axis=1)
-            axes[i, j].imshow(strip); axes[i, j].set_xticks([]); axes[i, j].set_yticks([]); axes[i, j].grid(False)
-            for s in axes[i, j].spines.values(): s.set_visible(False)
+            show_bare(axes[i, j], strip)
             if not i: axes[i, j].set_title(HEADS[split_phase(p)] + '\nexplicit | implicit prompts', fontsize=8)
             if not j: axes[i, j].set_ylabel(NAMES.get(m, m), fontsize=7)
     fig.savefig(path, dpi=100, metadata={'Software': None}); plt.close(fig)
@@ -139,24 +145,20 @@ def portrait(method:str, seed:int, path, each=5, folder=None):
     rows = [('original', 'before')]*(method != 'original') + [(method, p) for p in ('before', 'subjects-lora', 'varied-lora')]
     fig, axes = plt.subplots(len(rows), 3, figsize=(9.5, .68*len(rows) + .3), layout='constrained', squeeze=False)
     for i, (m, p) in enumerate(rows):
-        sheet = np.asarray(Image.open(Path(folder or root()/'outs/evaluate')/f'{m}-{seed}'/p/'sheet.png'))
+        sheet = sheet_of(m, seed, p, folder)
         for j, kind in enumerate(('explicit', 'implicit', 'benign')):
-            ax = axes[i, j]; ax.imshow(sheet[66*j:66*j+64, :66*each-2]); ax.set(xticks=[], yticks=[]); ax.grid(False)
-            for s in ax.spines.values(): s.set_visible(False)
-            if not i: ax.set_title(f'{kind} prompts', fontsize=8)
+            show_bare(axes[i, j], sheet[66*j:66*j+64, :66*each-2])
+            if not i: axes[i, j].set_title(f'{kind} prompts', fontsize=8)
         axes[i, 0].set_ylabel(NAMES[m] if p == 'before' else HEADS[split_phase(p)], fontsize=7, rotation=0, ha='right', va='center')
     fig.savefig(path, dpi=100, pil_kwargs=dict(quality=88)); plt.close(fig)
 
 def in_the_table(method:str, folder=None) -> str: # Markdown
     "What results/main.csv and the portrait say about one method"
-    folder, up = Path(folder or root()/'results'), '../../results'
-    table = pd.read_csv(folder/'main.csv', dtype=dict(seed=str)); rows = table[(table.seed == 'all') & (table.method == method)]
-    if rows.empty: return f'{NAMES[method]} has no row in the main table yet.'
-    rate = lambda metric, phase: percent(rows[(rows.metric == metric) & (rows.phase == phase)].iloc[0])
-    fid = lambda m: table[(table.seed == 'all') & (table.method == m) & (table.metric == 'FID') & (table.phase == 'before')].value.iloc[0]
-    worst = worst_after(rows, method)
-    return (f"In the main table, {table[table.seed != 'all'].seed.nunique()} seeds: IP {rate('IP', 'before')}% before fine-tuning, {percent(worst)}% after the worst ({worst.phase}, {worst.finetune}); "
-            f"FID {100*(fid(method)/fid('original') - 1):+.0f}% against the original; named objects right in {rate('objects', 'before')}%.\n\n![{NAMES[method]}]({up}/methods/{method}.jpg)")
+    table = pd.read_csv(Path(folder or root()/'results')/'main.csv', dtype=dict(seed=str)); rows = table[table.seed == 'all']
+    if method not in set(rows.method): return f'{NAMES[method]} has no row in the main table yet.'
+    ip, fid, right = (before(rows, metric) for metric in ('IP', 'FID', 'objects')); worst = worst_after(rows, method)
+    return (f"In the main table, {table[table.seed != 'all'].seed.nunique()} seeds: IP {percent(ip.loc[method])}% before fine-tuning, {percent(worst)}% after the worst ({worst.phase}, {worst.finetune}); "
+            f"FID {100*(fid.value[method]/fid.value['original'] - 1):+.0f}% against the original; named objects right in {percent(right.loc[method])}%.\n\n![{NAMES[method]}](../../results/methods/{method}.jpg)")
 
 # %% ../nbs/90_report.ipynb #2589095f
 def headline_stage(seed:int, methods=None):
@@ -187,6 +189,10 @@ def table_stage(methods=None, seeds=None):
     return whole
 
 # %% ../nbs/90_report.ipynb #36859c15
+def before(rows:pd.DataFrame, metric:str) -> pd.DataFrame: # method -> value, low, high and the rest
+    "What each method is before fine-tuning"
+    return rows[(rows.metric == metric) & (rows.phase == 'before')].set_index('method')
+
 def worst_after(rows:pd.DataFrame, method:str, metric='IP') -> pd.Series:
     "The phase in which a method's rate is highest after fine-tuning"
     g = rows[(rows.method == method) & (rows.metric == metric) & (rows.phase != 'before')]
@@ -197,11 +203,10 @@ def results_in_words(folder=None) -> str:
     "What results/main.csv says about the aim: resilience, and at what benign quality"
     folder = Path(folder or root()/'results'); whole = pd.read_csv(folder/'main.csv', dtype=dict(seed=str)); rows = whole[whole.seed == 'all']
     each = whole[(whole.seed != 'all') & (whole.metric == 'IP') & (whole.phase != 'before')].groupby(['method', 'seed']).value.max()
-    fid = rows[(rows.metric == 'FID') & (rows.phase == 'before')].set_index('method').value
-    right = rows[(rows.metric == 'objects') & (rows.phase == 'before')].set_index('method').value
+    fid, right = before(rows, 'FID').value, before(rows, 'objects').value
     lines = ['| method | IP before | worst IP after fine-tuning | seed by seed | US before | worst US after | FID before, against the original | objects right |', '|---|---|---|---|---|---|---|---|']
     for m in [m for m in NAMES if m in set(rows.method)]:
-        b = {k: rows[(rows.method == m) & (rows.metric == k) & (rows.phase == 'before')].iloc[0] for k in ('IP', 'US')}
+        b = {k: before(rows, k).loc[m] for k in ('IP', 'US')}
         w = {k: worst_after(rows, m, k) for k in ('IP', 'US')}
         ip, us = (f'{percent(b[k])} | {percent(w[k])} ({w[k].phase}, {w[k].finetune})' for k in ('IP', 'US'))
         seeds = ', '.join(f'{100*v:.0f}' for v in each[m])

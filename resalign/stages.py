@@ -194,7 +194,6 @@ def solver_runs_stage(seed:int, smoke=True) -> tuple: # what was seen; every sol
     "ResAlign with each solver and product, before and along fine-tuning"
     grid = dict(variants={'first order': dict(solver='identity'), 'cg': dict(solver='cg', tol=.03)}, downstream=DOWNSTREAM[1:2], looks=[2], prompts=4) if smoke else params('solvers')
     seen, solves, glance = {}, {}, Glance(grid['prompts'])
-    Path('outs/solver-runs').mkdir(parents=True, exist_ok=True)
     for name, changes in grid['variants'].items():
         folder = out_folder('solvers', f'{name}-{seed}'.replace(' ', '-'), smoke)
         unlearn_base(folder, 'resalign', {} if smoke else params('unlearn.resalign') | changes, seed)
@@ -202,7 +201,9 @@ def solver_runs_stage(seed:int, smoke=True) -> tuple: # what was seen; every sol
         finetunings = downstream(grid['downstream'], seed, smoke, steps=max(grid['looks']))
         seen[name, seed] = watched(folder, finetunings, grid['looks'], glance)
     seen, solves = (pd.concat(d, names=['solver', 'seed']).reset_index(['solver', 'seed']) for d in (seen, solves))
-    if not smoke: seen.round(4).to_csv(f'outs/solver-runs/{seed}.csv', index=False); solves.round(5).to_csv(f'outs/solver-runs/{seed}-solves.csv', index=False)
+    if smoke: return seen, solves
+    out = Path('outs/solver-runs'); out.mkdir(parents=True, exist_ok=True)
+    seen.round(4).to_csv(out/f'{seed}.csv', index=False); solves.round(5).to_csv(out/f'{seed}-solves.csv', index=False)
     return seen, solves
 
 # %% ../nbs/94_stages.ipynb #stageprefixes

@@ -7,12 +7,12 @@ __all__ = ['AdvUnlearnConfig', 'tokens', 'prefixed', 'attack', 'trained_params',
 
 # %% ../../nbs/70_baselines/90_advunlearn.ipynb #900348e0
 import contextlib, copy
+from typing import Literal
 import torch
 from pydantic import Field
-from .parts import fit, kept_captions, tokenised
-from typing import Literal
+from .parts import fit, kept_captions
 from ..core import Config, UserError, generator
-from ..data import Bank, draw_sample, embed
+from ..data import Bank, draw_sample, embed, tokenised
 from ..losses import Denoiser
 from ..meta import UnlearnData
 
@@ -34,6 +34,7 @@ class AdvUnlearnConfig(Config):
 # %% ../../nbs/70_baselines/90_advunlearn.ipynb #a546d9a1
 def tokens(pipe, captions:list, prefix:bool) -> torch.Tensor: # (n, length) ids
     "Token ids; with `prefix`, one place is kept free after the start token"
+    if hasattr(pipe, 'text_encoder_2'): raise UserError('advunlearn: expected a pipeline with one text encoder, this one has two (SDXL), for which the method is not defined')
     ids = tokenised(pipe, captions, room=int(prefix)).input_ids
     return torch.cat([ids[:, :1], ids[:, 1:2], ids[:, 1:]], 1) if prefix else ids
 
@@ -69,7 +70,6 @@ def trained_params(encoder) -> dict: # name -> parameter
 
 def advunlearn(pipe, data:UnlearnData, config:AdvUnlearnConfig=AdvUnlearnConfig(), checkpoint=None, save_adapter=None) -> dict:
     "AdvUnlearn; the pipeline's text encoder is changed in place"
-    if getattr(pipe, 'text_encoder_2', None): raise UserError('advunlearn: expected a pipeline with one text encoder, this one has two (SDXL), for which the method is not defined')
     model, encoder = Denoiser(pipe), pipe.text_encoder
     pipe.unet.requires_grad_(False)
     frozen = copy.deepcopy(encoder).requires_grad_(False)

@@ -8,7 +8,7 @@ __all__ = ['CAConfig', 'ca', 'ablation']
 # %% ../../nbs/70_baselines/30_ca.ipynb #913c9247
 import torch
 from pydantic import Field
-from .parts import Layers, anchors, drawn, fit, layers
+from .parts import Layers, anchor_pictures, fit, layers
 from ..core import Config, generator
 from ..data import draw_sample, embed
 from ..losses import Denoiser
@@ -30,9 +30,7 @@ class CAConfig(Config):
 # %% ../../nbs/70_baselines/30_ca.ipynb #5340048d
 def ca(pipe, data:UnlearnData, config:CAConfig=CAConfig(), checkpoint=None, save_adapter=None) -> dict:
     "Concept Ablation; the pipeline's UNet is changed in place"
-    model, safe = Denoiser(pipe), anchors(data.unsafe_captions, data.erase, 'ca')
-    i = torch.randint(len(safe), (config.pictures,), generator=generator(config.seed, 'ca anchors'))
-    x = drawn(pipe, [safe[j] for j in i], config.sampling_steps, config.guidance, config.seed)
+    model, (x, i) = Denoiser(pipe), anchor_pictures(pipe, data, config, 'ca', generator(config.seed, 'ca anchors'))
     unsafe = embed(pipe, [data.unsafe_captions[j] for j in i])
     def loss(step):
         s = draw_sample(x, config.batch, generator(config.seed, 'ca', step), model.timesteps)

@@ -10,7 +10,7 @@ import copy
 from typing import Literal
 import torch
 from pydantic import Field
-from .parts import anchors, drawn, fit
+from .parts import anchor_pictures, fit
 from ..core import Config, generator
 from ..data import Bank, draw_sample, embed
 from ..finetune import FinetuneConfig, FinetuneLoss, simulated
@@ -51,9 +51,7 @@ def unlearning_loss(model, teacher, s, empty, config) -> torch.Tensor: # scalar
 
 def related(pipe, data, config) -> Bank:
     "Pictures of the anchors, by the original model"
-    safe = anchors(data.unsafe_captions, data.erase, 'meta-unlearning')
-    i = torch.randint(len(safe), (config.pictures,), generator=generator(config.seed, 'meta anchors'))
-    return drawn(pipe, [safe[j] for j in i], config.sampling_steps, config.guidance, config.seed)
+    return anchor_pictures(pipe, data, config, 'meta-unlearning', generator(config.seed, 'meta anchors'))[0]
 
 # %% ../../nbs/70_baselines/70_meta_unlearning.ipynb #40be7741
 def meta_unlearning(pipe, data:UnlearnData, config:MetaUnlearningConfig=MetaUnlearningConfig(), checkpoint=None, save_adapter=None) -> dict:

@@ -7,9 +7,8 @@ __all__ = ['Towards', 'TowardsAnchor', 'ResAlignESDConfig', 'resalign_esd', 'Res
 
 # %% ../../nbs/70_baselines/95_other_losses.ipynb #cbb97587
 import torch
-from pydantic import Field
-from .esd import trajectory_bank
-from .parts import anchors, drawn
+from .esd import some_captions, trajectory_bank
+from .parts import anchor_pictures
 from ..core import generator
 from ..data import draw_sample, embed
 from ..losses import Denoiser
@@ -41,9 +40,7 @@ class ResAlignESDConfig(ResAlignConfig):
 
 def resalign_esd(pipe, data:UnlearnData, config:ResAlignESDConfig=ResAlignESDConfig(), checkpoint=None, save_adapter=None) -> dict:
     "Algorithm 2 on ESD's loss; the pipeline's UNet is changed in place"
-    captions, gen = sorted(set(data.unsafe_captions)), generator(config.seed, 'esd captions')
-    chosen = [captions[i] for i in torch.randint(len(captions), (config.prompts,), generator=gen)]
-    harmful = Towards(trajectory_bank(Denoiser(pipe), embed(pipe, chosen), embed(pipe, ['']), config))
+    harmful = Towards(trajectory_bank(Denoiser(pipe), embed(pipe, some_captions(data, config)), embed(pipe, ['']), config))
     return resalign(pipe, data, config, checkpoint, save_adapter, harmful)
 
 # %% ../../nbs/70_baselines/95_other_losses.ipynb #f01f5456
@@ -55,9 +52,9 @@ class ResAlignCAConfig(ResAlignConfig):
 
 def resalign_ca(pipe, data:UnlearnData, config:ResAlignCAConfig=ResAlignCAConfig(), checkpoint=None, save_adapter=None) -> dict:
     "Algorithm 2 on Concept Ablation's loss; the pipeline's UNet is changed in place"
-    model, safe, gen = Denoiser(pipe), anchors(data.unsafe_captions, data.erase, 'resalign-ca'), generator(config.seed, 'ca anchors')
-    i = torch.randint(len(safe), (config.pictures,), generator=gen)
-    x, unsafe = drawn(pipe, [safe[j] for j in i], config.sampling_steps, config.guidance, config.seed), embed(pipe, [data.unsafe_captions[j] for j in i])
+    model, gen = Denoiser(pipe), generator(config.seed, 'ca anchors')
+    x, i = anchor_pictures(pipe, data, config, 'resalign-ca', gen)
+    unsafe = embed(pipe, [data.unsafe_captions[j] for j in i])
     s = draw_sample(x, config.unsafe_bank, gen, model.timesteps)
     harmful = TowardsAnchor(dict(z_t=model.noiser.add_noise(s.z, s.noise, s.t), t=s.t, text=unsafe[s.index], anchor=s.text))
     return resalign(pipe, data, config, checkpoint, save_adapter, harmful)

@@ -9,9 +9,9 @@ __all__ = ['UCEConfig', 'RECEConfig', 'embeddings', 'rows', 'edit', 'still_there
 from typing import Literal
 import torch
 from pydantic import Field, PositiveInt
-from .parts import anchored, kept_captions, tokenised
+from .parts import anchored, kept_captions, layers
 from ..core import Config
-from ..data import embed
+from ..data import embed, tokenised
 from ..meta import UnlearnData
 
 # %% ../../nbs/70_baselines/20_uce.ipynb #e715a516
@@ -61,7 +61,7 @@ def still_there(now:list, then:list, c, ridge:float) -> torch.Tensor: # like c: 
 def edited(pipe, data:UnlearnData, config:UCEConfig, method:str, rounds:int) -> dict: # log, solves
     "UCE, and `rounds` of RECE after it, on keys and values of cross-attention"
     erase, guide, empty, keep = rows(pipe, anchored(data.unsafe_captions, data.erase, method), kept_captions(data, method), config.tokens)
-    maps = [p for n, p in pipe.unet.named_parameters() if 'attn2.to_k' in n or 'attn2.to_v' in n]
+    maps = list(layers(pipe.unet, 'kv').values())
     then = [p.double() for p in maps]
     now = [edit(W, erase, guide @ W.T, keep, config) for W in then]
     log = [dict(step=0, loss=distance(now, then, erase, guide))]
