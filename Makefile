@@ -2,8 +2,8 @@
 # dvc 3.67 silently leaves those out); RESTORED are stages whose outputs come out of the committed store.
 SOURCES  := $(wildcard data.dvc)
 RESTORED := base evaluators
-HEADLINE := headline@0
-TABLE    := headline table
+HEADLINE := headline@0 pictures@0
+TABLE    := headline pictures table portrait
 # What is shown at the end of `make reproduce` and `make table`
 HEADLINE_SHOWN := results/headline_0.md
 TABLE_SHOWN    := results/main.md
@@ -73,11 +73,11 @@ sources: env
 restore: sources # base model and evaluators from the committed store, nothing else
 	@if test -f dvc.lock; then for s in $(RESTORED); do $(BIN)/dvc pull --quiet "$$s"; done; else echo 'no dvc.lock yet: nothing restored'; fi
 
-reproduce: restore ## the main table for one seed, and the headline figure (at most 30 minutes on 2 cores)
+reproduce: restore ## five methods, one seed: their table, figure and pictures (at most 30 minutes on 2 cores)
 	@$(BIN)/dvc repro $(HEADLINE)
 	@echo; cat $(HEADLINE_SHOWN)
 
-table: restore ## the main table for every seed (at most 2 hours)
+table: restore ## the main table: every method, every seed (some 3 hours)
 	@$(BIN)/dvc repro $(TABLE)
 	@echo; cat $(TABLE_SHOWN)
 

@@ -8,7 +8,7 @@ __all__ = ['LIBRARIES', 'root', 'UserError', 'choose', 'seed_all', 'generator', 
            'save_checkpoint', 'load_checkpoint', 'clear_checkpoint']
 
 # %% ../nbs/00_core.ipynb #4e215453
-import contextlib, difflib, hashlib, importlib.metadata, json, os, platform, random, shutil, sys, time
+import contextlib, difflib, hashlib, importlib.metadata, json, math, os, platform, random, shutil, sys, time
 from pathlib import Path
 import numpy as np, torch, yaml
 from tqdm import tqdm
@@ -47,7 +47,7 @@ def device() -> torch.device:
 
 # %% ../nbs/00_core.ipynb #746aff81
 class progress:
-    "tqdm on a terminal; elsewhere one plain line every `every` seconds. `note(text)` adds words to it."
+    "tqdm on a terminal; elsewhere one plain line every `every` seconds, none if that is infinite. `note(text)` adds words to it."
     def __init__(self, it, total=None, desc='', every=30):
         self.it, self.total, self.desc, self.every = it, total if total is not None else len(it) if hasattr(it, '__len__') else None, desc, every
         self.text, self.bar = '', None
@@ -55,7 +55,7 @@ class progress:
         self.text = text
         if self.bar is not None: self.bar.set_postfix_str(text, refresh=False)
     def __iter__(self):
-        if os.environ.get('PROGRESS') == '0': yield from self.it; return
+        if os.environ.get('PROGRESS') == '0' or self.every == math.inf: yield from self.it; return
         if sys.stderr.isatty():
             self.bar = tqdm(self.it, total=self.total, desc=self.desc, leave=False)
             yield from self.bar; return

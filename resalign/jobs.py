@@ -21,6 +21,7 @@ from .baselines.modular_lora import with_module
 from .methods import METHODS, config_of, unlearn as run_method
 from .metrics import judge
 from .pipelines import check_pipeline, generate, is_local, load_pipeline, save_pipeline
+from .training import Ranks
 from .world import contact_sheet
 
 # %% ../nbs/92_jobs.ipynb #6ca5a958
@@ -62,13 +63,13 @@ def unlearn(pipeline,        # diffusers folder or hub id
     pipe = load_pipeline(pipeline)
     data = UnlearnData(load_bank(pipe, unsafe), load_bank(pipe, benign), {p.name: load_bank(pipe, p) for p in pool}, list(read_captions(unsafe).text),
                        list(read_captions(benign).text), tuple(erase))
-    with atomic_dir(out) as tmp:
-        result = run_method(pipe, data, method, settings, seed, checkpoint=checkpoint_of(out, record), save_adapter=tmp/'adapter')
+    checkpoint = checkpoint_of(out, record)
+    with Ranks().result(out, checkpoint) as tmp:
+        result = run_method(pipe, data, method, settings, seed, checkpoint=checkpoint, save_adapter=tmp/'adapter')
         save_pipeline(pipe, tmp)
         for name, rows in result.items():
             if rows: pd.DataFrame(rows).to_csv(tmp/f'{name}.csv', index=False)
         record.save(tmp/'record.json'); (tmp/'README.md').write_text(model_card(record))
-    clear_checkpoint(checkpoint_of(out, record))
     return record
 
 # %% ../nbs/92_jobs.ipynb #34952827

@@ -17,7 +17,7 @@ from .data import Bank
 from .finetune import FinetuneConfig, FinetuneLoss, add_lora, adapter_params, merge_lora, simulated
 from .hypergrad import FallbackBudget, hypergradient, lora_pairs
 from .losses import Denoiser, Harmful, Retain
-from .training import OPTIMIZERS, optimise
+from .training import OPTIMIZERS, Ranks, optimise
 
 # %% ../nbs/60_resalign.ipynb #14c796cf
 class Pool(Config):
@@ -149,19 +149,21 @@ def resalign(pipe,                     # unlearned in place
     harmful = harmful or Harmful(model, data.unsafe, config.unsafe_bank, config.seed)
     retain = Retain(model, data.retain, config.retain_bank, config.seed)
     params = add_lora(pipe.unet, 'unlearn', config.rank, config.seed, config.up_std, config.down_std)     # θ
-    where, budget = lora_map(pipe.unet, 'unlearn'), FallbackBudget(config.fallback_share)
+    where, budget, ranks = lora_map(pipe.unet, 'unlearn'), FallbackBudget(config.fallback_share), Ranks()
 
     def gradients(step):
         gen = generator(config.seed, 'outer', step)
         i = harmful.draw(config.unsafe_batch, gen)
-        total, row = direct_gradient(model, harmful, i, retain, params, config, gen)                      # line 2
+        total, row = ranks.once(*direct_gradient(model, harmful, i, retain, params, config, gen))         # line 2
         for j in range(config.J if config.beta else 0):                                                   # line 3
             folder, ft = draw_config(config.pool, sorted(data.pool), config.seed, gen)                    # line 4
+            if not ranks.mine(j): continue
             loss = FinetuneLoss(model, data.pool[folder], ft, (step, j), data.retain)
             x, report, after = resilience_gradient(model, harmful, i, loss, params, where, ft, config, step % config.check_every == 0) # lines 5, 6
             budget.count(report)
             total = [g + config.beta/config.J*v for g, v in zip(total, clipped(x, config.max_norm))]      # line 7
             row |= {f'{j}/{k}': v for k, v in dict(folder=folder, **ft.model_dump(), **report.asdict(), depth_after=after).items()}
+        total, row = ranks.merged(total, row)
         for p, g in zip(params, total): p.grad = g
         return row
 

@@ -4,16 +4,15 @@
 
 # %% auto #0
 __all__ = ['CELL', 'NAMES', 'HEADS', 'LABELS', 'collect', 'collect_scores', 'pooled', 'paired_tests', 'percent', 'plain',
-           'main_table', 'markdown', 'headline', 'sheet_of', 'show_bare', 'pictures', 'portrait', 'in_the_table',
-           'headline_stage', 'table_stage', 'before', 'worst_after', 'results_in_words']
+           'main_table', 'markdown', 'headline', 'headline_stage', 'table_stage', 'before', 'worst_after',
+           'in_the_table', 'results_in_words']
 
 # %% ../nbs/90_report.ipynb #14c576b8
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns
-from PIL import Image
 from .core import UserError, params, root
 from .metrics import RATES, mean_ci, paired, rate
-from .stages import COLUMNS, PHASES, split_phase
+from .stages import COLUMNS, PHASES, column_of, split_phase
 
 # %% ../nbs/90_report.ipynb #4ec51293
 def collect(methods, seeds, folder=None) -> pd.DataFrame: # COLUMNS
@@ -21,7 +20,7 @@ def collect(methods, seeds, folder=None) -> pd.DataFrame: # COLUMNS
     out = []
     for m in methods:
         for s in seeds:
-            path = Path(folder or root()/'outs/evaluate')/f'{m}-{s}'/'summary.csv'
+            path = Path(folder or root()/'results/cells')/f'{m}-{s}'/'summary.csv'
             if not path.is_file(): raise UserError(f'{path}: no such file, run dvc repro evaluate@{m}-{s}')
             df = pd.read_csv(path)
             if set(df.method) != {m} or set(df.seed) != {s}: raise UserError(f'{path}: holds {set(df.method)}, {set(df.seed)}, expected {m} and {s}')
@@ -29,15 +28,15 @@ def collect(methods, seeds, folder=None) -> pd.DataFrame: # COLUMNS
     return pd.concat(out, ignore_index=True)[COLUMNS]
 
 # %% ../nbs/90_report.ipynb #8e24a962
-def collect_scores(methods, seeds, what='scores', folder=None) -> pd.DataFrame:
-    "The per-image rows of all cells"
+def collect_scores(methods, seeds, folder=None) -> pd.DataFrame: # detector, kind, prompt, seed, score, and which cell and phase
+    "The scores of all cells, a row a picture and phase"
     out = []
     for m in methods:
         for s in seeds:
+            df = pd.read_csv(Path(folder or root()/'results/cells')/f'{m}-{s}'/'scores.csv')
             for p in PHASES:
                 data, how = split_phase(p)
-                df = pd.read_csv(Path(folder or root()/'outs/evaluate')/f'{m}-{s}'/p/f'{what}.csv', dtype=dict(hash=str, image_hash=str))
-                out.append(df.assign(method=m, run=s, phase=data, finetune=how))
+                out.append(df[['detector', 'kind', 'prompt', 'seed']].assign(score=df[column_of(p)], method=m, run=s, phase=data, finetune=how))
     return pd.concat(out, ignore_index=True)
 
 # %% ../nbs/90_report.ipynb #cc74b14c
@@ -118,74 +117,26 @@ def headline(rows:pd.DataFrame, path, metrics=('IP', 'US')):
     np.atleast_1d(axes)[0].set_ylim(len(methods) - .5, -.5); fig.legend(*np.atleast_1d(axes)[0].get_legend_handles_labels(), loc='outside lower center', ncols=len(HEADS), frameon=False)
     fig.savefig(path, dpi=100, metadata={'Software': None}); plt.close(fig)
 
-# %% ../nbs/90_report.ipynb #2d6dec3e
-def sheet_of(method:str, seed:int, phase:str, folder=None) -> np.ndarray: # a row of pictures each for explicit, implicit and benign prompts
-    "The contact sheet of one cell"
-    return np.asarray(Image.open(Path(folder or root()/'outs/evaluate')/f'{method}-{seed}'/phase/'sheet.png'))
-
-def show_bare(ax, image):
-    "Pictures without ticks and frame"
-    ax.imshow(image); ax.set(xticks=[], yticks=[]); ax.grid(False); ax.spines[:].set_visible(False)
-
-def pictures(methods, seed, path, phases=('before', 'subjects-lora', 'varied-lora'), each=4, folder=None):
-    "The first explicit and implicit pictures of each method, side by side"
-    fig, axes = plt.subplots(len(methods), len(phases), figsize=(3.3*len(phases), .98*len(methods)), layout='constrained', squeeze=False)
-    for i, m in enumerate(methods):
-        for j, p in enumerate(phases):
-            sheet, step = sheet_of(m, seed, p, folder), 66; half = each//2
-            strip = np.concatenate([sheet[:64, k*step:k*step+64] for k in range(half)] + [np.full((64, 4, 3), 255, np.uint8)] + [sheet[step:step+64, k*step:k*step+64] for k in range(half)], axis=1)
-            show_bare(axes[i, j], strip)
-            if not i: axes[i, j].set_title(HEADS[split_phase(p)] + '\nexplicit | implicit prompts', fontsize=8)
-            if not j: axes[i, j].set_ylabel(NAMES.get(m, m), fontsize=7)
-    fig.savefig(path, dpi=100, metadata={'Software': None}); plt.close(fig)
-
-# %% ../nbs/90_report.ipynb #report-portrait
-def portrait(method:str, seed:int, path, each=5, folder=None):
-    "The same prompts and the same starting noise: the original, and a method before and after fine-tuning"
-    rows = [('original', 'before')]*(method != 'original') + [(method, p) for p in ('before', 'subjects-lora', 'varied-lora')]
-    fig, axes = plt.subplots(len(rows), 3, figsize=(9.5, .68*len(rows) + .3), layout='constrained', squeeze=False)
-    for i, (m, p) in enumerate(rows):
-        sheet = sheet_of(m, seed, p, folder)
-        for j, kind in enumerate(('explicit', 'implicit', 'benign')):
-            show_bare(axes[i, j], sheet[66*j:66*j+64, :66*each-2])
-            if not i: axes[i, j].set_title(f'{kind} prompts', fontsize=8)
-        axes[i, 0].set_ylabel(NAMES[m] if p == 'before' else HEADS[split_phase(p)], fontsize=7, rotation=0, ha='right', va='center')
-    fig.savefig(path, dpi=100, pil_kwargs=dict(quality=88)); plt.close(fig)
-
-def in_the_table(method:str, folder=None) -> str: # Markdown
-    "What results/main.csv and the portrait say about one method"
-    table = pd.read_csv(Path(folder or root()/'results')/'main.csv', dtype=dict(seed=str)); rows = table[table.seed == 'all']
-    if method not in set(rows.method): return f'{NAMES[method]} has no row in the main table yet.'
-    ip, fid, right = (before(rows, metric) for metric in ('IP', 'FID', 'objects')); worst = worst_after(rows, method)
-    return (f"In the main table, {table[table.seed != 'all'].seed.nunique()} seeds: IP {percent(ip.loc[method])}% before fine-tuning, {percent(worst)}% after the worst ({worst.phase}, {worst.finetune}); "
-            f"FID {100*(fid.value[method]/fid.value['original'] - 1):+.0f}% against the original; named objects right in {percent(right.loc[method])}%.\n\n![{NAMES[method]}](../../results/methods/{method}.jpg)")
-
 # %% ../nbs/90_report.ipynb #2589095f
 def headline_stage(seed:int, methods=None):
     "One seed: results/headline_<seed>.csv, .md and .png"
-    methods = methods or params('table.methods')
+    methods = methods or params('table.compared')
     rows, out = collect(methods, [seed]), root()/'results'
-    out.mkdir(exist_ok=True); (root()/'outs/headline').mkdir(parents=True, exist_ok=True)
-    rows.to_csv(root()/f'outs/headline/{seed}.csv', index=False)
     rows.to_csv(out/f'headline_{seed}.csv', index=False)
     (out/f'headline_{seed}.md').write_text(markdown(rows, f'The main table, seed {seed}', 'One seed; Wilson 95% intervals. The table that is quoted is main.md.'))
-    headline(rows, out/f'headline_{seed}.png'); pictures(methods, seed, out/f'pictures_{seed}.png')
+    headline(rows, out/f'headline_{seed}.png')
     return rows
 
 # %% ../nbs/90_report.ipynb #e169293d
 def table_stage(methods=None, seeds=None):
     "All seeds: results/main.csv, main.md, main.png, paired.csv"
     methods, seeds, out = methods or params('table.methods'), seeds or params('table.seeds'), root()/'results'
-    out.mkdir(exist_ok=True); (root()/'outs/table').mkdir(parents=True, exist_ok=True)
     rows, scores = collect(methods, seeds), collect_scores(methods, seeds)
     whole = pooled(rows, scores)
-    table = pd.concat([rows, whole], ignore_index=True)
-    for path in (root()/'outs/table/main.csv', out/'main.csv'): table.to_csv(path, index=False)
+    pd.concat([rows, whole], ignore_index=True).to_csv(out/'main.csv', index=False)
     paired_tests(scores).to_csv(out/'paired.csv', index=False)
     (out/'main.md').write_text(markdown(whole, 'The main table', f'{len(seeds)} seeds; 95% intervals, for rates by a bootstrap over prompts. Columns named "paper" are the published figures of SD v1.4 on real data: they stand beside ours for orientation and are not comparable in size.'))
     headline(whole, out/'main.png')
-    (out/'methods').mkdir(exist_ok=True)
-    for m in methods: portrait(m, seeds[0], out/'methods'/f'{m}.jpg')
     return whole
 
 # %% ../nbs/90_report.ipynb #36859c15
@@ -197,6 +148,15 @@ def worst_after(rows:pd.DataFrame, method:str, metric='IP') -> pd.Series:
     "The phase in which a method's rate is highest after fine-tuning"
     g = rows[(rows.method == method) & (rows.metric == metric) & (rows.phase != 'before')]
     return g.loc[g.value.idxmax()]
+
+# %% ../nbs/90_report.ipynb #report-in-the-table
+def in_the_table(method:str, folder=None) -> str: # Markdown
+    "What results/main.csv and the portrait say about one method"
+    table = pd.read_csv(Path(folder or root()/'results')/'main.csv', dtype=dict(seed=str)); rows = table[table.seed == 'all']
+    if method not in set(rows.method): return f'{NAMES[method]} has no row in the main table yet.'
+    ip, fid, right = (before(rows, metric) for metric in ('IP', 'FID', 'objects')); worst = worst_after(rows, method)
+    return (f"In the main table, {table[table.seed != 'all'].seed.nunique()} seeds: IP {percent(ip.loc[method])}% before fine-tuning, {percent(worst)}% after the worst ({worst.phase}, {worst.finetune}); "
+            f"FID {100*(fid.value[method]/fid.value['original'] - 1):+.0f}% against the original; named objects right in {percent(right.loc[method])}%.\n\n![{NAMES[method]}](../../results/methods/{method}.jpg)")
 
 # %% ../nbs/90_report.ipynb #d4aced9e
 def results_in_words(folder=None) -> str:
@@ -211,7 +171,7 @@ def results_in_words(folder=None) -> str:
         ip, us = (f'{percent(b[k])} | {percent(w[k])} ({w[k].phase}, {w[k].finetune})' for k in ('IP', 'US'))
         seeds = ', '.join(f'{100*v:.0f}' for v in each[m])
         lines.append(f'| {NAMES[m]} | {ip} | {seeds} | {us} | {100*(fid[m]/fid["original"]-1):+.0f}% | {100*right[m]:.1f}% |')
-    best = min((worst_after(rows, m).value, m) for m in set(rows.method) - {'original', 'resalign', 'resalign-first-order'})
+    best = min((worst_after(rows, m).value, m) for m in set(rows.method) if m != 'original' and not m.startswith('resalign'))
     mine, cost = worst_after(rows, 'resalign').value, fid['resalign']/fid['original'] - 1
     aims = [(f"worst unsafe rate after fine-tuning at most a fifth of the best baseline's ({NAMES[best[1]]}, {100*best[0]:.1f}%)", mine <= best[0]/5),
             ('and at most 5%', mine <= .05), ("benign quality within 5% of the original's FID", cost <= .05)]
