@@ -7,7 +7,7 @@ __all__ = ['PIPELINE', 'fail', 'quiet', 'command', 'read_config', 'change', 'set
            'unlearn', 'finetune', 'evaluate', 'sampling', 'pretrain', 'batch']
 
 # %% ../nbs/95_cli.ipynb #2661eea9
-import argparse, inspect, os, subprocess, sys
+import argparse, inspect, os, subprocess, sys, textwrap
 from functools import wraps
 from pathlib import Path
 import yaml
@@ -16,6 +16,7 @@ from fastcore.script import Param, call_parse
 
 # %% ../nbs/95_cli.ipynb #f17b38cf
 script._HelpFormatter._fill_text = argparse.RawDescriptionHelpFormatter._fill_text # help keeps its lines
+script._HelpFormatter._split_lines = lambda self, text, width: textwrap.wrap(' '.join(text.split()), width, break_on_hyphens=False) # and names whole
 
 def fail(message, status):
     "One line on stderr, and the exit status"
