@@ -11,7 +11,7 @@ import hashlib, json
 from pathlib import Path
 import numpy as np, pandas as pd
 from PIL import Image
-from .core import RunRecord, UserError, atomic_dir, choose, clear_checkpoint, make_config
+from .core import RunRecord, UserError, atomic_dir, choose, make_config
 from .data import encode, read_captions, read_images
 from .detectors import load_evaluators
 from .finetune import FinetuneConfig
@@ -103,12 +103,12 @@ def finetune(pipeline, images, out, settings:dict=None, prior=None, # folder for
     check_inputs(pipeline, [images] + [prior]*bool(prior), out)
     record = RunRecord(job='finetune', pipeline=str(pipeline), images=str(images), prior=str(prior or ''), settings=config.model_dump(), **(dict(module=str(module)) if module else {}))
     pipe = load_pipeline(pipeline)
-    with atomic_dir(out) as tmp:
-        log = run_finetune(pipe, load_bank(pipe, images), config, load_bank(pipe, prior) if prior else None, checkpoint_of(out, record))
+    checkpoint = checkpoint_of(out, record)
+    with Ranks().result(out, checkpoint) as tmp:
+        log = run_finetune(pipe, load_bank(pipe, images), config, load_bank(pipe, prior) if prior else None, checkpoint)
         if module: pipe = with_module(pipe, module)
         save_pipeline(pipe, tmp); pd.DataFrame(log).to_csv(tmp/'log.csv', index=False)
         record.save(tmp/'record.json')
-    clear_checkpoint(checkpoint_of(out, record))
     return record
 
 # %% ../nbs/92_jobs.ipynb #e9e11fff

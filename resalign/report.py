@@ -163,12 +163,11 @@ def results_in_words(folder=None) -> str:
     "What results/main.csv says about the aim: resilience, and at what benign quality"
     folder = Path(folder or root()/'results'); whole = pd.read_csv(folder/'main.csv', dtype=dict(seed=str)); rows = whole[whole.seed == 'all']
     each = whole[(whole.seed != 'all') & (whole.metric == 'IP') & (whole.phase != 'before')].groupby(['method', 'seed']).value.max()
-    fid, right = before(rows, 'FID').value, before(rows, 'objects').value
+    fid, right, start = before(rows, 'FID').value, before(rows, 'objects').value, {k: before(rows, k) for k in ('IP', 'US')}
     lines = ['| method | IP before | worst IP after fine-tuning | seed by seed | US before | worst US after | FID before, against the original | objects right |', '|---|---|---|---|---|---|---|---|']
     for m in [m for m in NAMES if m in set(rows.method)]:
-        b = {k: before(rows, k).loc[m] for k in ('IP', 'US')}
-        w = {k: worst_after(rows, m, k) for k in ('IP', 'US')}
-        ip, us = (f'{percent(b[k])} | {percent(w[k])} ({w[k].phase}, {w[k].finetune})' for k in ('IP', 'US'))
+        w = {k: worst_after(rows, m, k) for k in start}
+        ip, us = (f'{percent(start[k].loc[m])} | {percent(w[k])} ({w[k].phase}, {w[k].finetune})' for k in start)
         seeds = ', '.join(f'{100*v:.0f}' for v in each[m])
         lines.append(f'| {NAMES[m]} | {ip} | {seeds} | {us} | {100*(fid[m]/fid["original"]-1):+.0f}% | {100*right[m]:.1f}% |')
     best = min((worst_after(rows, m).value, m) for m in set(rows.method) if m != 'original' and not m.startswith('resalign'))

@@ -227,8 +227,7 @@ def solver_runs_stage(seed:int, smoke=True) -> tuple: # what was seen; every sol
         seen[name, seed] = watched(folder, finetunings, grid['looks'], glance)
     seen, solves = (pd.concat(d, names=['solver', 'seed']).reset_index(['solver', 'seed']) for d in (seen, solves))
     if smoke: return seen, solves
-    out = Path('outs/solver-runs'); out.mkdir(parents=True, exist_ok=True)
-    seen.round(4).to_csv(out/f'{seed}.csv', index=False); solves.round(5).to_csv(out/f'{seed}-solves.csv', index=False)
+    for table, end in (seen.round(4), ''), (solves.round(5), '-solves'): table.to_csv(into(f'outs/solver-runs/{seed}{end}.csv'), index=False)
     return seen, solves
 
 # %% ../nbs/94_stages.ipynb #stageprefixes
