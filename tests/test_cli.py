@@ -299,9 +299,9 @@ def test_killed_and_resumed(work, call):
 
 def test_a_checkpoint_of_other_settings_is_not_taken(work, call, monkeypatch):
     "A killed run's checkpoint, then a run into the same folder that asks for something else"
-    from resalign import jobs
+    from resalign import training
     with monkeypatch.context() as m:
-        m.setattr(jobs, 'clear_checkpoint', lambda path: None)
+        m.setattr(training, 'clear_checkpoint', lambda path: None)
         assert call(*finetune(work, '--set', 'steps=1', '--set', 'lr=1e-2'))[0] == 0
     assert list(work.glob('.checkpoints/out*'))
     for out in ('out', 'fresh'): assert call('finetune', work/'base', work/'varied', work/out, '--set', 'steps=2', '--set', 'lr=1e-4')[0] == 0
