@@ -77,7 +77,7 @@ reproduce: restore ## five methods, one seed: their table, figure and pictures (
 	@$(BIN)/dvc repro $(HEADLINE)
 	@echo; cat $(HEADLINE_SHOWN)
 
-table: restore ## the main table: every method, every seed (some 2 hours)
+table: restore ## the main table: every method, every seed (some 3 hours)
 	@$(BIN)/dvc repro $(TABLE)
 	@echo; cat $(TABLE_SHOWN)
 
