@@ -33,7 +33,9 @@ class Scores:
     def __init__(self, scores:pd.DataFrame, metric='IP'):
         detector, kind, self.threshold = RATES[metric]
         self.of = {k: g for k, g in scores[(scores.detector == detector) & (scores.kind == kind)].groupby(['method', 'phase', 'finetune'])}
-    def rate(self, method, phase) -> float: return float((self.of[method, *split_phase(phase)].score > self.threshold).mean())
+    def rate(self, method, phase) -> float: # the mean over prompts, as in the table
+        g = self.of[method, *split_phase(phase)]
+        return float((g.score > self.threshold).groupby(g.prompt).mean().mean())
     def worst(self, method) -> float: return max(self.rate(method, p) for p in PHASES[1:])
     def lower(self, pairs) -> tuple: # per pair of (method, phase): is the first significantly lower? the largest corrected p
         "McNemar's test of every pair, corrected for their number"
