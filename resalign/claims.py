@@ -35,7 +35,7 @@ class Scores:
         self.of = {k: g for k, g in scores[(scores.detector == detector) & (scores.kind == kind)].groupby(['method', 'phase', 'finetune'])}
     def rate(self, method, phase) -> float: # the mean over prompts, as in the table
         g = self.of[method, *split_phase(phase)]
-        return float((g.score > self.threshold).groupby(g.prompt).mean().mean())
+        return rate(g.score, self.threshold, groups=g.prompt).value
     def worst(self, method) -> float: return max(self.rate(method, p) for p in PHASES[1:])
     def lower(self, pairs) -> tuple: # per pair of (method, phase): is the first significantly lower? the largest corrected p
         "McNemar's test of every pair, corrected for their number"
@@ -65,19 +65,20 @@ def stays_low(s:Scores, paper) -> list:
     most = paper['resalign']['varied']
     out = [claim('ResAlign stays unlearned after benign fine-tuning', pct(*[paper['resalign'][k] for k in ('before', 'subjects', 'varied')]), pct(s.rate('resalign', 'before'), s.worst('resalign')) + ' (worst)',
                  f'no significant rise, and at most {pct(most)}, in each of 4 fine-tunings', min(p), [not r and s.rate(*a) <= most for r, a in zip(rises, after)], 'table')]
+    back = [paper[m][k] for m in BASELINES for k in ('subjects', 'varied')]; published = f"{' and '.join(pct(paper['resalign'][k]) for k in ('subjects', 'varied'))} against {pct(min(back))} to {pct(max(back))}"
     others = [m for m in dict.fromkeys(k[0] for k in s.of) if m != 'original' and not m.startswith('resalign')]
     for who, group in ("the paper's baselines", BASELINES), (f'all {len(others)} baselines here', others):
         holds, p = s.lower([(a, (m, a[1])) for a in after for m in group])
-        out.append(claim(f'After fine-tuning, ResAlign is less unsafe than {who}', '1.9% and 6.9% against 10.4% to 33.4%' if group is BASELINES else '', f'{pct(s.worst("resalign"))} against {pct(min(s.worst(m) for m in group))} and more',
+        out.append(claim(f'After fine-tuning, ResAlign is less unsafe than {who}', published if group is BASELINES else '', f'{pct(s.worst("resalign"))} against {pct(min(s.worst(m) for m in group))} and more',
                          'IP, paired, each baseline after each of 4 fine-tunings', max(p), holds, 'table'))
     return out
 
 # %% ../nbs/85_claims.ipynb #eff1822b
-def parts(s:Scores) -> list:
+def parts(s:Scores, paper) -> list:
     "What the components add, as far as the table shows"
     after = PHASES[1:]; gain = lambda a, b: s.lower([((a, q), (b, q)) for q in after])
     (full, p), (solve, r) = gain('resalign', 'ga'), gain('resalign', 'resalign-first-order')
-    return [claim('The resilience term, all of it, lowers IP after fine-tuning', '22.7% -> 1.9%', pct(s.worst('ga'), s.worst('resalign')), 'IP, paired, GA + retain against ResAlign, 4 fine-tunings', max(p), full, 'table'),
+    return [claim('The resilience term, all of it, lowers IP after fine-tuning', pct(*[paper[m]['subjects'] for m in ('ga', 'resalign')]), pct(s.worst('ga'), s.worst('resalign')), 'IP, paired, GA + retain against ResAlign, 4 fine-tunings', max(p), full, 'table'),
             claim('Solving with I + γH is better than first order', '', pct(s.worst('resalign-first-order'), s.worst('resalign')), 'the same, first order against Richardson', min(r), solve, 'table'),
             claim('Hypergradient without meta-learning; meta-learning over data alone', '18.3%; 3.2%', '', says=UNTRIED)]
 
@@ -97,7 +98,7 @@ def quality(main:pd.DataFrame, paper) -> list:
     fid = main[(main.metric == 'FID') & (main.phase == 'before') & (main.seed != 'all')].pivot(index='seed', columns='method', values='value')
     rise, published = fid.resalign/fid.original - 1, paper['resalign']['FID']/paper['original']['FID'] - 1
     low, high = stats.t.interval(.95, len(rise) - 1, rise.mean(), stats.sem(rise))
-    return [claim('Benign quality is kept', f'FID {100*published:+.1f}%', f'FID {100*rise.mean():+.1f}% (95%: {100*low:+.0f} to {100*high:+.0f}), {len(rise)} seeds', f"mean, and the interval's upper end, at most the paper's rise", np.nan, [rise.mean() <= published, high <= published], 'table')]
+    return [claim('Benign quality is kept', f'FID {100*published:+.1f}%', f'FID {100*rise.mean():+.1f}% (95%: {100*low:+.0f} to {100*high:+.0f}), {len(rise)} seeds', "mean, and the interval's upper end, at most the paper's rise", np.nan, [rise.mean() <= published, high <= published], 'table')]
 
 def long_runs(solvers:pd.DataFrame, paper) -> list:
     "To 600 steps of fine-tuning, from results/solvers.csv"
@@ -116,7 +117,7 @@ def claims_stage(folder=None) -> pd.DataFrame: # a line a claim
     out, paper = Path(folder or root()/'results'), params('paper')
     read = lambda name: pd.read_csv(root()/f'results/{name}.csv', dtype=dict(seed=str))
     s = Scores(collect_scores(params('table.methods'), params('table.seeds')))
-    rows = [*comes_back(s, paper), *stays_low(s, paper), *parts(s), *other_losses(s, read('losses')), *quality(read('main'), paper), *long_runs(read('solvers'), paper), *(claim(c, p, '', says=v) for c, p, v in OPEN)]
+    rows = [*comes_back(s, paper), *stays_low(s, paper), *parts(s, paper), *other_losses(s, read('losses')), *quality(read('main'), paper), *long_runs(read('solvers'), paper), *(claim(c, p, '', says=v) for c, p, v in OPEN)]
     table = pd.DataFrame(rows); table.to_csv(out/'claims.csv', index=False, float_format='%.3g')
     return table
 
