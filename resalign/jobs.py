@@ -11,6 +11,7 @@ import hashlib, json
 from pathlib import Path
 import numpy as np, pandas as pd
 from PIL import Image
+from .adversaries import save_word
 from .core import RunRecord, UserError, atomic_dir, choose, make_config
 from .data import encode, read_captions, read_images
 from .detectors import load_evaluators
@@ -105,9 +106,10 @@ def finetune(pipeline, images, out, settings:dict=None, prior=None, # folder for
     pipe = load_pipeline(pipeline)
     checkpoint = checkpoint_of(out, record)
     with Ranks().result(out, checkpoint) as tmp:
-        log = run_finetune(pipe, load_bank(pipe, images), config, load_bank(pipe, prior) if prior else None, checkpoint)
+        log = run_finetune(pipe, load_bank(pipe, images), config, load_bank(pipe, prior) if prior else None, checkpoint, captions=list(read_captions(images).text))
         if module: pipe = with_module(pipe, module)
         save_pipeline(pipe, tmp); pd.DataFrame(log).to_csv(tmp/'log.csv', index=False)
+        if config.algorithm in ('custom-diffusion', 'textual-inversion'): save_word(pipe, config.token, tmp)
         record.save(tmp/'record.json')
     return record
 
