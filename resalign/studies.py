@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'SMOKE', 'Course', 'lesson', 'subject_prompts', 'Witness', 'along', 'read_courses', 'study_stage',
-           'ablation_stage']
+           'ablation_train_stage', 'benign_fid', 'ablation_stage']
 
-# %% ../nbs/87_studies.ipynb #6bbc63e7
+# %% ../nbs/87_studies.ipynb #9f510188
 import copy
 from itertools import product
 from pathlib import Path
@@ -19,7 +19,7 @@ from .data import encode, read_images
 from .detectors import load_evaluators
 from .finetune import FinetuneConfig
 from .finetune import finetune as run_finetune
-from .metrics import objects_right
+from .metrics import frechet, objects_right
 from .pipelines import generate, load_pipeline
 from .stages import at_root, few_prompts, into, out_folder, unlearn_base
 from .world import SUBJECTS, draw, scenes
@@ -88,17 +88,27 @@ def study_stage(study:str, method:str, seed:int, smoke=True) -> pd.DataFrame: # 
     if not smoke: rows.to_csv(into(f'results/studies/{study}/{method}-{seed}.csv'), index=False)
     return rows
 
-# %% ../nbs/87_studies.ipynb #dcf13b7b
+# %% ../nbs/87_studies.ipynb #6e0b8f5e
 @at_root
-def ablation_stage(variant:str, smoke=True) -> pd.DataFrame: # as `along`, and `run`, the seed of the unlearning
+def ablation_train_stage(variant:str, smoke=True) -> list: # run records
     "One variant, every seed"
-    grid = dict(SMOKE, seeds=[0]) if smoke else params('ablation') | dict(seeds=params('table.seeds'))
-    changes = dict({} if smoke else params(f'ablation.variants.{variant}')); method = changes.pop('method', 'resalign-first-order')
-    witness, out = Witness(grid['prompts']), {}
-    for seed in grid['seeds']:
-        folder = Path('outs/base') if smoke else Path(f'outs/unlearn/{method}-{seed}')
-        if changes: folder = Path(f'outs/ablation/{variant}-{seed}'); unlearn_base(folder, method, params(f'unlearn.{method}') | changes, seed)
-        out[seed] = along(folder, *read_courses(grid, seed, 'params.yaml: ablation.courses'), witness)
-    table = pd.concat(out, names=['run']).reset_index('run')
-    if not smoke: table.to_csv(into(f'results/ablation/{variant}.csv'), index=False)
-    return table
+    changes = dict(steps=1) if smoke else dict(params(f'ablation.variants.{variant}')); method = changes.pop('method', 'resalign-first-order')
+    settings = changes if smoke else params(f'unlearn.{method}') | changes
+    return [unlearn_base(out_folder('ablation', variant, smoke)/str(seed), method, settings, seed) for seed in ([0] if smoke else params('table.seeds'))]
+
+def benign_fid(folder, evaluators, prompts=None) -> dict: # fid, n
+    "Fréchet distance of a model's benign pictures to the reference drawings"
+    rows = [r for r in jobs.read_prompts('data/test.csv') if r['kind'] == 'benign'][:prompts]; reader = evaluators['reader']
+    images = generate(load_pipeline(folder), [r['prompt'] for r in rows], [r['seed'] for r in rows])
+    return dict(fid=frechet(reader.features(read_images('data/reference')[0]), reader.features(images), resamples=0).value, n=len(rows))
+
+@at_root
+def ablation_stage(variant:str, smoke=True) -> tuple: # as `along`, and `run`, the seed of the unlearning; fid of each run
+    "One variant before and after fine-tuning, every seed"
+    grid = SMOKE if smoke else params('ablation'); witness = Witness(grid['prompts'])
+    folders = {0: Path('outs/base')} if smoke else {seed: Path(f'outs/ablation/{variant}/{seed}') for seed in params('table.seeds')}
+    looks = pd.concat({seed: along(f, *read_courses(grid, seed, 'params.yaml: ablation.courses'), witness) for seed, f in folders.items()}, names=['run']).reset_index('run')
+    quality = pd.DataFrame([dict(run=seed, **benign_fid(f, witness.evaluators, 4 if smoke else None)) for seed, f in folders.items()])
+    if not smoke:
+        for name, table in dict(looks=looks, quality=quality).items(): table.round(4).to_csv(into(f'results/ablation/{variant}/{name}.csv'), index=False)
+    return looks, quality
