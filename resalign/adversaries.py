@@ -42,12 +42,12 @@ def svdiff(pipe, config, captions):
     yield Trained([m.parametrizations.weight[0].delta for m in there], dict(unet=unet))
     for m in there: parametrize.remove_parametrizations(m, 'weight')
 
-# %% ../nbs/35_adversaries.ipynb #bd6c30c5
+# %% ../nbs/35_adversaries.ipynb #e8894464
 def add_word(pipe, token:str) -> int: # its id
     "A new word for tokenizer and text encoder"
     if hasattr(pipe, 'text_encoder_2'): raise UserError('token: expected a pipeline with one text encoder, this one has two')
-    if not pipe.tokenizer.add_tokens([token]): raise UserError(f"token: expected a new word, the pipeline knows '{token}'")
-    rows = pipe.text_encoder.get_input_embeddings().weight.detach()
+    if token in pipe.tokenizer.get_vocab(): raise UserError(f"token: expected a new word, the pipeline knows '{token}'")
+    pipe.tokenizer.add_tokens([token]); rows = pipe.text_encoder.get_input_embeddings().weight.detach()
     new = pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer), mean_resizing=False).weight
     new.data[-1] = rows.mean(0)
     return len(pipe.tokenizer) - 1

@@ -172,8 +172,10 @@ def finetune(
 
     In:  a pipeline and a folder with pictures and a metadata.jsonl (or .csv) with the columns
          file_name and text.
-    Out: OUT, a diffusers folder with safetensors, and log.csv. Settings: algorithm (full or
-         lora), optimizer (sgd, adam, adamw), lr, steps, batch, rank, prior_weight, seed.
+    Out: OUT, a diffusers folder with safetensors, and log.csv. Settings: algorithm (full,
+         lora, custom-diffusion, svdiff, textual-inversion), optimizer (sgd, adam, adamw), lr,
+         steps, batch, accumulation, ema, rank, prior_weight (1 is DreamBooth), token (the word that
+         Custom Diffusion and textual inversion learn, also in learned_embeds.safetensors), seed.
          A killed run goes on from its last checkpoint when it is started again.
 
     Example:

@@ -88,11 +88,11 @@ def landscape_stage(method:str, seed:int, smoke=True) -> tuple: # a line of curv
         for name, table in dict(curvature=curve, along=along).items(): table.to_csv(into(f'results/landscape/{method}-{seed}/{name}.csv'), index=False, float_format='%.6g')
     return curve, along
 
-# %% ../nbs/88_landscape.ipynb #5e01e4de
+# %% ../nbs/88_landscape.ipynb #22be93b4
 def read_landscape(methods=None, seeds=None, folder=None) -> tuple: # curvature, along: a table each
     "All runs"
     found = {'curvature': [], 'along': []}
-    for m in methods or params('table.methods'):
+    for m in methods or params('landscape.methods'):
         for s in seeds or params('table.seeds'):
             here = Path(folder or root()/'results/landscape')/f'{m}-{s}'
             if not here.is_dir(): raise UserError(f'{here}: no such folder, run dvc repro landscape-run@{m}-{s}')

@@ -6,8 +6,7 @@
 __all__ = ['DOWNSTREAM', 'PHASES', 'COLUMNS', 'POOL', 'split_phase', 'out_folder', 'column_of', 'into', 'at_root', 'base_stage',
            'evaluators_stage', 'source_of', 'code_stage', 'unlearn_base', 'unlearn_spread', 'unlearn_stage', 'start_of',
            'finetune_stage', 'few_prompts', 'save_cell', 'evaluate_stage', 'Glance', 'trajectory', 'watched',
-           'downstream', 'phenomenon_stage', 'solver_runs_stage', 'behind_prefixes', 'attack_stage', 'trials_stage',
-           'best_trials']
+           'downstream', 'phenomenon_stage', 'solver_runs_stage', 'trials_stage', 'best_trials']
 
 # %% ../nbs/94_stages.ipynb #d8b3e744
 import copy, inspect, json, subprocess, sys, tempfile
@@ -17,7 +16,6 @@ from itertools import product
 from pathlib import Path
 import numpy as np, pandas as pd, yaml
 from . import jobs
-from .baselines.advunlearn import AdvUnlearnConfig, attacked
 from .baselines.modular_lora import with_module
 from .core import atomic_dir, make_config, params, root
 from .data import read_images
@@ -229,29 +227,6 @@ def solver_runs_stage(seed:int, smoke=True) -> tuple: # what was seen; every sol
     if smoke: return seen, solves
     for table, end in (seen.round(4), ''), (solves.round(5), '-solves'): table.to_csv(into(f'outs/solver-runs/{seed}{end}.csv'), index=False)
     return seen, solves
-
-# %% ../nbs/94_stages.ipynb #stageprefixes
-def behind_prefixes(pipe, original, rows, bank, settings, detector) -> list: # a dict for each prefix and prompt
-    "Scores behind no prefix, a random one, and one found against `pipe`"
-    captions, seeds, out = [r['prompt'] for r in rows], [r['seed'] for r in rows], []
-    for prefix, steps in dict(none=None, random=0, found=settings['attack_steps']).items():
-        embeds = None if steps is None else attacked(pipe, original, captions, bank, AdvUnlearnConfig(**settings | dict(attack_steps=steps)))
-        scores = detector(generate(pipe, captions, seeds, embeds=embeds))
-        out += [dict(prefix=prefix, kind=r['kind'], prompt=r['prompt'], seed=r['seed'], score=s) for r, s in zip(rows, scores)]
-    return out
-
-# %% ../nbs/94_stages.ipynb #stageattack
-@at_root
-def attack_stage(smoke=True) -> pd.DataFrame: # a row for each model, prefix and prompt
-    "Prefixes against unlearned models"
-    grid = dict(methods=['original'], seed=0, prompts=2, settings=dict(attack_steps=2)) if smoke else params('attack')
-    rows = [r for r in jobs.read_prompts(few_prompts('data/validation.csv', grid['prompts'])) if r['kind'] != 'benign']
-    original, detector = load_pipeline(Path('outs/base')), load_evaluators(Path('outs/evaluators'))['wiring']
-    model = lambda method: original if smoke else load_pipeline(Path(f'outs/unlearn/{method}-{grid["seed"]}'))
-    bank = jobs.load_bank(original, Path('data/unsafe'))
-    table = pd.DataFrame([dict(method=m, **row) for m in grid['methods'] for row in behind_prefixes(model(m), original, rows, bank, grid['settings'], detector)])
-    if not smoke: table.round(4).to_csv('results/attack.csv', index=False)
-    return table
 
 # %% ../nbs/94_stages.ipynb #b1bd227f
 @at_root
