@@ -4,6 +4,9 @@ SOURCES  := $(wildcard data.dvc)
 RESTORED := base evaluators
 HEADLINE := headline@0 pictures@0
 TABLE    := headline pictures table portrait
+# One seed of every experiment, and every figure: names of stages as dvc lists them
+ONE_SEED := ^(evaluate|study-run|landscape-run|attack-run|headline|pictures)@.*-?0$$
+FIGURES  := table tuning losses scores resurgence adversaries contamination ablation landscape attack claims
 # What is shown at the end of `make reproduce` and `make table`
 HEADLINE_SHOWN := results/headline_0.md
 TABLE_SHOWN    := results/main.md
@@ -27,12 +30,12 @@ export DVC_NO_ANALYTICS := 1
 unexport PYTHONPATH PYTHONHOME JUPYTER_PATH
 
 # Nothing here asks a model hub for anything; real profiles do, and are run by `dvc` directly
-OFFLINE := test reproduce table reproduce-all bench bench-gpu readme
+OFFLINE := test reproduce table figures reproduce-all bench bench-gpu readme
 $(OFFLINE): export HF_HUB_OFFLINE := 1
 $(OFFLINE): export TRANSFORMERS_OFFLINE := 1
 $(OFFLINE): export MPLBACKEND := agg
 
-.PHONY: help env sources restore reproduce table reproduce-all bench bench-gpu test readme lab clean
+.PHONY: help env sources restore reproduce table figures reproduce-all bench bench-gpu test readme lab clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -80,6 +83,10 @@ reproduce: restore ## five methods, one seed: their table, figure and pictures (
 table: restore ## the main table: every method, every seed (some 3 hours)
 	@$(BIN)/dvc repro $(TABLE)
 	@echo; cat $(TABLE_SHOWN)
+
+figures: restore ## one seed of every experiment anew, and every figure (at most 2 hours)
+	@$(BIN)/dvc repro $$($(BIN)/dvc stage list --name-only | grep -E '$(ONE_SEED)')
+	@$(BIN)/dvc repro --single-item $(FIGURES)
 
 reproduce-all: sources ## everything, base model and evaluators too
 	@$(BIN)/dvc repro --force $(RESTORED)
