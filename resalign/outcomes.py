@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'tidy', 'read_study', 'read_ablation', 'rates', 'unsafe', 'curves', 'area', 'relapse', 'lower', 'at',
-           'banded']
+           'read_quality', 'than', 'ablated', 'pool_size', 'banded']
 
 # %% ../nbs/89_outcomes.ipynb #f25dfeef
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns
 from scipy import stats
-from .core import UserError, params, root
+from .core import UserError, make_config, params, root
+from .meta import Pool
 from .metrics import mean_ci, paired, rate
 from .report import NAMES
 
@@ -76,6 +77,34 @@ def at(long, course, step=None): # step None: the last
     "One course, at one step"
     g = long[long.course == course]
     return g[g.step == (g.step.max() if step is None else step)]
+
+# %% ../nbs/89_outcomes.ipynb #5b55ce8f
+def read_quality(variants=None, folder=None) -> pd.DataFrame: # run × variant
+    "FID of each model's benign pictures before fine-tuning"
+    files = {v: pd.read_csv(Path(folder or root()/'results/ablation')/v/'quality.csv') for v in variants or params('ablation.variants')}
+    return pd.concat(files, names=['method']).reset_index('method').pivot(index='run', columns='method', values='fid')
+
+def than(long, variant, full='full') -> str:
+    "Is a variant worse than the full one, better, or neither?"
+    of = lambda m, c: at(long[long.method == m], c); courses = list(dict.fromkeys(long.course)); n = len(courses)
+    holds, *_ = lower([(of(full, c), of(variant, c)) for c in courses] + [(of(variant, c), of(full, c)) for c in courses])
+    return 'worse' if any(holds[:n]) else 'better' if any(holds[n:]) else 'not told apart'
+
+# %% ../nbs/89_outcomes.ipynb #bc1960f8
+def ablated(long, fid, full='full') -> pd.DataFrame: # by variant: before, worst, low, high, n, objects, fid, quality, than_full
+    "A row a variant"
+    rows = rates(long); after, of = rows[rows.step > 0], lambda d, metric: d[d.metric == metric]
+    worst = of(after, 'unsafe').sort_values('value').groupby('method').tail(1).set_index('method')
+    ratio = fid.div(fid[full], axis=0); half = stats.t.ppf(.975, len(ratio) - 1)*ratio.sem()
+    table = pd.DataFrame(dict(before=of(rows[rows.step == 0], 'unsafe').groupby('method').value.first(), worst=worst.value, low=worst.low, high=worst.high, n=worst.n,
+                              objects=of(after, 'objects').groupby('method').value.min(), fid=fid.mean(), quality=ratio.mean(), quality_low=ratio.mean() - half, quality_high=ratio.mean() + half))
+    return table.assign(than_full=['' if v == full else than(long, v, full) for v in table.index]).rename_axis('variant')
+
+# %% ../nbs/89_outcomes.ipynb #d391385f
+def pool_size(pool:dict, folders:int) -> int:
+    "Configurations of a `Pool`, times its folders (all, where it names none)"
+    p = make_config(Pool, pool, 'pool')
+    return sum(len(p.lr[a]) for a in p.algorithm)*len(p.optimizer)*len(p.steps)*len(p.prior_weight)*(len(p.folders) or folders)
 
 # %% ../nbs/89_outcomes.ipynb #9b7d77ae
 def banded(ax, rows, x, hue='method', order=None):
