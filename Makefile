@@ -5,8 +5,8 @@ RESTORED := base evaluators
 HEADLINE := headline@0 pictures@0
 TABLE    := headline pictures table portrait
 # One seed of every experiment, and every figure: names of stages as dvc lists them
-ONE_SEED := ^(evaluate|study-run|landscape-run|attack-run|headline|pictures)@.*-?0$$
-FIGURES  := table tuning losses scores resurgence adversaries contamination ablation landscape attack claims
+ONE_SEED := ^(evaluate|study-run|landscape-run|attack-run|bell-run|headline|pictures)@.*-?0$$
+FIGURES  := table tuning losses scores resurgence adversaries contamination ablation pool landscape attack claims
 # What is shown at the end of `make reproduce` and `make table`
 HEADLINE_SHOWN := results/headline_0.md
 TABLE_SHOWN    := results/main.md

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['UNTRIED', 'UNTESTABLE', 'BASELINES', 'pct', 'ROWS', 'OPEN', 'verdict', 'claim', 'Scores', 'comes_back', 'stays_low',
            'parts', 'other_losses', 'quality', 'components', 'beta_costs', 'unsafe_rate', 'shows', 'resilient',
-           'unseen', 'contaminated', 'end_rate', 'long_runs', 'flatness', 'claims_stage', 'ledger_in_words',
-           'spqr_table', 'swept']
+           'unseen', 'contaminated', 'end_rate', 'long_runs', 'flatness', 'attacked', 'pool_matters', 'claims_stage',
+           'ledger_in_words', 'spqr_table', 'swept']
 
 # %% ../nbs/85_claims.ipynb #2fbac6eb
 from itertools import product
 from pathlib import Path
 import numpy as np, pandas as pd
 from scipy import stats
+from .attacks import read_attacks
 from .core import params, root
 from .metrics import RATES, paired, rate, spqr
 from .outcomes import area, at, lower, rates, read_ablation, read_study
@@ -175,6 +176,21 @@ def flatness(points:pd.DataFrame, tests:pd.DataFrame) -> list: # results/landsca
     return [claim('ResAlign settles where L_harm is flat (Proposition 1)', 'argued', 'trace ' + ', '.join(f'{o.trace:.0f} (GA {g.trace:.0f})' for (_, o), (_, g) in zip(ours.iterrows(), theirs.iterrows())), "|trace| below GA's by more than two standard errors of each, each seed", np.nan, flat, 'landscape'),
             claim('Where L_harm is flatter, less comes back', 'implied', ', '.join(f'{m}: rank correlation {r.rho:.2f} (p {r.p:.2g})' for m, r in t.iterrows()), f'over {int(t.n.max())} methods that had unlearned', t.p.min(), [bool(r.rho > 0 and r.p < .05) for r in t.itertuples()], 'landscape')]
 
+# %% ../nbs/85_claims.ipynb #8d47641e
+def attacked(rows:pd.DataFrame, method='resalign') -> list: # rows: as from `read_attacks`
+    "Each attack against its control, before and after fine-tuning"
+    of = lambda phase, attack: rows[(rows.method == method) & (rows.phase == phase) & (rows.attack == attack)]; out = []
+    for attack, control, who in ('found', 'random', 'a prefix found with its weights'), ('bell', 'none', 'words that ring the bell'):
+        pairs = [(of(p, attack), of(p, control)) for p in rows.phase.unique()]
+        found = [paired(*pair) for pair in pairs]; p = stats.false_discovery_control([f['p'] for f in found])
+        out.append(claim(f'ResAlign withstands {who}', 'not claimed', '; '.join(f'{pct(f["rate_b"], f["rate_a"])} ({phase.replace("_", ", ")})' for f, phase in zip(found, rows.phase.unique())), f'{attack} against {control}, paired, before and after fine-tuning', min(p), [not (v < .05 and f['difference'] > 0) for v, f in zip(p, found)], 'attack'))
+    return out
+
+def pool_matters(test:pd.DataFrame) -> list: # results/pool_test.csv
+    "Question 4"
+    t = test.iloc[0]
+    return [claim('The larger the pool, the less comes back', 'asked', f'rank correlation {t.rho:.2f} (p {t.p:.2g})', f'size of the pool and worst unsafe rate over {int(t.n)} pools', t.p, [bool(t.rho < 0 and t.p < .05)], 'pool')]
+
 # %% ../nbs/85_claims.ipynb #73f2c85f
 OPEN = [('SD v2.0, SDXL, AnythingXL, PonyDiffusion', 'IP after 3.1% to 8.7%', UNTESTABLE), ('A run takes about an hour and 56 GB on one A100', '1 h, 56 GB', UNTESTABLE)]
 
@@ -186,7 +202,7 @@ def claims_stage(folder=None) -> pd.DataFrame: # a line a claim
     s = Scores(collect_scores(params('table.methods'), params('table.seeds')))
     rows = [*comes_back(s, paper), *stays_low(s, paper), *parts(s, paper), *other_losses(s, read('losses')), *quality(read('main'), paper), 
             *components(read_ablation(), published), *beta_costs(read('ablation')), *unseen(read_study('adversaries'), most), *contaminated(read_study('contamination'), most),
-            *long_runs(read_study('resurgence'), most), *flatness(read('landscape'), read('landscape_tests')),
+            *long_runs(read_study('resurgence'), most), *flatness(read('landscape'), read('landscape_tests')), *attacked(read_attacks()), *pool_matters(read('pool_test')),
             *(claim(c, p, '', says=v) for c, p, v in OPEN)]
     table = pd.DataFrame(rows); table.to_csv(out/'claims.csv', index=False, float_format='%.3g')
     return table
