@@ -11,6 +11,9 @@ FIGURES  := table tuning losses scores resurgence adversaries contamination abla
 HEADLINE_SHOWN := results/headline_0.md
 TABLE_SHOWN    := results/main.md
 
+# Stages of one thread, side by side: one a core, unless told otherwise (make table LANES=1)
+LANES ?= $(shell nproc 2>/dev/null || echo 2)
+
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -46,6 +49,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done)
 # Further arguments for pip, for instance where to find a CPU build of torch
 PIPFLAGS ?=
+LANED = $(BIN)/python tools/lanes.py --lanes $(LANES)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 LOCKS := requirements.lock requirements-oracle.lock
 
@@ -81,16 +85,17 @@ reproduce: restore ## five methods, one seed: their table, figure and pictures (
 	@echo; cat $(HEADLINE_SHOWN)
 
 table: restore ## the main table: every method, every seed (some 3 hours)
-	@$(BIN)/dvc repro $(TABLE)
+	@$(LANED) $(TABLE)
 	@echo; cat $(TABLE_SHOWN)
 
 figures: restore ## one seed of every experiment anew, and every figure (at most 2 hours)
-	@$(BIN)/dvc repro $$($(BIN)/dvc stage list --name-only | grep -E '$(ONE_SEED)')
+	@$(LANED) $$($(BIN)/dvc stage list --name-only | grep -E '$(ONE_SEED)')
 	@$(BIN)/dvc repro --single-item $(FIGURES)
 
 reproduce-all: sources ## everything, base model and evaluators too
 	@$(BIN)/dvc repro --force $(RESTORED)
-	@$(BIN)/dvc repro
+	@$(BIN)/dvc repro bench scaling
+	@$(LANED)
 	@echo; cat $(TABLE_SHOWN)
 
 # ------------------------------------------------------------------ what it costs

@@ -1,0 +1,51 @@
+"""DVC runs one stage after the other. This runs stages of one thread side by side, where they don't wait for one another; a stage that doesn't pin its threads runs alone."""
+import argparse, subprocess, sys, time
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+
+from dvc.repo import Repo
+
+
+def waiting(targets=()) -> dict:
+    "name -> (names of the stages it needs, whether it runs alone); of the targets and all before them, or of all"
+    graph = Repo().index.graph # from a stage to what it needs
+    known = {s.addressing: s for s in graph}
+    asked = lambda k: not targets or any(k == t or k.startswith(f'{t}@') for t in targets)
+    if unknown := [t for t in targets if not any(k == t or k.startswith(f'{t}@') for k in known)]: sys.exit(f'lanes: unknown stage: {", ".join(unknown)}')
+    todo, found = [s for k, s in known.items() if asked(k)], {}
+    while todo:
+        s = todo.pop(); before = list(graph.successors(s))
+        if s.addressing not in found: found[s.addressing] = {d.addressing for d in before}, 'OMP_NUM_THREADS=1' not in (s.cmd or ''); todo += before
+    return found
+
+
+def run(stage, force) -> int:
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, '-m', 'dvc', '--wait-for-lock', 'repro', *['--force']*force, '--single-item', stage], capture_output=True, text=True)
+    print(f'{time.strftime("%H:%M:%S")} {stage}: {"failed" if done.returncode else "done"}, {time.monotonic() - start:.0f} s', flush=True)
+    if done.returncode: print('\n'.join((done.stdout + done.stderr).splitlines()[-20:]), file=sys.stderr, flush=True)
+    return done.returncode
+
+
+def main(targets, lanes:int, force=False) -> int: # exit status
+    "All stages in an order in which each finds what it needs; what needs a failed one is left out"
+    needs, done, bad, running = waiting(targets), set(), set(), {}
+    with ThreadPoolExecutor(lanes) as pool:
+        def start(s): running[pool.submit(run, s, force)] = s, needs.pop(s)[1]
+        while needs or running:
+            for s in [s for s, (d, _) in needs.items() if d & bad]: needs.pop(s); bad.add(s); print(f'{s}: left out, what it needs has failed', flush=True)
+            for s in [s for s in needs if s.endswith('.dvc')]: needs.pop(s); done.add(s) # data, which no stage makes
+            ready = {s: alone for s, (d, alone) in needs.items() if d <= done}; together = [s for s, alone in ready.items() if not alone]
+            if together and not any(alone for _, alone in running.values()):
+                for s in together[:lanes - len(running)]: start(s)
+            elif ready and not running: start(next(iter(ready)))
+            if running:
+                for f in wait(running, return_when=FIRST_COMPLETED).done: (bad if f.result() else done).add(running.pop(f)[0])
+    return int(bool(bad))
+
+
+if __name__ == '__main__':
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument('targets', nargs='*', help='stages, with all that they need; none: everything')
+    p.add_argument('--lanes', type=int, default=2, help='stages at a time: one a core [2]')
+    p.add_argument('--force', action='store_true', help='also what has not changed')
+    sys.exit(main(**vars(p.parse_args())))
