@@ -84,7 +84,7 @@ reproduce: restore ## five methods, one seed: their table, figure and pictures (
 	@$(BIN)/dvc repro $(HEADLINE)
 	@echo; cat $(HEADLINE_SHOWN)
 
-table: restore ## the main table: every method, every seed (some 3 hours)
+table: restore ## the main table: every method, every seed (some 3 hours of one core)
 	@$(LANED) $(TABLE)
 	@echo; cat $(TABLE_SHOWN)
 
@@ -92,7 +92,7 @@ figures: restore ## one seed of every experiment anew, and every figure (at most
 	@$(LANED) $$($(BIN)/dvc stage list --name-only | grep -E '$(ONE_SEED)')
 	@$(BIN)/dvc repro --single-item $(FIGURES)
 
-reproduce-all: sources ## everything, base model and evaluators too
+reproduce-all: sources ## everything, base model and evaluators too (a night)
 	@$(BIN)/dvc repro --force $(RESTORED)
 	@$(BIN)/dvc repro bench scaling
 	@$(LANED)
