@@ -47,6 +47,11 @@ def answers(pipe): # what the UNet says, what it should say, and a picture
     s = Sample(z, noise, t, embed(pipe, captions), torch.arange(2))
     with torch.no_grad(): return model.predict(s), model.target(s), torch.from_numpy(generate(pipe, captions, [0, 1], steps=2))
 
+def holds(module, weights):
+    "Exactly these, as far as they are named"
+    own = module.state_dict()
+    for k, v in weights.items(): assert torch.equal(own[k], v), k
+
 def agree(a, b): # weights are the same bits; products of them are not always, for they lie differently in memory
     for (x, y) in zip(answers(a), answers(b)): torch.testing.assert_close(x.float(), y.float(), rtol=1e-4, atol=1. if x.dtype == torch.uint8 else 1e-5)
 
@@ -93,7 +98,7 @@ def test_half_precision_becomes_float32(made, tmp_path):
     pipe, _, config, file = made['v1']
     save_file({k: v.half() if v.is_floating_point() else v for k, v in load_file(file).items()}, tmp_path/'half.safetensors')
     got, reports = load_single_file(tmp_path/'half.safetensors', config)
-    for k, v in pipe.unet.state_dict().items(): assert torch.equal(got.unet.state_dict()[k], v.half().float())
+    holds(got.unet, {k: v.half().float() for k, v in pipe.unet.state_dict().items()})
     assert reports[0].dtype == 'float16'
 
 @pytest.fixture
@@ -173,8 +178,8 @@ def test_unet_weights_under_other_names(v1, way, suffix, tmp_path):
     (torch.save if suffix == '.pt' else save_file)(weights, tmp_path/f'w{suffix}')
     words = copy.deepcopy(v1.text_encoder.state_dict())
     report = put_weights(v1, tmp_path/f'w{suffix}')
-    for k, v in unet.state_dict().items(): assert torch.equal(v1.unet.state_dict()[k], v)
-    for k, v in words.items(): assert torch.equal(v1.text_encoder.state_dict()[k], v)
+    holds(v1.unet, unet.state_dict())
+    holds(v1.text_encoder, words)
     assert (report.keys, report.parameters, report.share) == (len(weights), sum(p.numel() for p in unet.parameters()), 1.) and not (report.missing or report.unexpected or report.wrong or report.other)
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -184,11 +189,11 @@ def test_unet_weights_under_compvis_names(made, kind, tmp_path):
     weights = {k: v.clone().contiguous() for k, v in single_file(trained, kind).items()}
     torch.save(dict(state_dict=weights, global_step=5), tmp_path/'compvis.pt')
     report = put_weights(pipe, tmp_path/'compvis.pt', 'unet')
-    for k, v in trained.unet.state_dict().items(): assert torch.equal(pipe.unet.state_dict()[k], v)
+    holds(pipe.unet, trained.unet.state_dict())
     assert report.layout == 'CompVis' and report.share == 1. and report.other['first_stage_model'] == len(pipe.vae.state_dict())
     save_file({k.removeprefix(LDM): v for k, v in weights.items() if k.startswith(LDM)}, tmp_path/'raw.safetensors')
     assert put_weights(base, tmp_path/'raw.safetensors').share == 1.
-    for k, v in trained.unet.state_dict().items(): assert torch.equal(base.unet.state_dict()[k], v)
+    holds(base.unet, trained.unet.state_dict())
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_some_modules_under_compvis_names(made, kind):
@@ -198,7 +203,7 @@ def test_some_modules_under_compvis_names(made, kind):
         some = {k: v for k, v in weights.items() if pattern in k}
         found, lost = from_compvis(some, unet)
         assert len(found) == len(some) and not lost and set(found) <= set(unet.state_dict())
-        for k, v in found.items(): assert torch.equal(v, unet.state_dict()[k])
+        holds(unet, found)
 
 ESD = {'flat': lambda d: {f'{m}.{k}': v for m, part in d.items() for k, v in part.items()}, 'a dict per module': lambda d: {f'unet.{m}': part for m, part in d.items()}}
 
@@ -208,10 +213,10 @@ def test_esd_holds_the_trained_modules_alone(v1, way, tmp_path):
     trained = {n: {k: v.bfloat16() for k, v in m.state_dict().items()} for n, m in unet.named_modules() if isinstance(m, torch.nn.Linear) and 'attn2' in n}
     torch.save(ESD[way](trained), tmp_path/'esd.pt')
     refused(r'604 of 684 weights of the unet are missing.*partial=True', put_weights, v1, tmp_path/'esd.pt')
-    for k, v in before.items(): assert torch.equal(v1.unet.state_dict()[k], v)
+    holds(v1.unet, before)
     report = put_weights(v1, tmp_path/'esd.pt', partial=True)
     names = set(ESD['flat'](trained))
-    for k, v in v1.unet.state_dict().items(): assert torch.equal(v, unet.state_dict()[k].bfloat16().float() if k in names else before[k])
+    holds(v1.unet, {k: v.bfloat16().float() if k in names else before[k] for k, v in unet.state_dict().items()})
     assert set(report.missing) == set(before) - names and report.keys == len(names) and 'missing: 604' in str(report) and report.dtype == 'bfloat16'
 
 ADVUNLEARN = {'wrapped': lambda k: f'text_encoder.text_model.{k}', 'old names': lambda k: f'text_model.{k}', 'module': lambda k: f'module.text_encoder.{k}', 'compvis': lambda k: f'cond_stage_model.transformer.text_model.{k}', 'plain': lambda k: k}
@@ -222,15 +227,15 @@ def test_advunlearn_holds_a_text_encoder(v1, way, tmp_path):
     weights = {ADVUNLEARN[way](k): v for k, v in text.state_dict().items()} | {ADVUNLEARN[way]('embeddings.position_ids'): torch.arange(77)[None]}
     torch.save(weights, tmp_path/'TextEncoder.pt')
     report = put_weights(v1, tmp_path/'TextEncoder.pt')
-    for k, v in text.state_dict().items(): assert torch.equal(v1.text_encoder.state_dict()[k], v)
-    for k, v in unet.items(): assert torch.equal(v1.unet.state_dict()[k], v)
+    holds(v1.text_encoder, text.state_dict())
+    holds(v1.unet, unet)
     assert report.part == 'text_encoder' and report.share == 1. and report.other == dict(buffers=1)
 
 def test_the_second_text_encoder_of_sdxl(made, tmp_path):
     pipe = copy.deepcopy(made['xl'][0]); text = moved(pipe.text_encoder_2)
     save_file({f"text_encoder_2.{k.removeprefix('text_model.')}": v for k, v in text.state_dict().items()}, tmp_path/'two.safetensors')
     assert put_weights(pipe, tmp_path/'two.safetensors').part == 'text_encoder_2'
-    for k, v in text.state_dict().items(): assert torch.equal(pipe.text_encoder_2.state_dict()[k], v)
+    holds(pipe.text_encoder_2, text.state_dict())
     refused('part of the pipeline', put_weights, copy.deepcopy(made['v1'][0]), tmp_path/'two.safetensors')
 
 def spoiled(weights, how):
@@ -248,7 +253,7 @@ def test_what_does_not_fit_changes_nothing(v1, how, match, partial, tmp_path):
     before = copy.deepcopy(v1.unet.state_dict())
     torch.save(spoiled({k: v.clone() for k, v in moved(v1.unet).state_dict().items()}, how), tmp_path/'w.pt')
     refused(match, put_weights, v1, tmp_path/'w.pt', partial=partial)
-    for k, v in before.items(): assert torch.equal(v1.unet.state_dict()[k], v)
+    holds(v1.unet, before)
 
 class Trap:
     def __init__(self, path): self.path = path
