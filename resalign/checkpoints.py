@@ -6,7 +6,7 @@
 __all__ = ['TENSOR_FILES', 'TRAINERS', 'WRAPPERS', 'OTHER', 'SCHEDULE', 'BUFFERS', 'LDM', 'RAW', 'HOLDS', 'DTYPES', 'flat',
            'check_file', 'read_weights', 'own_name', 'belongs_to', 'is_compvis', 'from_compvis', 'shortly', 'Coverage',
            'part_of', 'matched', 'coverage', 'check_coverage', 'put_weights', 'check_config', 'names_in', 'empty_part',
-           'parts_in', 'covers', 'load_single_file', 'download_command', 'licence_page', 'how_to_get', 'open_pipeline']
+           'parts_in', 'covers', 'load_single_file', 'open_pipeline', 'open_base']
 
 # %% ../nbs/22_checkpoints.ipynb #156691ba
 import importlib, json, re
@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 import torch
 from diffusers.loaders.single_file_utils import SD_2_TEXT_ENCODER_KEYS_TO_IGNORE, SingleFileComponentError, convert_ldm_unet_checkpoint
-from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from .core import UserError, choose
+from .core import UserError, choose, root
+from .profiles import Profile, how_to_get, located
 from .pipelines import CLASSES, PARTS, is_local, load_pipeline
 
 # %% ../nbs/22_checkpoints.ipynb #f76128e4
@@ -245,6 +245,7 @@ def load_single_file(file,   # .safetensors with CompVis names: SD v1, v2 or XL
                     ) -> tuple: # the pipeline, as `load_pipeline` returns it; a Coverage for each part
     "A pipeline from a single-file checkpoint"
     cls, index = check_config(config)
+    choose(cls.__name__, HOLDS, f'{config}: model_index.json: _class_name')
     names, config = names_in(file), str(config)
     reports = covers(names, cls, index, config, file)
     absent = {k: None for k in ('safety_checker', 'feature_extractor') if 'XL' not in cls.__name__}
@@ -262,24 +263,6 @@ def load_single_file(file,   # .safetensors with CompVis names: SD v1, v2 or XL
     return pipe, reports
 
 # %% ../nbs/22_checkpoints.ipynb #65df7837
-def download_command(repo:str, revision=None, kind='model', inside=None) -> str:
-    "The command that fetches what is needed of a hub repository"
-    words = [f'hf download {repo}']
-    if kind != 'model': words.append(f'--type {kind}')
-    if revision: words.append(f'--revision {revision}')
-    if inside: words.append(f'--include "{inside}*"')
-    elif kind == 'model': words.append('--include "*.json" --include "*.txt" --include "*/*.safetensors" --exclude "safety_checker/*" --exclude "*fp16*" --exclude "*non_ema*"')
-    return ' '.join(words)
-
-def licence_page(repo:str, kind='model') -> str: return f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repo}"
-
-def how_to_get(repo:str, revision=None, size_gb=None, kind='model', inside=None) -> str:
-    "What to accept, where, and the command"
-    size = f' (about {size_gb:g} GB)' if size_gb else ''
-    return (f'accept its licence at {licence_page(repo, kind)} and run `hf auth login`, if it asks for that; then `{download_command(repo, revision, kind, inside)}`{size} '
-            f'puts it into {constants.HF_HUB_CACHE}')
-
-# %% ../nbs/22_checkpoints.ipynb #aa0097b6
 def open_pipeline(path,            # a diffusers folder, a single-file .safetensors checkpoint, or a hub id
                   revision=None,   # of the hub id
                   config=None,     # for a single file: a local folder with its configuration
@@ -298,3 +281,12 @@ def open_pipeline(path,            # a diffusers folder, a single-file .safetens
         except UserError as e: raise UserError(f'{path}: not here: {how_to_get(path, revision, size_gb)} (said: {str(e)[:120]})') from None
     if weights: reports.append(put_weights(pipe, weights, part, partial))
     return pipe, reports
+
+# %% ../nbs/22_checkpoints.ipynb #55447b53
+def open_base(profile:Profile) -> tuple: # the pipeline; Coverage reports
+    "The base model of a profile, with its `weights` put in"
+    b, w = profile.base, profile.weights
+    if b is None: raise UserError('profile: base: expected a source, got none')
+    config = str(root()/Path(profile.config).expanduser()) if profile.config else None
+    path = b.path if b.kind == 'hub' and not b.inside else located(b, 'model')
+    return open_pipeline(path, b.revision, config, w and located(w, 'model'), profile.part, profile.partial, b.size_gb)

@@ -4,11 +4,12 @@ from pathlib import Path
 import pytest, torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from resalign.checkpoints import LDM, from_compvis, how_to_get, load_single_file, open_pipeline, put_weights, read_weights
+from resalign.checkpoints import LDM, from_compvis, load_single_file, open_pipeline, put_weights, read_weights
 from resalign.core import UserError
 from resalign.data import Sample, embed
 from resalign.losses import Denoiser
 from resalign.pipelines import generate, load_pipeline
+from resalign.profiles import how_to_get
 from tests.compvis import single_file, small, write_single_file
 
 KINDS = 'v1 v2 xl'.split()
