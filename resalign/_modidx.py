@@ -270,6 +270,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                               'resalign.cli.change': ('cli.html#change', 'resalign/cli.py'),
                               'resalign.cli.check_out': ('cli.html#check_out', 'resalign/cli.py'),
                               'resalign.cli.command': ('cli.html#command', 'resalign/cli.py'),
+                              'resalign.cli.doctor': ('cli.html#doctor', 'resalign/cli.py'),
                               'resalign.cli.evaluate': ('cli.html#evaluate', 'resalign/cli.py'),
                               'resalign.cli.fail': ('cli.html#fail', 'resalign/cli.py'),
                               'resalign.cli.finetune': ('cli.html#finetune', 'resalign/cli.py'),
