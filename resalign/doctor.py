@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Finding', 'table', 'installed', 'library', 'libraries', 'total_gb', 'machine', 'disk', 'looks_right', 'to_fetch',
-           'source', 'check', 'require']
+           'source', 'configuration', 'licences', 'check', 'require']
 
 # %% ../nbs/24_doctor.ipynb #d78a59b0
 import importlib.metadata, os, shutil
@@ -119,6 +119,19 @@ def source(what:str, s:Source, p:Profile, hashes=False) -> list:
     return [Finding(what, 'ok', f"{s}: {says}{licence}{', hash agrees' if s.sha256 and hashes else ''}")] + notes
 
 # %% ../nbs/24_doctor.ipynb #220e333c
+def configuration(p:Profile) -> list:
+    "The configuration of a single-file checkpoint"
+    if not p.config: return []
+    try: return [Finding('config', 'ok', f'{p.config}: of a {check_config(root()/Path(p.config).expanduser())[0].__name__}')]
+    except UserError as e:
+        return [Finding('config', 'missing', str(e), f'hf download REPOSITORY --include "*.json" --include "*.txt" --local-dir {p.config}   # one of the same architecture, such as CompVis/stable-diffusion-v1-4')]
+
+def licences(p:Profile) -> list:
+    "One line for all"
+    pages = {f"{s.license} ({licence_page(s.path, 'model' if what in ('base', 'weights') else 'dataset')})": None for what, s in p.sources().items() if s.license and s.kind == 'hub'}
+    return [Finding('licences', 'note', 'read and accept: ' + ', '.join(pages))] if pages else []
+
+# %% ../nbs/24_doctor.ipynb #dd5aac87
 def check(name:str,       # a profile of params.yaml
           hashes=True,    # read files and compare `sha256`, where a profile has it
           file=None) -> list: # Finding
@@ -130,7 +143,7 @@ def check(name:str,       # a profile of params.yaml
     for need in ['base'] + [f'data.{d}' for d in ('unsafe', 'retain')]:
         if need not in found: found[need] = [Finding(need, 'missing', f'the profile names none, expected params.yaml: profiles.{name}.{need}')]
     absent = sum(s.size_gb or 0. for what, s in p.sources().items() if found[what][0].state == 'missing')
-    return out + libraries() + machine(p) + disk(absent) + [f for fs in found.values() for f in fs]
+    return out + libraries() + machine(p) + disk(absent) + licences(p) + configuration(p) + [f for fs in found.values() for f in fs]
 
 def require(name:str=None, # None: the active profile
             file=None):

@@ -2,15 +2,16 @@
 import copy, json, os, shutil
 from pathlib import Path
 import pytest, torch
+from diffusers import UNet2DConditionModel
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from resalign.checkpoints import LDM, from_compvis, load_single_file, open_pipeline, put_weights, read_weights
+from resalign.checkpoints import LDM, coverage, from_compvis, load_single_file, open_pipeline, put_weights, read_weights
 from resalign.core import UserError
 from resalign.data import Sample, embed
 from resalign.losses import Denoiser
 from resalign.pipelines import generate, load_pipeline
 from resalign.profiles import how_to_get
-from tests.compvis import single_file, small, write_single_file
+from tests.compvis import single_file, small, unet_name, write_single_file
 
 KINDS = 'v1 v2 xl'.split()
 COMMIT = '0123456789abcdef0123456789abcdef01234567'
@@ -117,6 +118,13 @@ def test_hub_id_at_a_revision(hub, made):
     same(load_pipeline('somebody/small'), made['v1'][0])
     refused('revision 00000000', open_pipeline, 'somebody/small', revision='0'*40)
 
+def test_a_hub_repository_without_its_safety_checker(hub, made):
+    "As the doctor's command fetches it: listed in model_index.json, not downloaded"
+    index = hub/'models--somebody--small/snapshots'/COMMIT/'model_index.json'
+    index.write_text(json.dumps(json.loads(index.read_text()) | dict(safety_checker=['stable_diffusion', 'StableDiffusionSafetyChecker'], requires_safety_checker=True)))
+    got, _ = open_pipeline('somebody/small', revision=COMMIT)
+    assert got.safety_checker is None; same(got, made['v1'][0])
+
 def test_gated_or_absent_says_what_to_do(hub):
     text = refused('not here', open_pipeline, 'somebody/gated', revision='abc', size_gb=4.3)
     for words in ('https://huggingface.co/somebody/gated', 'hf auth login', 'hf download somebody/gated --revision abc', 'about 4.3 GB', str(constants.HF_HUB_CACHE)): assert words in text
@@ -205,6 +213,24 @@ def test_some_modules_under_compvis_names(made, kind):
         found, lost = from_compvis(some, unet)
         assert len(found) == len(some) and not lost and set(found) <= set(unet.state_dict())
         holds(unet, found)
+
+REAL = { # UNet2DConditionModel's settings, number of weights, of parameters, and a name that diffusers knows this kind of checkpoint by
+    'v1': (dict(cross_attention_dim=768), 686, 859_520_964, 'output_blocks.11.0.skip_connection.weight'),
+    'v2': (dict(cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True), 686, 865_910_724, 'input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight'),
+    'xl': (dict(cross_attention_dim=2048, attention_head_dim=(5, 10, 20), use_linear_projection=True, block_out_channels=(320, 640, 1280), down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D', 'CrossAttnDownBlock2D'),
+                up_block_types=('CrossAttnUpBlock2D', 'CrossAttnUpBlock2D', 'UpBlock2D'), transformer_layers_per_block=(1, 2, 10), addition_embed_type='text_time', addition_time_embed_dim=256,
+                projection_class_embeddings_input_dim=2816), 1680, 2_567_463_684, 'input_blocks.8.1.transformer_blocks.9.attn2.to_v.weight')}
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_the_names_of_the_real_sizes(kind):
+    "Published numbers of weights and parameters, on tensors without data"
+    settings, keys, parameters, known = REAL[kind]
+    with torch.device('meta'): unet = UNet2DConditionModel(sample_size=64, layers_per_block=2, **settings)
+    own = unet.state_dict()
+    theirs = {LDM + unet_name(k, unet): v for k, v in own.items()}
+    assert len(theirs) == len(own) == keys and sum(v.numel() for v in own.values()) == parameters and LDM + known in theirs
+    report, found = coverage(theirs, unet, 'unet', 'real')
+    assert report.share == 1. and not (report.missing or report.unexpected or report.wrong) and all(found[k] is theirs[LDM + unet_name(k, unet)] for k in own)
 
 ESD = {'flat': lambda d: {f'{m}.{k}': v for m, part in d.items() for k, v in part.items()}, 'a dict per module': lambda d: {f'unet.{m}': part for m, part in d.items()}}
 

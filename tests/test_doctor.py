@@ -95,7 +95,8 @@ def test_single_file_checkpoints_are_looked_into(work):
     from safetensors.torch import load_file, save_file
     save_file({k: v for k, v in load_file(work/'one.safetensors').items() if 'input_blocks.0.0' not in k}, work/'one.safetensors')
     assert '2 of 684 weights of the unet are missing' in missing(good)['base'].says
-    shutil.rmtree(work/'config'); assert 'no such folder' in missing(good)['base'].says
+    shutil.rmtree(work/'config'); lost = missing(good)
+    assert 'no such folder' in lost['base'].says and 'hf download REPOSITORY' in lost['config'].fetch
     (work/'final_model.pt').unlink(); assert 'weights' in missing(good)
 
 @pytest.fixture
@@ -111,6 +112,7 @@ def test_hub_ids(work, hub):
     by = {(f.what, f.state): f for f in check('mine', file=file)}
     assert 'a pipeline, openrail' in by['base', 'ok'].says and 'not pinned' in by['base', 'note'].says
     require('mine', file)                                          # a note stops nothing
+    assert by['licences', 'note'].says == 'read and accept: openrail (https://huggingface.co/somebody/small)'
     pinned = check('mine', file=write(work, base=dict(path='somebody/small', revision=COMMIT)))
     assert [f.state for f in pinned if f.what == 'base'] == ['ok']
     (hub/'unet/diffusion_pytorch_model.safetensors').unlink()      # half a download
