@@ -249,13 +249,14 @@ def is_local(pipeline) -> bool:
 # %% ../nbs/20_pipelines.ipynb #e13665c6
 CLASSES = {c.__name__: c for c in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
 
-def load_pipeline(folder # a diffusers folder; anything else is taken for a hub id
+def load_pipeline(folder,        # a diffusers folder; anything else is taken for a hub id
+                  revision=None, # of the hub id: a commit, branch or tag
                  ) -> StableDiffusionPipeline|StableDiffusionXLPipeline:
     "A pipeline in float32, on the CPU, frozen, in evaluation mode"
     if is_local(folder): check_pipeline(Path(folder))
     try:
-        cls = CLASSES[choose(DiffusionPipeline.load_config(folder).get('_class_name'), CLASSES, f'{folder}: model_index.json: _class_name')]
-        pipe = cls.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, safety_checker=None, requires_safety_checker=False)
+        cls = CLASSES[choose(DiffusionPipeline.load_config(folder, revision=revision).get('_class_name'), CLASSES, f'{folder}: model_index.json: _class_name')]
+        pipe = cls.from_pretrained(folder, revision=revision, dtype=torch.float32, use_safetensors=True, safety_checker=None, requires_safety_checker=False)
     except (OSError, ValueError, RuntimeError) as e: raise UserError(f'{folder}: cannot be loaded: {" ".join(str(e).split())[:300]}') from None
     for m in pipe.components.values():
         if isinstance(m, torch.nn.Module): m.requires_grad_(False).eval()
