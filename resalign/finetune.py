@@ -110,6 +110,7 @@ def finetune(pipe, bank:Bank, config:FinetuneConfig, prior:Bank=None, checkpoint
             ) -> list:     # a row per step
     "Fine-tune a pipeline in place"
     model = denoiser(pipe)
+    if not hasattr(pipe, 'unet') and config.algorithm not in ('full', 'lora'): raise UserError(f'finetune: algorithm: {config.algorithm} needs a pipeline with a UNet; for one with a transformer there are full and lora')
     with ALGORITHMS[config.algorithm](pipe, config, captions) as trained:
         params, loss = trained.params, FinetuneLoss(model, bank, config, prior=prior, dress=trained.dress)
         mean = averaged(params, config.ema)
