@@ -15,6 +15,7 @@ from peft import TrainableTokensConfig, inject_adapter_in_model
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import parametrize
+from .compute import widen
 from .core import UserError
 from .data import tokenised
 
@@ -37,6 +38,7 @@ class Spectrum(nn.Module):
 def svdiff(pipe, config, captions):
     "Shifts of the singular values of all weights of the UNet"
     unet = pipe.unet.requires_grad_(False)
+    widen(list(unet.parameters()))
     there = [m for m in unet.modules() if isinstance(getattr(m, 'weight', None), nn.Parameter)]
     for m in there: parametrize.register_parametrization(m, 'weight', Spectrum(m.weight))
     yield Trained([m.parametrizations.weight[0].delta for m in there], dict(unet=unet))
@@ -57,7 +59,7 @@ def new_word(pipe, token:str, captions):
     "The word's embedding, trained in place; `dress` reads captions behind it"
     if captions is None: raise UserError('captions: expected those of the pictures, this method learns a word')
     encoder, place = pipe.text_encoder.requires_grad_(False), add_word(pipe, token)
-    ids = tokenised(pipe, [f'{token} {c}' for c in captions]).input_ids
+    ids = tokenised(pipe, [f'{token} {c}' for c in captions]).input_ids.to(encoder.device)
     inject_adapter_in_model(TrainableTokensConfig(token_indices=[place], target_modules=['token_embedding']), encoder, 'word')
     layer = encoder.get_input_embeddings()
     row = layer.trainable_tokens_delta['word']
@@ -81,6 +83,6 @@ def save_word(pipe, token:str, folder):
 def custom_diffusion(pipe, config, captions):
     "Keys and values of cross-attention, and one word's embedding"
     pipe.unet.requires_grad_(False)
-    kv = [p.requires_grad_(True) for n, p in pipe.unet.named_parameters() if 'attn2.to_k.' in n or 'attn2.to_v.' in n]
+    kv = widen([p.requires_grad_(True) for n, p in pipe.unet.named_parameters() if 'attn2.to_k.' in n or 'attn2.to_v.' in n])
     with new_word(pipe, config.token, captions) as word:
         yield Trained(kv + word.params, word.modules | dict(unet=pipe.unet), word.dress)

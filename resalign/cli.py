@@ -57,18 +57,18 @@ def read_config(where:str) -> dict: # the settings
     return {str(k): v for k, v in node.items()}
 
 # %% ../nbs/95_cli.ipynb #178ded68
-def change(values:dict, pairs:list) -> dict:
+def change(values:dict, pairs:list, option='--set') -> dict:
     "`values` with each key=value set"
     from resalign.core import UserError
     for pair in pairs or ():
         key, eq, text = pair.partition('=')
-        if not (key and eq): raise UserError(f"--set: '{pair}', expected key=value")
+        if not (key and eq): raise UserError(f"{option}: '{pair}', expected key=value")
         try: value = yaml.safe_load(text)
-        except yaml.YAMLError: raise UserError(f"--set: {key}: '{text}' is not a YAML value") from None
+        except yaml.YAMLError: raise UserError(f"{option}: {key}: '{text}' is not a YAML value") from None
         *above, last = key.split('.')
         node = values
         for k in above:
-            if not isinstance(node.get(k, {}), dict): raise UserError(f"--set: {key}: '{k}' is {node[k]!r}, expected a mapping")
+            if not isinstance(node.get(k, {}), dict): raise UserError(f"{option}: {key}: '{k}' is {node[k]!r}, expected a mapping")
             node[k] = dict(node.get(k, {})); node = node[k]
         node[last] = value
     return values
@@ -135,6 +135,7 @@ def unlearn(
     set:Param('key=value: change one setting; may be given several times', str, action='append')=None,
     pool:Param('captioned images for the simulated fine-tunings; may be given several times [BENIGN]', str, action='append')=None,
     erase:Param('words that make an unsafe caption harmless when they are left out; may be given several times; some methods need them', str, action='append')=None,
+    compute:Param('key=value: dtype (float32, bfloat16, float16), gradient_checkpointing, eight_bit_adam or device; may be given several times [float32, on the GPU if there is one]', str, action='append')=None,
     seed:int=None, # of everything random [the settings' seed, or 0]
     processes:int=1, # that share the J simulated fine-tunings of an outer step
 ):
@@ -154,7 +155,7 @@ def unlearn(
     settings, seed = settings_for(f'unlearn.{method}', config, set, seed)
     out = check_out(out, [pipeline, unsafe, benign, *(pool or ())])
     if processes != 1: on_processes(processes)
-    jobs.unlearn(pipeline, unsafe, benign, out, method, settings, pool or (), erase or (), seed)
+    jobs.unlearn(pipeline, unsafe, benign, out, method, settings, pool or (), erase or (), seed, change({}, compute, '--compute'))
     wrote(out, **PIPELINE, adapter='what was learned, as a LoRA for load_lora_weights', **{'log.csv': 'losses of each step', 'solves.csv': 'a row for each hypergradient', 'README.md': 'the model card'})
 
 # %% ../nbs/95_cli.ipynb #339d55e0
@@ -166,6 +167,7 @@ def finetune(
     config:str=None, # settings: file.yaml or file.yaml:section [section finetune.varied-lora of the repository's params.yaml]
     set:Param('key=value: change one setting; may be given several times', str, action='append')=None,
     prior:str=None, # captioned images for prior preservation, where prior_weight is set
+    compute:Param('key=value: dtype (float32, bfloat16, float16), gradient_checkpointing, eight_bit_adam or device; may be given several times [float32, on the GPU if there is one]', str, action='append')=None,
     seed:int=None,  # of everything random [the settings' seed, or 0]
 ):
     """Fine-tune a pipeline on captioned images, as its users would.
@@ -182,7 +184,7 @@ def finetune(
       resalign-finetune my-model-safe pictures/dogs my-model-dogs --set steps=200 --set lr=1e-4"""
     from resalign import jobs
     settings, seed = settings_for('finetune.varied-lora', config, set, seed)
-    jobs.finetune(pipeline, images, check_out(out, [pipeline, images, prior]), settings, prior, seed)
+    jobs.finetune(pipeline, images, check_out(out, [pipeline, images, prior]), settings, prior, seed, compute=change({}, compute, '--compute'))
     wrote(out, **PIPELINE, **{'log.csv': 'the loss of each step'})
 
 # %% ../nbs/95_cli.ipynb #8bd934cb
@@ -196,6 +198,7 @@ def evaluate(
     detector:str='all',   # all, or one of wiring, clip-score, mhsc, aesthetics, reader
     config:str=None,      # settings: file.yaml or file.yaml:section [section evaluate of the repository's params.yaml]
     set:Param('key=value: change one setting, steps or guidance; may be given several times', str, action='append')=None,
+    card:bool=False,      # write the rates into PIPELINE's model card too
     seed:int=None,        # shifts the seeds of all pictures [0]
 ):
     """Draw a picture for each prompt and let detectors score it.
@@ -211,7 +214,9 @@ def evaluate(
     from resalign.core import make_config
     settings, seed = settings_for('evaluate', config, set, seed)
     settings = make_config(sampling(), settings, 'settings of evaluate').model_dump()
+    if card: jobs.write_card(pipeline)
     summary = jobs.evaluate(pipeline, prompts, check_out(out, [pipeline, prompts, evaluators, reference]), evaluators, reference, detector, **settings, seed=seed)
+    if card: jobs.write_card(pipeline, out)
     print(summary.to_string(index=False, float_format='{:.3f}'.format))
     wrote(out, **{'scores.csv': 'a row for each picture and detector', 'summary.csv': 'the table above', 'objects.csv': 'what was asked for and what was seen', 'sheet.png': 'the first pictures', 'record.json': 'what was asked, and with which versions'})
 

@@ -77,20 +77,22 @@ def one_encoder(pipe, texts:list) -> torch.Tensor:
     return pipe.text_encoder(tokenised(pipe, texts).input_ids.to(pipe.text_encoder.device))[0]
 
 def two_encoders(pipe, texts:list) -> torch.Tensor:
-    "SDXL: both encoders' embeddings side by side, and the pooled embedding as one more row, filled up with zeros"
-    rows, _, pooled, _ = pipe.encode_prompt(texts, device=pipe.text_encoder_2.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
+    "SDXL and SD3: what the encoders say together, and the pooled embedding as one more row, filled up with zeros"
+    more = dict(prompt_2=None, prompt_3=None) if hasattr(pipe, 'text_encoder_3') else {}
+    rows, _, pooled, _ = pipe.encode_prompt(texts, **more, device=pipe.text_encoder_2.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
     out = torch.cat([rows, torch.nn.functional.pad(pooled, (0, rows.shape[-1] - pooled.shape[-1]))[:, None]], 1)
-    if pipe.config.force_zeros_for_empty_prompt: out[[not t for t in texts]] = 0. # as when it samples
+    if pipe.config.get('force_zeros_for_empty_prompt'): out[[not t for t in texts]] = 0. # as when it samples
     return out
 
 @torch.no_grad()
-def moments(vae, images, batch:int=64): # each (n, c, h, w), times the scaling factor
+def moments(vae, images, batch:int=None): # each (n, c, h, w), times the scaling factor
     "Mean and standard deviation of the VAE's posterior"
-    out = []
+    out, shift = [], getattr(vae.config, 'shift_factor', None) or 0.
+    batch = batch or max(1, min(64, 3*2**21//images[0].size)) # 8 pictures of 512 pixels a side
     for i in range(0, len(images), batch):
         x = torch.from_numpy(images[i:i+batch]).permute(0, 3, 1, 2).to(vae.device, vae.dtype) / 127.5 - 1
         d = vae.encode(x).latent_dist
-        out.append(torch.stack([d.mean, d.std]).float().cpu() * vae.config.scaling_factor)
+        out.append(torch.stack([d.mean - shift if shift else d.mean, d.std]).float().cpu() * vae.config.scaling_factor)
     return torch.cat(out, 1)
 
 def encode(pipe, images, captions) -> Bank:

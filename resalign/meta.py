@@ -12,12 +12,13 @@ from typing import Literal
 import torch
 from peft import get_peft_model_state_dict
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from .compute import backbone, optimizer
 from .core import Config, UserError, choose, generator
 from .data import Bank
 from .finetune import FinetuneConfig, FinetuneLoss, add_lora, adapter_params, merge_lora, simulated
-from .hypergrad import FallbackBudget, hypergradient, lora_pairs
-from .losses import Denoiser, Harmful, Retain
-from .training import OPTIMIZERS, Ranks, optimise
+from .hypergrad import TAU, FallbackBudget, hypergradient, lora_pairs
+from .losses import Harmful, Retain, denoiser
+from .training import Ranks, optimise
 
 # %% ../nbs/60_resalign.ipynb #14c796cf
 class Pool(Config):
@@ -92,10 +93,12 @@ def direct_gradient(model, harmful, i, retain, params, config, gen) -> tuple: # 
 
 # %% ../nbs/60_resalign.ipynb #60a1c002
 def product_options(product:str, ft:FinetuneConfig, loss:FinetuneLoss, samples, unet) -> dict: # keywords of `hypergradient`
-    "The product, and what it asks for"
-    if product == 'gauss-newton': return dict(product=product, residuals=loss.residuals(*samples))
-    if product != 'lora-bilinear': return dict(product=product)
-    return dict(product=product, lora=lora_pairs(unet)) if ft.algorithm == 'lora' else dict(product='fd-forward')
+    "The product, and what it asks for; finite differences of low-precision passes need longer steps"
+    low = getattr(torch, unet.compute.dtype) if 'compute' in unet.__dict__ else torch.float32
+    tau = dict(tau=TAU[low][product != 'fd-central']) if low in (torch.float16, torch.bfloat16) else {}
+    if product == 'gauss-newton': return dict(product=product, residuals=loss.residuals(*samples), **tau)
+    if product != 'lora-bilinear': return dict(product=product, **tau)
+    return dict(product=product, lora=lora_pairs(unet), **tau) if ft.algorithm == 'lora' else dict(product='fd-forward', **tau)
 
 # %% ../nbs/60_resalign.ipynb #6b7688b5
 def resilience_gradient(model, harmful, i, loss, params, where, ft:FinetuneConfig, config, check=True) -> tuple: # gradients over params, SolveReport, depth at θ*
@@ -145,11 +148,11 @@ def resalign(pipe,                     # unlearned in place
     "Algorithm 2: meta-learned resilience (β > 0), or GA + retain (β = 0)"
     if config.beta and not data.pool: raise UserError('resalign: expected at least one benign folder for the pool')
     for name in config.pool.folders: choose(name, data.pool, 'pool.folders')
-    model = Denoiser(pipe)
+    model, net = denoiser(pipe), backbone(pipe)
     harmful = harmful or Harmful(model, data.unsafe, config.unsafe_bank, config.seed)
     retain = Retain(model, data.retain, config.retain_bank, config.seed)
-    params = add_lora(pipe.unet, 'unlearn', config.rank, config.seed, config.up_std, config.down_std)     # θ
-    where, budget, ranks = lora_map(pipe.unet, 'unlearn'), FallbackBudget(config.fallback_share), Ranks()
+    params = add_lora(net, 'unlearn', config.rank, config.seed, config.up_std, config.down_std)     # θ
+    where, budget, ranks = lora_map(net, 'unlearn'), FallbackBudget(config.fallback_share), Ranks()
 
     def gradients(step):
         gen = generator(config.seed, 'outer', step)
@@ -167,10 +170,10 @@ def resalign(pipe,                     # unlearned in place
         for p, g in zip(params, total): p.grad = g
         return row
 
-    log = optimise('resalign' if config.beta else 'ga', gradients, config.steps, params, OPTIMIZERS['adamw'](params, config.lr),
-                   dict(unet=pipe.unet), max_norm=1., checkpoint=checkpoint)                              # line 8
-    if save_adapter: pipe.save_lora_weights(save_adapter, unet_lora_layers=get_peft_model_state_dict(pipe.unet, adapter_name='unlearn'))
-    merge_lora(pipe.unet, 'unlearn')
+    log = optimise('resalign' if config.beta else 'ga', gradients, config.steps, params, optimizer('adamw', params, config.lr, net),
+                   dict(unet=net), max_norm=1., checkpoint=checkpoint)                              # line 8
+    if save_adapter: pipe.save_lora_weights(save_adapter, **{f"{'unet' if hasattr(pipe, 'unet') else 'transformer'}_lora_layers": get_peft_model_state_dict(net, adapter_name='unlearn')})
+    merge_lora(net, 'unlearn')
     return split_log(log)
 
 # %% ../nbs/60_resalign.ipynb #144c04fa

@@ -50,4 +50,5 @@ def config_of(method:str, # a key of METHODS
 def unlearn(pipe, data:UnlearnData, method:str, settings:dict, seed:int=0, **kw) -> dict:
     "Run a method by name"
     config = config_of(method, settings, seed)
+    if not hasattr(pipe, 'unet') and METHODS[method][0] not in (original, resalign): raise UserError(f'{method}: expected a pipeline with a UNet; for one with a transformer there are resalign, resalign-first-order and ga')
     return METHODS[method][0](pipe, data, config, **kw)

@@ -12,12 +12,13 @@ import copy, json, re, tempfile
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from diffusers import (AutoencoderKL, DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, PNDMScheduler, StableDiffusionPipeline,
-                       StableDiffusionXLPipeline, UNet2DConditionModel)
+                       StableDiffusion3Pipeline, StableDiffusionXLPipeline, UNet2DConditionModel)
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.utils import logging as diffusers_logging
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
+from .compute import backbone
 from .core import Config, UserError, atomic_dir, choose, clear_checkpoint, generator, progress, seed_all
 from .data import moments, read_images, tokenised
 from .training import OPTIMIZERS, optimise
@@ -208,9 +209,9 @@ def pretrain(folder,              # captioned images
 for l in (diffusers_logging, transformers_logging): l.set_verbosity_error(); l.disable_progress_bar()
 
 def save_pipeline(pipe, folder):
-    "Write a diffusers folder: UNet and VAE in float16, the text encoder in float32 (transformers would otherwise load it in float16)"
+    "Write a diffusers folder: UNet (or transformer) and VAE in float16, the text encoder in float32 (transformers would otherwise load it in float16)"
     half = lambda m: copy.deepcopy(m).to(torch.float16)
-    parts = dict(pipe.components, unet=half(pipe.unet), vae=half(pipe.vae))
+    parts = dict(pipe.components, **{'unet' if hasattr(pipe, 'unet') else 'transformer': half(backbone(pipe))}, vae=half(pipe.vae))
     settings = {k: pipe.config[k] for k in ('requires_safety_checker', 'force_zeros_for_empty_prompt') if k in pipe.config}
     type(pipe)(**parts, **settings).save_pretrained(folder)
 
@@ -221,17 +222,18 @@ def check_pipeline(folder:Path):
     "The folder has the parts of a pipeline, and they fit together"
     if not (folder/'model_index.json').is_file(): raise UserError(f'{folder}: not a diffusers pipeline, model_index.json is missing')
     _json(folder/'model_index.json')
-    second = ('text_encoder', 'tokenizer') if (folder/'text_encoder_2').is_dir() else () # SDXL
-    parts = PARTS | {f'{p}_2': PARTS[p] for p in second}
+    net = 'transformer' if (folder/'transformer').is_dir() else 'unet' # SD3
+    second = ('text_encoder', 'tokenizer') if (folder/'text_encoder_2').is_dir() else () # SDXL, SD3
+    parts = {net if p == 'unet' else p: f for p, f in PARTS.items()} | {f'{p}_2': PARTS[p] for p in second}
     for part, file in parts.items():
         if not (folder/part/file).is_file(): raise UserError(f"{folder}: component '{part}' is missing, expected {part}/{file}")
         if file == 'config.json' and not list((folder/part).glob('*.safetensors*')):
             raise UserError(f"{folder}: component '{part}' has no .safetensors weights (pickled weights are refused)")
     unet, vae, *text = (_json(folder/p/'config.json') for p, file in parts.items() if file == 'config.json')
     if unet.get('in_channels') != vae.get('latent_channels'):
-        raise UserError(f"{folder}: unet/config.json: in_channels is {unet.get('in_channels')}, expected the VAE's latent_channels, {vae.get('latent_channels')}")
+        raise UserError(f"{folder}: {net}/config.json: in_channels is {unet.get('in_channels')}, expected the VAE's latent_channels, {vae.get('latent_channels')}")
     width = sum(t.get('hidden_size') or 0 for t in text)
-    if unet.get('cross_attention_dim') != width:
+    if net == 'unet' and unet.get('cross_attention_dim') != width:
         raise UserError(f"{folder}: unet/config.json: cross_attention_dim is {unet.get('cross_attention_dim')}, expected the text encoder's hidden_size, {width}")
 
 # %% ../nbs/20_pipelines.ipynb #ceb8d7b0
@@ -247,16 +249,18 @@ def is_local(pipeline) -> bool:
     return Path(pipeline).exists() or Path(Path(pipeline).parts[0]).exists() or not re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', str(pipeline))
 
 # %% ../nbs/20_pipelines.ipynb #e13665c6
-CLASSES = {c.__name__: c for c in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
+CLASSES = {c.__name__: c for c in (StableDiffusionPipeline, StableDiffusionXLPipeline, StableDiffusion3Pipeline)}
 
 def load_pipeline(folder,        # a diffusers folder; anything else is taken for a hub id
                   revision=None, # of the hub id: a commit, branch or tag
-                 ) -> StableDiffusionPipeline|StableDiffusionXLPipeline:
+                 ) -> StableDiffusionPipeline|StableDiffusionXLPipeline|StableDiffusion3Pipeline:
     "A pipeline in float32, on the CPU, frozen, in evaluation mode"
     if is_local(folder): check_pipeline(Path(folder))
     try:
-        cls = CLASSES[choose(DiffusionPipeline.load_config(folder, revision=revision).get('_class_name'), CLASSES, f'{folder}: model_index.json: _class_name')]
-        pipe = cls.from_pretrained(folder, revision=revision, dtype=torch.float32, use_safetensors=True, safety_checker=None, requires_safety_checker=False)
+        index = DiffusionPipeline.load_config(folder, revision=revision)
+        cls = CLASSES[choose(index.get('_class_name'), CLASSES, f'{folder}: model_index.json: _class_name')]
+        absent = dict(safety_checker=None, requires_safety_checker=False) if cls is not StableDiffusion3Pipeline else {k: None for k, v in index.items() if v == [None, None]}
+        pipe = cls.from_pretrained(folder, revision=revision, dtype=torch.float32, use_safetensors=True, **absent)
     except (OSError, ValueError, RuntimeError) as e: raise UserError(f'{folder}: cannot be loaded: {" ".join(str(e).split())[:300]}') from None
     for m in pipe.components.values():
         if isinstance(m, torch.nn.Module): m.requires_grad_(False).eval()
@@ -266,8 +270,8 @@ def load_pipeline(folder,        # a diffusers folder; anything else is taken fo
 # %% ../nbs/20_pipelines.ipynb #ef90b878
 def starting_noise(pipe, seeds) -> torch.Tensor: # (n, c, h, w)
     "Standard normal latents, one seed each"
-    size = pipe.unet.config.sample_size
-    shape = (1, pipe.unet.config.in_channels, size, size)
+    c = backbone(pipe).config
+    shape = (1, c.in_channels, c.sample_size, c.sample_size)
     return torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds])
 
 # %% ../nbs/20_pipelines.ipynb #f4898659
@@ -278,8 +282,8 @@ def generate(pipe, prompts:list, seeds:list, # one seed per prompt
             ) -> np.ndarray: # uint8 (n, size, size, 3)
     "Pictures for prompts"
     keep = pipe.scheduler
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(keep.config, timestep_spacing='trailing')
-    out, noise = [], starting_noise(pipe, seeds).to(pipe.unet.device)
+    if hasattr(pipe, 'unet'): pipe.scheduler = DPMSolverMultistepScheduler.from_config(keep.config, timestep_spacing='trailing')
+    out, noise = [], starting_noise(pipe, seeds).to(backbone(pipe).device)
     def said(part): return dict(prompt=list(prompts[part])) if embeds is None else dict(prompt_embeds=embeds[part])
     try:
         with autocast(bf16):

@@ -35,7 +35,7 @@ class AdvUnlearnConfig(Config):
 def tokens(pipe, captions:list, prefix:bool) -> torch.Tensor: # (n, length) ids
     "Token ids; with `prefix`, one place is kept free after the start token"
     if hasattr(pipe, 'text_encoder_2'): raise UserError('advunlearn: expected a pipeline with one text encoder, this one has two (SDXL), for which the method is not defined')
-    ids = tokenised(pipe, captions, room=int(prefix)).input_ids
+    ids = tokenised(pipe, captions, room=int(prefix)).input_ids.to(pipe.text_encoder.device)
     return torch.cat([ids[:, :1], ids[:, 1:2], ids[:, 1:]], 1) if prefix else ids
 
 @contextlib.contextmanager
@@ -52,7 +52,7 @@ def attack(model, encoder, ids, view, # step -> z_t, t, the prediction that is w
            config:AdvUnlearnConfig, gen) -> torch.Tensor: # δ (n, width)
     "One token embedding a prompt, so that the prediction becomes the one that is wanted"
     width = encoder.get_input_embeddings().weight
-    delta = (width.std().detach()*torch.randn(len(ids), width.shape[1], generator=gen)).requires_grad_(True)
+    delta = (width.std().detach()*torch.randn(len(ids), width.shape[1], generator=gen).to(width.device)).requires_grad_(True)
     opt, total = torch.optim.Adam([delta], config.attack_lr), torch.zeros_like(delta)
     for step in range(config.attack_steps):
         z_t, t, wanted = view(step)
@@ -105,5 +105,5 @@ def attacked(pipe, original, captions:list, bank:Bank, # unsafe pictures, to be 
             z_t = model.noiser.add_noise(s.z, s.noise, s.t)
             with torch.no_grad(): return z_t, s.t, teacher(z_t, s.t, said)
         delta = attack(model, pipe.text_encoder, now, view, config, generator(config.seed, 'prefix', k))
-        with torch.no_grad(), prefixed(pipe.text_encoder, delta): out.append(pipe.text_encoder(now)[0])
+        with torch.no_grad(), prefixed(pipe.text_encoder, delta): out.append(pipe.text_encoder(now)[0].cpu())
     return torch.cat(out)

@@ -12,6 +12,7 @@ import torch
 from diffusers import DDIMScheduler
 import numpy as np
 from .. import world
+from ..compute import optimizer as chosen, widen
 from ..core import UserError, generator
 from ..data import Bank, embed, encode
 from ..losses import Denoiser
@@ -102,12 +103,12 @@ def fit(name:str, module, params:list, loss, # step -> scalar
         checkpoint=None) -> dict: # log, solves: what a method returns
     "Train `params` of `module` on `loss`"
     module.requires_grad_(False)
-    for p in params: p.requires_grad_(True)
+    for p in widen(params): p.requires_grad_(True)
     def gradients(step):
         value = loss(step); value.backward()
         if change: change(params, step)
         return dict(loss=value.item())
-    opt = optimizer(params, lr)
+    opt = chosen(optimizer, params, lr, module)
     log = optimise(name, gradients, steps, params, opt, dict(module=module), scheduler and scheduler(opt), max_norm, checkpoint=checkpoint)
     module.requires_grad_(False)
     return dict(log=log, solves=[])

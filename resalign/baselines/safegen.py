@@ -32,9 +32,9 @@ def mosaics(vae, z, block:int, batch:int=32) -> torch.Tensor: # latents like z
     "The same pictures in stones of `block` pixels: decoded, coarsened, encoded"
     out, scale = [], vae.config.scaling_factor
     for part in z.split(batch):
-        x = vae.decode(part/scale).sample
+        x = vae.decode(part.to(vae.device)/scale).sample
         coarse = torch.nn.functional.avg_pool2d(x, block)
-        out.append(vae.encode(torch.nn.functional.interpolate(coarse, size=x.shape[-2:], mode='nearest')).latent_dist.mean*scale)
+        out.append(vae.encode(torch.nn.functional.interpolate(coarse, size=x.shape[-2:], mode='nearest')).latent_dist.mean.to(z.device)*scale)
     return torch.cat(out)
 
 # %% ../../nbs/70_baselines/50_safegen.ipynb #ee28dd49

@@ -9,6 +9,7 @@ __all__ = ['SalUnConfig', 'saliency', 'salun']
 import torch
 from pydantic import Field
 from .parts import Layers, anchors, fit, layers
+from ..compute import widen
 from ..core import Config, generator
 from ..data import draw_sample, embed
 from ..losses import Denoiser
@@ -42,7 +43,7 @@ def saliency(model:Denoiser, bank, params:list, config:SalUnConfig) -> list: # m
 # %% ../../nbs/70_baselines/40_salun.ipynb #e28e1bd7
 def salun(pipe, data:UnlearnData, config:SalUnConfig=SalUnConfig(), checkpoint=None, save_adapter=None) -> dict:
     "Saliency Unlearning; the pipeline's UNet is changed in place"
-    model, params = Denoiser(pipe), list(layers(pipe.unet, config.params).values())
+    model, params = Denoiser(pipe), widen(list(layers(pipe.unet, config.params).values()))
     safe = embed(pipe, anchors(data.unsafe_captions, data.erase, 'salun'))
     masks = saliency(model, data.unsafe, params, config)
     def loss(step):
