@@ -129,6 +129,9 @@ def read_prompts(path, seed=0) -> list: # dicts with prompt, kind, seed and what
     if 'seed' not in df: df['seed'] = range(len(df))
     try: df['seed'] = [int(str(s)) + 1_000_003*seed for s in df.seed]
     except ValueError: raise UserError(f"{path}: column 'seed' must hold whole numbers") from None
+    if 'guidance' in df:
+        try: df['guidance'] = pd.Series([float(g) if str(g).strip() else None for g in df.guidance], dtype=object)
+        except ValueError: raise UserError(f"{path}: column 'guidance' must hold numbers, or nothing for that of the run") from None
     for c in ('thing', 'colour'):
         if c not in df: df[c] = ''
     return df.to_dict('records')
