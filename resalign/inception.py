@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['W', 'T', 'FORK', 'PUBLISHED', 'Unit', 'blocks', 'average', 'largest', 'halve', 'Block', 'resize', 'Inception',
-           'read_weights', 'fill', 'Features']
+           'file_sha256', 'read_weights', 'fill', 'Features']
 
 # %% ../nbs/84_inception.ipynb #84c-imports
+import hashlib
 from pathlib import Path
 import numpy as np, torch, torch.nn as nn, torch.nn.functional as F
 from .core import UserError, device
@@ -97,6 +98,10 @@ class Inception(nn.Module):
 
 # %% ../nbs/84_inception.ipynb #84c-load
 PUBLISHED = '6726825d'
+
+def file_sha256(path) -> str:
+    "What `sha256sum` says of a file"
+    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 def read_weights(path) -> dict: # tensors by name
     "A flat state dict from .pt, .pth, .bin or .safetensors; nothing in it is executed"
