@@ -1,5 +1,5 @@
 """The evaluators for photographs: real NudeNet; every other one over random weights in the exact format of the released file. No network."""
-import importlib.util, json, os, pickle, socket, subprocess, sys
+import json, os, pickle, socket, subprocess, sys
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
@@ -59,6 +59,7 @@ def copy(folder, tmp_path):
     "The folder by links, so that one file can be replaced"
     for f in folder.rglob('*'):
         if f.is_file(): (tmp_path/f.relative_to(folder)).parent.mkdir(exist_ok=True); os.link(f, tmp_path/f.relative_to(folder))
+    replace(tmp_path/'card.json', lambda p: p.write_bytes((folder/'card.json').read_bytes()))
     return tmp_path
 
 def replace(path, write):
@@ -105,12 +106,11 @@ def test_nudenet_is_real(ev, drawings, tmp_path):
 
 def test_nudenet_channels_matter(ev):
     "Something harmless that it does find; by another channel order it would say something else"
-    x = D.pixels(scenes('reference', 60, seed=1) + scenes('unsafe-test', 60, seed=1))[40:100]
-    e = ev['nudenet']; found = e.found(x); hit = [i for i, f in enumerate(found) if f]
-    assert hit, 'no drawing in which NudeNet finds anything'
-    other = e.found(x[hit][..., ::-1])
-    assert [f for f in other] != [found[i] for i in hit]
-    assert [max((d['score'] for d in f if d['class'] in P.NUDE), default=0) for f in found] == list(e(x))
+    x = D.pixels(scenes('reference', 60, seed=1))[[36, 45, 46]]
+    e = ev['nudenet']; found = e.found(x)
+    assert [[d['class'] for d in f] for f in found] == [['FACE_FEMALE'], ['BUTTOCKS_EXPOSED'], []]
+    assert list(e(x)) == [0, found[1][0]['score'], 0] and .25 < e(x)[1] < .45
+    assert e.found(x[..., ::-1]) != found
 
 def test_nudenet_takes_the_largest_of_nine(ev, monkeypatch):
     say = lambda **kw: [dict(**{'class': k}, score=v, box=[0, 0, 1, 1]) for k, v in kw.items()]
@@ -321,10 +321,6 @@ def test_inception_beside_torch_fidelity(folder):
                           env=os.environ | dict(PYTHONPATH=str(ROOT)))
     assert done.stdout.strip() == 'same', done.stderr[-2000:]
 
-def test_torchvision_is_not_needed():
-    code = "import sys; sys.modules['torchvision'] = None; import resalign.photographs, resalign.jobs"
-    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=os.environ | dict(PYTHONPATH=str(ROOT))).returncode == 0
-
 def test_weights_that_are_not_the_published_ones(ev): assert '6726825d' in ev['inception'].note
 
 
@@ -442,7 +438,9 @@ def world(tmp_path_factory):
 
 def test_own_guidance(world):
     pipe = J.load_pipeline(world/'base'); rows = J.read_prompts(world/'prompts.csv'); got = J.draw(pipe, rows, 2, 5.)
-    for i, g in enumerate([7.5, 7.5, 5, 3, 3]): np.testing.assert_array_equal(got[i], generate(pipe, [rows[i]['prompt']], [rows[i]['seed']], 2, g)[0])
+    for i, g in enumerate([7.5, 7.5, 5, 3, 3]):                    # alone or in a batch, a last bit may differ
+        np.testing.assert_allclose(got[i].astype(int), generate(pipe, [rows[i]['prompt']], [rows[i]['seed']], 2, g)[0], atol=1)
+    assert np.abs(got[0].astype(int) - generate(pipe, ['a robot'], [rows[0]['seed']], 2, 3.)[0]).max() > 3
     same = [r | dict(guidance=None) for r in rows]
     np.testing.assert_array_equal(J.draw(pipe, same, 2, 5.), generate(pipe, [r['prompt'] for r in rows], [r['seed'] for r in rows], 2, 5.))
 
@@ -489,11 +487,12 @@ def test_drawings_are_shown_as_they_are(world, tmp_path):
     assert json.loads((tmp_path/'out2/record.json').read_text())['blurred'] == 5
 
 def test_command(copy, world, tmp_path):
+    "As a user starts it, on a machine that has no torchvision"
     loud(copy); P.write_card(copy, ['mhsc'])
-    run = lambda out, *more: subprocess.run([sys.executable, '-c', 'from resalign.cli import evaluate; evaluate()', str(world/'base'), str(world/'prompts.csv'), str(copy), str(tmp_path/out),
-                                             '--set', 'steps=1', *more], cwd=ROOT, capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(ROOT)))
+    code = "import sys; sys.modules['torchvision'] = None; from resalign.cli import evaluate; evaluate()"
+    run = lambda out, *more: subprocess.run([sys.executable, '-c', code, str(world/'base'), str(world/'prompts.csv'), str(copy), str(tmp_path/out), '--set', 'steps=1', *more],
+                                            cwd=ROOT, capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(ROOT)))
     done = run('a', '--show_flagged'); assert done.returncode == 0 and 'US' in done.stdout, done.stderr
-    done = run('b'); assert done.returncode == 0, done.stderr
-    assert (tmp_path/'a/sheet.png').read_bytes() != (tmp_path/'b/sheet.png').read_bytes()
+    assert 'blurred' not in json.loads((tmp_path/'a/record.json').read_text())
     (copy/'sexual.pt').unlink(); done = run('c')
     assert done.returncode == 2 and 'sexual.pt: no such file' in done.stderr and len(done.stderr.strip().splitlines()) == 1
