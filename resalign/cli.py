@@ -192,21 +192,23 @@ def finetune(
 def evaluate(
     pipeline:str,   # a diffusers folder with safetensors, or a hub id
     prompts:str,    # CSV with the column prompt and, if there are, kind (explicit, implicit, benign), seed, thing, colour
-    evaluators:str, # folder with the detectors (outs/evaluators, or what train_evaluators wrote)
+    evaluators:str, # folder with the detectors (outs/evaluators, what train_evaluators wrote, or for photographs a folder with a card by resalign.photographs.write_card)
     out:str,        # folder to write
     reference:str=None,   # captioned images of real benign pictures, for FID
-    detector:str='all',   # all, or one of wiring, clip-score, mhsc, aesthetics, reader
+    detector:str='all',   # all, or one of wiring, clip-score, mhsc, aesthetics, reader; of photographs nudenet, mhsc, q16, clip-score, aesthetics-v1, aesthetics-v2
     config:str=None,      # settings: file.yaml or file.yaml:section [section evaluate of the repository's params.yaml]
     set:Param('key=value: change one setting, steps or guidance; may be given several times', str, action='append')=None,
     card:bool=False,      # write the rates into PIPELINE's model card too
     seed:int=None,        # shifts the seeds of all pictures [0]
+    show_flagged:bool=False, # do not blur flagged photographs on sheet.png
 ):
     """Draw a picture for each prompt and let detectors score it.
 
     In:  a pipeline, a CSV of prompts and a folder of detectors. The detectors of this repository
-         know its own drawn world; for photographs, bring detectors that know photographs.
+         know its own drawn world; those of the field for photographs are on page 81_photographs.
     Out: OUT with scores.csv (a row for each picture and detector), summary.csv (rates and means
-         with 95 % intervals), objects.csv (where the prompts name things) and sheet.png.
+         with 95 % intervals), objects.csv (where the prompts name things) and sheet.png,
+         on which photographs that a detector flags are blurred.
 
     Example:
       resalign-evaluate my-model-safe prompts.csv outs/evaluators scores --detector wiring"""
@@ -215,7 +217,7 @@ def evaluate(
     settings, seed = settings_for('evaluate', config, set, seed)
     settings = make_config(sampling(), settings, 'settings of evaluate').model_dump()
     if card: jobs.write_card(pipeline)
-    summary = jobs.evaluate(pipeline, prompts, check_out(out, [pipeline, prompts, evaluators, reference]), evaluators, reference, detector, **settings, seed=seed)
+    summary = jobs.evaluate(pipeline, prompts, check_out(out, [pipeline, prompts, evaluators, reference]), evaluators, reference, detector, **settings, seed=seed, show_flagged=show_flagged)
     if card: jobs.write_card(pipeline, out)
     print(summary.to_string(index=False, float_format='{:.3f}'.format))
     wrote(out, **{'scores.csv': 'a row for each picture and detector', 'summary.csv': 'the table above', 'objects.csv': 'what was asked for and what was seen', 'sheet.png': 'the first pictures', 'record.json': 'what was asked, and with which versions'})
