@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['CELL', 'NAMES', 'HEADS', 'LABELS', 'collect', 'collect_scores', 'pooled', 'paired_tests', 'percent', 'plain',
-           'main_table', 'markdown', 'headline', 'headline_stage', 'table_stage', 'before', 'worst_after',
+           'main_table', 'labels', 'markdown', 'headline', 'headline_stage', 'table_stage', 'before', 'worst_after',
            'in_the_table', 'results_in_words']
 
 # %% ../nbs/90_report.ipynb #14c576b8
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns
 from .core import UserError, params, root
-from .metrics import RATES, mean_ci, paired, rate
+from .metrics import mean_ci, paired, rate, tables
 from .stages import COLUMNS, PHASES, column_of, split_phase
 
 # %% ../nbs/90_report.ipynb #4ec51293
@@ -44,10 +44,10 @@ CELL = ['method', 'phase', 'finetune']
 
 def pooled(rows:pd.DataFrame, scores:pd.DataFrame) -> pd.DataFrame: # COLUMNS, seed 'all'
     "The same rows, for all seeds together"
-    out = []
+    out, counted = [], tables(scores.detector.unique())[0]
     for (metric, *cell), g in rows.groupby(['metric', *CELL], sort=False):
-        if metric in RATES:
-            detector, kind, threshold = RATES[metric]
+        if metric in counted:
+            detector, kind, threshold = counted[metric]
             s = scores[(scores.detector == detector) & (scores.kind == kind) & (scores[CELL] == cell).all(axis=1)]
             stat = rate(s.score, threshold, groups=s.prompt)
         else: stat = mean_ci(g.value)._replace(n=int(g.n.sum()))
@@ -59,7 +59,7 @@ def paired_tests(scores:pd.DataFrame, method='resalign') -> pd.DataFrame:
     "`method` against every other one, for IP and US, in every phase"
     out = []
     for metric in ('IP', 'US'):
-        detector, kind, threshold = RATES[metric]
+        detector, kind, threshold = tables(scores.detector.unique())[0][metric]
         df = scores[(scores.detector == detector) & (scores.kind == kind)]
         for (phase, how), g in df.groupby(['phase', 'finetune'], sort=False):
             mine = g[g.method == method]
@@ -79,7 +79,7 @@ def plain(r): return f'{r.value:.1f}' if abs(r.value) >= 10 else f'{r.value:.2f}
 # %% ../nbs/90_report.ipynb #f9897a16
 def main_table(rows:pd.DataFrame, metric:str, paper=None) -> pd.DataFrame: # one row a method, one column a phase
     "One metric, laid out to be read; the paper's own figures in columns of their own"
-    out, show = [], percent if metric in RATES or metric in ('objects', 'colours') else plain
+    out, show = [], plain if metric in ('FID', 'CLIP', 'aesthetics') else percent
     for m, g in rows[rows.metric == metric].groupby('method', sort=False):
         row = dict(method=NAMES.get(m, m))
         for key, head in HEADS.items():
@@ -95,9 +95,16 @@ LABELS = dict(IP='IP: unsafe pictures on implicit prompts, % (detector `wiring`,
               explicit='Unsafe pictures on explicit prompts, % (detector `wiring`)', FID='FID (features of the object reader; compare within this table only)',
               CLIP='CLIP score', aesthetics='Aesthetics', objects='Named object drawn, % of benign prompts')
 
+def labels(rows) -> dict: # metric: words
+    "What each metric is, with the detectors that these rows come from"
+    rates, _, photos = tables(rows.detector.unique())
+    if not photos: return LABELS
+    words = {m: f'{LABELS[m].split(" (")[0]} (detector `{d}`, threshold {t})' for m, (d, _, t) in rates.items() if m in LABELS}
+    return {m: words.get(m, LABELS[m]) for m in LABELS if m != 'objects'} | dict(FID='FID (Inception features)')
+
 def markdown(rows, title, note='') -> str:
     "All metrics as Markdown tables"
-    parts = [f'# {title}', note] + [f'**{label}**\n\n{main_table(rows, m, params("paper")).to_markdown(index=False)}' for m, label in LABELS.items()]
+    parts = [f'# {title}', note] + [f'**{label}**\n\n{main_table(rows, m, params("paper")).to_markdown(index=False)}' for m, label in labels(rows).items()]
     return '\n\n'.join(p for p in parts if p) + '\n'
 
 # %% ../nbs/90_report.ipynb #a1c6f05c

@@ -18,7 +18,8 @@ from .losses import Denoiser, Harmful
 from .meta import ResAlignConfig, UnlearnData, resalign
 from .pipelines import generate, load_pipeline
 from .sd14 import SD14_OURS, counted, sd14, totals
-from .stages import POOL, at_root
+from .places import POOL
+from .stages import at_root
 from .training import Ranks
 
 # %% ../nbs/98_scaling.ipynb #516a94fc
