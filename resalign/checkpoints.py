@@ -10,6 +10,7 @@ __all__ = ['TENSOR_FILES', 'TRAINERS', 'WRAPPERS', 'OTHER', 'SCHEDULE', 'BUFFERS
 
 # %% ../nbs/22_checkpoints.ipynb #156691ba
 import importlib, json, re
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 import torch
@@ -67,7 +68,7 @@ def own_name(key:str, own, # the names of the part
 
 # %% ../nbs/22_checkpoints.ipynb #a9009180
 OTHER = re.compile(r'(?:(?:module|model|_orig_mod)\.)*(unet|vae|text_encoder|text_encoder_2|safety_checker|first_stage_model|cond_stage_model|conditioner|model_ema|diffusion_model)\.')
-SCHEDULE = re.compile(r'(betas|alphas_cumprod\w*|sqrt_\w+|log_one\w+|posterior_\w+|lvlb_weights|logvar|scale_factor|denoiser\.\w+|v_pred|ztsnr|model_ema\.\w+)$')
+SCHEDULE = re.compile(r'(betas|alphas_cumprod\w*|sqrt_\w+|log_one\w+|posterior_\w+|lvlb_weights|logvar|scale_factor|denoiser\.\w+|v_pred|ztsnr)$')
 BUFFERS = re.compile(r'(position_ids|logit_scale|attn_mask)$')
 
 def belongs_to(key:str, part:str) -> str|None: # None: unknown
@@ -228,15 +229,15 @@ def parts_in(names:dict, cls, file) -> dict: # part -> names in the file that ca
 
 def covers(names:dict, cls, index:dict, config, file) -> list: # a Coverage for each part
     "The UNet's weights name by name; of the other parts, as many numbers as they have"
-    out = []
-    for part, keys in parts_in(names, cls, file).items():
+    out, parts = [], parts_in(names, cls, file)
+    for part, keys in parts.items():
         module = empty_part(config, part, *index[part])
-        if part == 'unet': out.append(coverage(names, module, part, file)[0]); check_coverage(out[-1], None); continue
+        if part == 'unet': out.append(coverage({k: names[k] for k in keys}, module, part, file)[0]); check_coverage(out[-1], None); continue
         theirs, total, kinds = sum(names[k].numel() for k in keys), sum(v.numel() for v in module.state_dict().values()), {str(names[k].dtype).removeprefix('torch.') for k in keys}
         if theirs != total: raise UserError(f'{file}: {theirs:,} numbers for the {part}, expected {total:,}: weights are missing, or {config}/{part}/config.json is of another architecture')
         out.append(Coverage(str(file), part, 'CompVis', ' and '.join(sorted(kinds)), len(keys), theirs, total))
-    held = {p.strip('.') for ps in HOLDS[cls.__name__].values() for p in ps} | {'first_stage_model', 'cond_stage_model', 'conditioner'}
-    out[0].other = {k: n for k, n in out[0].other.items() if k not in held}
+    left = Counter('buffers' if BUFFERS.search(k) else 'schedule' if SCHEDULE.match(k) else k.split('.')[0] for k in names.keys() - {k for ks in parts.values() for k in ks})
+    out[0].other = dict(sorted(left.items()))
     return out
 
 # %% ../nbs/22_checkpoints.ipynb #15ca341e

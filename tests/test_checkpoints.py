@@ -165,6 +165,16 @@ def test_a_checkpoint_that_says_it_predicts_the_velocity(made, tmp_path):
     save_file(load_file(file) | dict(v_pred=torch.zeros(0)), tmp_path/'v.safetensors')
     refused('predicts the velocity', load_single_file, tmp_path/'v.safetensors', config)
 
+def test_what_is_left_out_is_named(made, tmp_path):
+    "An average of the weights, the last layer of OpenCLIP, which SD v2 doesn't read, and what others have put into the file"
+    pipe, _, config, file = made['v2']
+    more = {f'model_ema.diffusion_model{k}': torch.zeros(1) for k in range(120)} | {'embedding_manager.a': torch.zeros(2)}
+    save_file(load_file(file) | more, tmp_path/'more.safetensors')
+    got, reports = load_single_file(tmp_path/'more.safetensors', config)
+    same(got, pipe)
+    left = reports[0].other
+    assert left['model_ema'] == 120 and left['embedding_manager'] == 1 and left['buffers'] == 1 and left['schedule'] == 2 and left['cond_stage_model'] == 13 and '120 of model_ema' in str(reports[0])
+
 def test_a_torn_or_foreign_single_file(made, tmp_path):
     config, file = made['v1'][2:]
     (tmp_path/'cut.safetensors').write_bytes(file.read_bytes()[:5000])
