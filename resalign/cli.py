@@ -126,7 +126,7 @@ def on_processes(n:int):
 # %% ../nbs/95_cli.ipynb #7803ed9a
 @command
 def unlearn(
-    pipeline:str, # a Stable Diffusion pipeline (v1, v2 or XL): a diffusers folder with safetensors, or a hub id
+    pipeline:str, # a Stable Diffusion pipeline (v1, v2, XL or 3): a diffusers folder with safetensors, or a hub id
     unsafe:str,   # captioned images of what should go
     benign:str,   # captioned images of what should stay
     out:str,      # folder to write

@@ -37,7 +37,7 @@ def where(c:Compute) -> torch.device:
     if c.device is None: found = PartialState().device
     else:
         try: found = torch.empty(0, device=c.device).device
-        except (RuntimeError, AssertionError, NotImplementedError) as e: raise UserError(f"settings of compute: device: '{c.device}' can't be used here ({str(e).splitlines()[0][:80]}); expected one like cpu or cuda") from None
+        except (RuntimeError, AssertionError, NotImplementedError): raise UserError(f"settings of compute: device: '{c.device}' can't be used here, expected cpu, or cuda where there are a GPU and a torch that was built for it") from None
     if c.dtype == 'bfloat16' and found.type == 'cuda' and not torch.cuda.is_bf16_supported(): raise UserError(f'settings of compute: dtype: {torch.cuda.get_device_name(found)} has no bfloat16, expected float16 or float32')
     return found
 

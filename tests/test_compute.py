@@ -123,6 +123,26 @@ def test_fine_tunings_in_low_precision(given, algorithm):
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in pipe.unet.parameters())
 
 
+@pytest.mark.parametrize('method', ['ga', 'esd-x'])
+def test_a_killed_run_in_low_precision_goes_on_with_the_same_bits(given, tmp_path, monkeypatch, method):
+    import resalign.baselines.parts as parts, resalign.meta as meta
+    often, made = lambda *a, **kw: training.optimise(*a, **dict(kw, every=1)), []
+    def run(dies=None, checkpoint=None):
+        def until(name, gradients, *a, **kw):
+            def step(i):
+                if i == dies: raise KeyboardInterrupt
+                made.append(i); return gradients(i)
+            return often(name, step, *a, **kw)
+        for page in parts, meta: monkeypatch.setattr(page, 'optimise', until)
+        pipe = copy.deepcopy(given[0]); prepare(pipe, Compute(device='cpu', **LOW))
+        unlearn(pipe, given[1], method, dict(steps=4), checkpoint=checkpoint); finish(pipe)
+        return weights(pipe)
+    whole = run()
+    with pytest.raises(KeyboardInterrupt): run(2, tmp_path/'c')
+    made.clear()
+    assert same(run(checkpoint=tmp_path/'c'), whole) and made == [2, 3]
+
+
 # ------------------------------------------------------------------ another device
 
 def test_the_far_device_notices_what_is_left_behind():
@@ -167,6 +187,22 @@ def test_mistakes_are_found_before_anything_is_loaded(tmp_path):
     world.write_set(tmp_path/'images', world.scenes('varied', 2))
     for job in jobs.unlearn, jobs.finetune:
         with pytest.raises(UserError, match='settings of compute: dtype'): job(*[tmp_path/'nowhere', tmp_path/'images', tmp_path/'images'][:3 if job is jobs.unlearn else 2], tmp_path/'out', compute=dict(dtype='int8'))
+
+
+def test_the_commands_take_it(given, tmp_path, capsys):
+    from resalign import cli
+    save_pipeline(given[0], tmp_path/'base'); world.write_set(tmp_path/'pics', world.scenes('varied', 3))
+    args = dict(pipeline=str(tmp_path/'base'), compute=['dtype=bfloat16', 'gradient_checkpointing=true'])
+    cli.unlearn(**args, unsafe=str(tmp_path/'pics'), benign=str(tmp_path/'pics'), out=str(tmp_path/'new'), method='ga', set=['steps=1', 'retain_bank=4', 'unsafe_bank=4'])
+    cli.finetune(**args, images=str(tmp_path/'pics'), out=str(tmp_path/'tuned'), set=['steps=1'])
+    for out in 'new', 'tuned':
+        record = json.loads((tmp_path/out/'record.json').read_text())
+        assert record['compute']['dtype'] == 'bfloat16' and record['compute']['gradient_checkpointing'] is True and record['cost']['steps'] == 1 and record['cost']['peak_gb'] > 0
+    with pytest.raises(UserError, match="--compute: 'dtype', expected key=value"): cli.finetune(str(tmp_path/'base'), str(tmp_path/'pics'), str(tmp_path/'x'), compute=['dtype'])
+    world.write_prompts(tmp_path/'p.csv', world.prompts('explicit', 2, 0))
+    cli.evaluate(str(tmp_path/'new'), str(tmp_path/'p.csv'), str(Path(__file__).parent.parent/'outs/evaluators'), str(tmp_path/'scores'), set=['steps=1'], card=True, detector='wiring')
+    assert '| wiring |' in (tmp_path/'new/README.md').read_text(encoding='utf-8')
+    with pytest.raises(UserError, match='expected the record of an unlearning'): cli.evaluate(str(tmp_path/'tuned'), str(tmp_path/'p.csv'), 'nowhere', str(tmp_path/'y'), card=True)
 
 
 # ------------------------------------------------------------------ eight bits
