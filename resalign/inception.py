@@ -118,7 +118,7 @@ def read_weights(path) -> dict: # tensors by name
 def fill(module:nn.Module, state:dict, path) -> nn.Module: # in evaluation mode, frozen
     "Load every tensor, or say the first that is missing, unknown or of another shape"
     want = module.state_dict(); counters = {k: v for k, v in want.items() if k.endswith('num_batches_tracked')}
-    state = {k: v.reshape(()) if k in counters else v for k, v in (counters | state).items()}
+    state = {k: v.reshape(()) if k in counters and v.numel() == 1 else v for k, v in (counters | state).items()}
     for k in [*want, *state]:
         a, b = (tuple(s[k].shape) if k in s else None for s in (want, state))
         if a != b: raise UserError(f"{path}: {k}: expected {'no such tensor' if a is None else f'shape {a}'}, got {'none' if b is None else f'shape {b}'}")
