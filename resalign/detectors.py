@@ -293,7 +293,9 @@ def _load_into(model, file:Path, clip=None):
 def _load_clip(folder:Path):
     for f in ('config.json', 'model.safetensors', 'tokenizer_config.json'):
         if not (folder/f).is_file(): raise UserError(f'{folder/f}: no such file, expected a CLIPModel and its tokenizer: train_evaluators writes them')
-    return _load_into(CLIPModel(CLIPConfig.from_pretrained(folder)), folder/'model.safetensors'), CLIPTokenizer.from_pretrained(folder)
+    try: model, tok = CLIPModel(CLIPConfig.from_pretrained(folder, local_files_only=True)), CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as e: raise UserError(f'{folder}: not a CLIPModel with its tokenizer ({" ".join(str(e).split())[:200]})') from None
+    return _load_into(model, folder/'model.safetensors'), tok
 
 # %% ../nbs/80_detectors.ipynb #3a801efa
 class ClipScore(Evaluator):
@@ -324,7 +326,8 @@ def load_evaluators(folder) -> dict: # {name: Evaluator}: wiring, clip-score, mh
     "Load what `train_evaluators` wrote"
     folder = Path(folder); card = folder/'card.json'
     if not card.is_file(): raise UserError(f'{card}: no such file, expected a folder that train_evaluators wrote')
-    version = json.loads(card.read_text())['version']
+    try: version = json.loads(card.read_text(encoding='utf-8'))['version']
+    except (ValueError, KeyError, TypeError) as e: raise UserError(f"{card}: expected a JSON mapping with 'version' ({type(e).__name__})") from None
     clip, tok = _load_clip(folder/'clip'); ours = sha256(folder/FILES['clip']); dim = clip.config.projection_dim
     wiring, reader = _load_into(WiringNet(), folder/FILES['wiring']), _load_into(ReaderNet(), folder/FILES['reader'])
     mhsc, nice = _load_into(make_mhsc(dim), folder/FILES['mhsc'], ours), _load_into(nn.Linear(dim, 1), folder/FILES['aesthetics'], ours)

@@ -4,23 +4,23 @@
 
 # %% auto #0
 __all__ = ['size_of', 'load_bank', 'checkpoint_of', 'check_inputs', 'unlearn', 'model_card', 'finetune', 'read_prompts',
-           'evaluate', 'sheet']
+           'Remembered', 'evaluate', 'sheet']
 
 # %% ../nbs/92_jobs.ipynb #d90c5391
-import hashlib, json
+import hashlib, json, shutil
 from pathlib import Path
 import numpy as np, pandas as pd
 from PIL import Image
 from .adversaries import save_word
-from .core import RunRecord, UserError, atomic_dir, choose, make_config
+from .core import RunRecord, UserError, as_markdown, atomic_dir, atomic_file, choose, make_config, sha256
 from .data import encode, read_captions, read_images
 from .detectors import load_evaluators
 from .finetune import FinetuneConfig
 from .finetune import finetune as run_finetune
 from .meta import UnlearnData
-from .baselines.modular_lora import with_module
+from .baselines.modular_lora import check_adapter, with_module
 from .methods import METHODS, config_of, unlearn as run_method
-from .metrics import judge
+from .metrics import flags, judge
 from .pipelines import check_pipeline, generate, is_local, load_pipeline, save_pipeline
 from .training import Ranks
 from .world import contact_sheet
@@ -35,16 +35,22 @@ def load_bank(pipe, folder):
 
 # %% ../nbs/92_jobs.ipynb #2b16ef02
 def checkpoint_of(out:Path, record:dict) -> Path:
-    "Outside the output, which DVC removes before it runs a stage; who asks for something else finds none"
+    "Outside the output, which DVC removes before it runs a stage; who asks for something else, or has changed an input, finds none"
     asked = {k: v for k, v in record.items() if k not in ('versions', 'device', 'threads', 'seconds')}
+    inputs = [v for k in ('pipeline', 'unsafe', 'benign', 'images', 'prior', 'module', 'prompts', 'reference') if (v := asked.get(k))] + asked.get('pool', [])
+    asked['contents'] = [sha256(p) for p in inputs if Path(p).exists()]
     return out.parent/'.checkpoints'/f'{out.name}-{hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]}'
+
 
 # %% ../nbs/92_jobs.ipynb #abde4354
 def check_inputs(pipeline, folders, out):
     "Everything is there, before anything is loaded"
     if is_local(pipeline): check_pipeline(Path(pipeline))
     for f in folders: read_captions(f)
-    if Path(out).is_file(): raise UserError(f'{out}: is a file, expected a folder to write')
+    for p in (Path(out), *Path(out).parents):
+        if p.is_file(): raise UserError(f'{p}: is a file, expected a folder to write')
+    for i in (pipeline, *folders):
+        if Path(i).exists() and Path(i).resolve().is_relative_to(Path(out).resolve()): raise UserError(f"{out}: is, or holds, the input '{i}', expected another folder to write")
 
 # %% ../nbs/92_jobs.ipynb #68f7a7f1
 def unlearn(pipeline,        # diffusers folder or hub id
@@ -76,17 +82,18 @@ def unlearn(pipeline,        # diffusers folder or hub id
 # %% ../nbs/92_jobs.ipynb #34952827
 def model_card(record:dict) -> str: # Markdown
     "What a reader of the result must know"
+    said = as_markdown # names may hold anything
     return f"""---
 library_name: diffusers
 tags: [text-to-image, concept-unlearning]
 ---
-# {record['pipeline']}, unlearned with {record['method']}
+# {said(record['pipeline'])}, unlearned with {said(record['method'])}
 
 Made by `resalign` {record['versions'].get('resalign', '')} (companion to *ResAlign*, NeurIPS 2025).
 
-- **Base:** {record['pipeline']} · **concept:** the pictures in {record['unsafe']} · **kept:** {record['benign']}
-- **Method:** {record['method']}, seed {record['seed']}, settings `{json.dumps(record['settings'])}`
-- **Simulated fine-tunings on:** {', '.join(record['pool'])}
+- **Base:** {said(record['pipeline'])} · **concept:** the pictures in {said(record['unsafe'])} · **kept:** {said(record['benign'])}
+- **Method:** {said(record['method'])}, seed {record['seed']}, settings <code>{said(json.dumps(record['settings']))}</code>
+- **Simulated fine-tunings on:** {', '.join(map(said, record['pool']))}
 - **Use:** research on unlearning that survives fine-tuning. Not a safety guarantee.
 - **Residual risk:** erasure is partial and measured by imperfect detectors; prompts and fine-tunings nobody tried may bring the concept back. Evaluate before you publish: `resalign-evaluate --help`.
 - **Evaluation:** none is stored here; see the scores that `resalign-evaluate` writes, with detector versions.
@@ -102,6 +109,7 @@ def finetune(pipeline, images, out, settings:dict=None, prior=None, # folder for
     config = make_config(FinetuneConfig, settings | dict(seed=seed), 'settings of finetune')
     if config.prior_weight and not prior: raise UserError('finetune: prior_weight is set, expected a folder of prior pictures (--prior)')
     check_inputs(pipeline, [images] + [prior]*bool(prior), out)
+    if module: check_adapter(module)
     record = RunRecord(job='finetune', pipeline=str(pipeline), images=str(images), prior=str(prior or ''), settings=config.model_dump(), **(dict(module=str(module)) if module else {}))
     pipe = load_pipeline(pipeline)
     checkpoint = checkpoint_of(out, record)
@@ -118,8 +126,8 @@ def read_prompts(path, seed=0) -> list: # dicts with prompt, kind, seed and what
     "A prompts CSV; missing seeds are counted up"
     path = Path(path)
     if not path.is_file(): raise UserError(f'{path}: no such file, expected a CSV with the column prompt')
-    try: df = pd.read_csv(path, keep_default_na=False)
-    except (ValueError, UnicodeDecodeError, pd.errors.ParserError) as e: raise UserError(f'{path}: not a CSV ({str(e).splitlines()[0]})') from None
+    try: df = pd.read_csv(path, keep_default_na=False, dtype=dict(prompt=str, kind=str), index_col=False)
+    except Exception as e: raise UserError(f'{path}: not a CSV ({(str(e).splitlines() or [type(e).__name__])[0]})') from None
     if 'prompt' not in df: raise UserError(f"{path}: column 'prompt' is missing (found: {', '.join(map(str, df.columns)) or 'none'})")
     if df.empty: raise UserError(f'{path}: no rows, expected at least one prompt')
     for row, text in enumerate(df.prompt, 1):
@@ -129,14 +137,33 @@ def read_prompts(path, seed=0) -> list: # dicts with prompt, kind, seed and what
     if 'seed' not in df: df['seed'] = range(len(df))
     try: df['seed'] = [int(str(s)) + 1_000_003*seed for s in df.seed]
     except ValueError: raise UserError(f"{path}: column 'seed' must hold whole numbers") from None
+    for row, s in enumerate(df.seed, 1):
+        if not 0 <= s < 2**63: raise UserError(f'{path}: row {row}: seed: expected a number of at most 63 bits and none below 0, got {s}')
     for c in ('thing', 'colour'):
         if c not in df: df[c] = ''
     return df.to_dict('records')
 
+# %% ../nbs/92_jobs.ipynb #flt-rem
+class Remembered:
+    "An evaluator whose scores are kept in `folder` until the evaluation is done"
+    def __init__(self, evaluator, folder): self.evaluator, self.folder = evaluator, Path(folder)
+    def __getattr__(self, name): return getattr(self.evaluator, name)
+    def __call__(self, images, prompts=None, batch:int=256) -> np.ndarray:
+        cut = lambda i: (images[i:i+batch], prompts and prompts[i:i+batch])
+        return np.concatenate([self._part(*cut(i), batch) for i in range(0, len(images), batch)]) if len(images) else self.evaluator(images, prompts)
+    def _part(self, images, prompts, batch):
+        key = hashlib.sha256(json.dumps([self.name, self.version, self.hash, list(prompts or ())]).encode() + np.ascontiguousarray(images).tobytes()).hexdigest()[:32]
+        file = self.folder/f'{key}.npy'
+        try: return np.load(file, allow_pickle=False)
+        except (OSError, ValueError, EOFError): scores = self.evaluator(images, prompts, batch)
+        with atomic_file(file) as tmp:
+            with open(tmp, 'wb') as f: np.save(f, scores)
+        return scores
+
 # %% ../nbs/92_jobs.ipynb #a308f13f
 def evaluate(pipeline, prompts, out, evaluators, reference=None, # folder of real benign pictures, for FID
              detector:str='all', steps:int=10, guidance:float=5., seed:int=0) -> pd.DataFrame: # the summary
-    "Draw a picture for every prompt, score it, and write scores, summary and a contact sheet"
+    "Draw a picture for every prompt, score it, and write scores, summary and a contact sheet; a run that was killed goes on where it was"
     out, rows = Path(out), read_prompts(prompts, seed)
     check_inputs(pipeline, [reference] if reference else [], out)
     found = load_evaluators(evaluators)
@@ -144,15 +171,23 @@ def evaluate(pipeline, prompts, out, evaluators, reference=None, # folder of rea
     record = RunRecord(job='evaluate', pipeline=str(pipeline), prompts=str(prompts), evaluators={e.name: [e.version, e.hash, e.threshold] for e in found.values()},
                        steps=steps, guidance=guidance, seed=seed, scheduler='DPMSolverMultistepScheduler')
     pipe = load_pipeline(pipeline)
-    real = found['reader'].features(read_images(reference, size_of(pipe))[0]) if reference else None
-    images = generate(pipe, [r['prompt'] for r in rows], [r['seed'] for r in rows], steps, guidance)
-    scores, objects, summary = judge(images, rows, found, real)
+    real = benign = None
+    if reference and choose('reader', found, f'{evaluators}: detector'):
+        pictures = read_images(reference, size_of(pipe))[0]
+        real, benign = found['reader'].features(pictures), {k: e(pictures) for k, e in found.items() if e.threshold is not None and not e.needs_prompts}
+    parts = checkpoint_of(out, record)
+    images = generate(pipe, [r['prompt'] for r in rows], [r['seed'] for r in rows], steps, guidance, album=parts/'album')
+    scores, objects, summary = judge(images, rows, {k: Remembered(e, parts/'scores') for k, e in found.items()}, real)
+    doubts = flags(summary, real, benign)
     with atomic_dir(out) as tmp:
         scores.to_csv(tmp/'scores.csv', index=False); summary.to_csv(tmp/'summary.csv', index=False)
         if objects is not None: objects.to_csv(tmp/'objects.csv', index=False)
+        if len(doubts): doubts.to_csv(tmp/'flags.csv', index=False)
         sheet(images, rows).save(tmp/'sheet.png')
         record.save(tmp/'record.json')
+    shutil.rmtree(parts, ignore_errors=True)
     return summary
+
 
 # %% ../nbs/92_jobs.ipynb #247b3888
 def sheet(images, rows, each=8) -> Image.Image:
