@@ -256,6 +256,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                               'resalign.cli.unlearn': ('cli.html#unlearn', 'resalign/cli.py'),
                               'resalign.cli.wrote': ('cli.html#wrote', 'resalign/cli.py')},
             'resalign.core': { 'resalign.core.Config': ('core.html#config', 'resalign/core.py'),
+                               'resalign.core.Config._sizes': ('core.html#config._sizes', 'resalign/core.py'),
                                'resalign.core.RunRecord': ('core.html#runrecord', 'resalign/core.py'),
                                'resalign.core.RunRecord.__init__': ('core.html#runrecord.__init__', 'resalign/core.py'),
                                'resalign.core.RunRecord.save': ('core.html#runrecord.save', 'resalign/core.py'),

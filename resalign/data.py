@@ -26,7 +26,7 @@ def read_captions(folder # a folder with metadata.jsonl or metadata.csv
     if len(found) > 1: raise UserError(f'{folder}: has metadata.jsonl and metadata.csv, expected one of them')
     meta, = found
     if not meta.resolve().is_relative_to(folder.resolve()): raise UserError(f'{meta}: is a link that leads out of the folder')
-    try: df = pd.read_json(meta, lines=True, dtype=words, convert_dates=False, encoding='utf-8') if meta.suffix == '.jsonl' else pd.read_csv(meta, dtype=words, keep_default_na=False, index_col=False)
+    try: df = pd.read_json(meta, lines=True, dtype=words, encoding='utf-8') if meta.suffix == '.jsonl' else pd.read_csv(meta, dtype=words, keep_default_na=False, index_col=False)
     except Exception as e: raise UserError(f'{meta}: cannot be read: {(str(e).splitlines() or [type(e).__name__])[0]}') from None # whatever a parser stumbles over
     return check_captions(df, meta)
 

@@ -195,7 +195,7 @@ def pretrain(folder,              # captioned images
     out, asked = Path(out), hashlib.sha256(f'{config.model_dump()} {sha256(folder)}'.encode()).hexdigest()[:8]
     checkpoints = Path(checkpoints or out.with_name(f'.{out.name}.checkpoints')/asked)
     images, captions = read_images(folder, config.size)
-    pipe = build_pipeline(captions, config)
+    with room_for(tempfile.gettempdir()): pipe = build_pipeline(captions, config)
     wide = build_vae(config, config.wide_channels)
     vae_losses = train_vae(wide, images, config, config.vae_steps, checkpoints/'vae')
     pipe.register_modules(vae=narrow(wide, images, config.latent_channels))
