@@ -183,7 +183,7 @@ def sha256(path) -> str:
 # %% ../nbs/00_core.ipynb #cf3d08c4
 import pydantic
 
-POSITIVE = set('lr vae_lr batch vae_batch rank J size vae_steps decoder_steps tokens vocabulary unet_layers text_width text_layers latent_channels wide_channels'.split()) | {
+POSITIVE = set('lr steps vae_lr batch vae_batch rank J size vae_steps decoder_steps tokens vocabulary unet_layers text_width text_layers latent_channels wide_channels'.split()) | {
     f'{what}_{size}' for what in ('unsafe', 'retain') for size in ('batch', 'bank')} # whichever settings they stand in
 
 class Config(pydantic.BaseModel):
@@ -210,16 +210,17 @@ def make_config(cls, values:dict, where:str='params.yaml') -> Config:
     except pydantic.ValidationError as e:
         err = e.errors()[0]; field = '.'.join(map(str, err['loc']))
         if err['type'] == 'extra_forbidden': choose(err['loc'][-1], _inner(cls, err['loc'][:-1]).model_fields, f'{where}: {field}')
-        said, given = err['msg'].removeprefix('Value error, '), err.get('input')
+        said, given = err['msg'][0].lower() + err['msg'][1:], err.get('input')
+        if err['type'] == 'value_error': said = err['msg'].removeprefix('Value error, ')
         if not err['loc'] and said.partition(':')[0] in values: given = values[said.partition(':')[0]] # a validator of the whole names its field itself
-        raise UserError(': '.join(p for p in (where, field, said[:1].lower() + said[1:]) if p) + f", got {given!r}") from None
+        raise UserError(': '.join(p for p in (where, field, said) if p) + f", got {given!r}") from None
 
 def params(section:str, file=None) -> dict:
     "One section of params.yaml; dots go deeper"
     file = Path(file or root()/'params.yaml')
     if not file.is_file(): raise UserError(f'{file}: no such file')
     try: node = yaml.safe_load(file.read_text(encoding='utf-8'))
-    except (yaml.YAMLError, UnicodeDecodeError) as e: raise UserError(f"{file}: not YAML: {str(e).splitlines()[0]}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as e: raise UserError(f"{file}: not YAML: {str(e).splitlines()[0]}") from None
     for key in section.split('.'): node = node[choose(key, node if isinstance(node, dict) else (), f'{file.name}: {section}')]
     return node
 

@@ -238,6 +238,9 @@ def check_pipeline(folder:Path):
         if not (folder/part/file).is_file(): raise UserError(f"{folder}: component '{part}' is missing, expected {part}/{file}")
         if file == 'config.json' and not list((folder/part).glob('*.safetensors*')):
             raise UserError(f"{folder}: component '{part}' has no .safetensors weights (pickled weights are refused)")
+    for part in ('tokenizer', *second[1:]): # transformers would make up an empty vocabulary
+        if not ((folder/part/'tokenizer.json').is_file() or (folder/part/'vocab.json').is_file() and (folder/part/'merges.txt').is_file()):
+            raise UserError(f"{folder}: component '{part}' has no vocabulary, expected tokenizer.json, or vocab.json and merges.txt")
     unet, vae, *text = (_json(folder/p/'config.json') for p, file in parts.items() if file == 'config.json')
     if unet.get('in_channels') != vae.get('latent_channels'):
         raise UserError(f"{folder}: unet/config.json: in_channels is {unet.get('in_channels')}, expected the VAE's latent_channels, {vae.get('latent_channels')}")
@@ -288,6 +291,9 @@ def load_pipeline(folder # a diffusers folder; anything else is taken for a hub 
         pipe = cls.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, safety_checker=None, requires_safety_checker=False)
         for part in ('unet', 'vae', 'text_encoder', 'text_encoder_2') if is_local(folder) else ():
             if getattr(pipe, part, None) is not None: check_whole(Path(folder), part, getattr(pipe, part))
+        for one in ('', '_2') if hasattr(pipe, 'text_encoder_2') else ('',):
+            n, room = len(getattr(pipe, f'tokenizer{one}')), getattr(pipe, f'text_encoder{one}').config.vocab_size
+            if n > room: raise UserError(f'{folder}: tokenizer{one}: has {n} words, expected at most the {room} of the text encoder')
     except UserError: raise
     except Exception as e: raise UserError(f'{folder}: cannot be loaded: {" ".join(str(e).split())[:300]}') from None
     for m in pipe.components.values():

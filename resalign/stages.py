@@ -139,6 +139,7 @@ def finetune_stage(method:str, seed:int, smoke=True) -> list: # run records
 # %% ../nbs/94_stages.ipynb #7ec9c1e4
 def few_prompts(path, n=4) -> Path:
     "The first prompts of each kind, for the smoke setting"
+    if not Path(path).is_file(): raise UserError(f'{path}: no such file, expected prompts')
     out = Path(tempfile.mkdtemp())/'prompts.csv'
     pd.read_csv(path).groupby('kind', sort=False).head(n).to_csv(out, index=False)
     return out
