@@ -81,7 +81,10 @@ def optimise(name:str,        # said in progress lines and errors
             finite(row['loss'])
             if max_norm: row['grad_norm'] = finite(accelerator.clip_grad_norm_(params, max_norm)).item()
             else: finite(largest([p.grad for p in params if p.grad is not None]))
-            optimizer.step()
+            try: optimizer.step()
+            except RuntimeError as e:
+                if 'overflow' not in str(e): raise
+                finite(math.inf)
             if scheduler: scheduler.step()
             if after: after()
             log.append(dict(step=step, **row)); bar.note(f"loss {np.mean([r['loss'] for r in log[-20:]]):.4f}")

@@ -41,7 +41,6 @@ JOBS = { # name: job, its arguments
     'fine-tune (textual inversion)': ('finetune', dict(algorithm='textual-inversion')), 'fine-tune (Custom Diffusion)': ('finetune', dict(algorithm='custom-diffusion'))}
 FIVE = list(JOBS)[:5]
 every_job = pytest.mark.parametrize('name', JOBS if FULL else FIVE)
-five_jobs = pytest.mark.parametrize('name', FIVE)
 
 class Bench:
     "A job, its uninterrupted result, and places to break it in"
@@ -158,17 +157,20 @@ def test_asked_to_stop(name, number, bench):
             bench.goes_on(name, out)
 
 def test_twice_stops_at_once(bench):
-    with TALLY.case('SIGINT twice', 'unlearn (GA)'):
-        out = bench.place(); said = bench.run('unlearn', out, args=dict(steps=4000), kill={2: 2.}, every=10**6)
-        assert said['status'] == 130 and 'Stopped' in said['err'], said   # once: in the loop by then
-        out = bench.place(); said = bench.run('unlearn', out, args=dict(steps=4000, unsafe_batch=6, retain_batch=8), kill={2: 2., 15: 2.0005}, every=10**6)
-        assert said['status'] == 130, said
-        bench.intact('unlearn (GA)', out)
+    "The second signal comes in the middle of a step that takes half a second"
+    with TALLY.case('SIGINT, then SIGTERM within the step', 'sample', identical=True):
+        for start in np.arange(.8, 12, .55): # until the first falls into the loop, and the second not between two steps
+            out = bench.place(); said = bench.run('sample', out, kill={2: start, 15: start + .15}, slow=.5)
+            if said['status'] == 130 and 'stopping at the end of this step' in said['err'] and 'Stopped' not in said['err']: break
+        assert said['status'] == 130 and 'Stopped' not in said['err'], said
+        bench.intact('sample', out); bench.goes_on('sample', out)
 
 
 # ------------------------------------------------------------------ a full disk
 
-@five_jobs
+three_jobs = pytest.mark.parametrize('name', FIVE if FULL else ['unlearn (GA)', 'sample', 'evaluate'])
+
+@three_jobs
 def test_full_disk_at_an_operation(name, bench):
     "ENOSPC from every call that makes a name or waits for the disk: one line, earlier results intact, goes on when there is room"
     operations = bench.whole(name)[2]
@@ -193,7 +195,7 @@ def small(tmp_path_factory):
         def free(self): subprocess.run(['umount', here], capture_output=True)
     s = Small(); yield s; s.free()
 
-@five_jobs
+@three_jobs
 def test_full_disk_for_real(name, bench, small):
     "A file system of few bytes, or, where none can be mounted, a limit on the size of files"
     whole = bench.whole(name)[0]; size = sum(len(v) for v in whole.values() if isinstance(v, bytes)); largest = max(len(v) for v in whole.values() if isinstance(v, bytes))
@@ -218,7 +220,7 @@ STAGES = ['code_stage', 'finetune_stage:ga:0', 'evaluate_stage:ga:0', 'unlearn_s
 def test_same_seed_same_bits(bench, tmp_path):
     "Every stage in its smoke setting twice: in this order by itself, and in the opposite order in a process that has done the others before"
     if not all((ROOT/p).is_dir() for p in ('data/unsafe', 'outs/base')): pytest.skip('data or outs/base are not here')
-    names = STAGES if FULL else STAGES[:5]
+    names = STAGES if FULL else ['code_stage', 'unlearn_stage:ga:0', 'finetune_stage:ga:0']
     found = []
     for order in (names, names[::-1]):
         out = tmp_path/str(len(found)); said = bench.server.run('stage', bench.made, out, args=dict(names=order), every=100, batch=64)
@@ -227,7 +229,7 @@ def test_same_seed_same_bits(bench, tmp_path):
     for n in names:
         with TALLY.case('same seed twice, another order of stages', n.partition(':')[0], identical=True): assert found[0][n] == found[1][n], n
     if FULL: # each by itself, in a process of its own
-        for n in names:
+        for n in names[::3]:
             with TALLY.case('same seed twice, by itself in a fresh process', n.partition(':')[0], identical=True):
                 out = tmp_path/'alone'/n; said = bench.server.run('stage', bench.made, out, args=dict(names=[n]), every=100, batch=64)
                 assert said['status'] == 0, said['err']
@@ -245,7 +247,8 @@ def test_not_finite(job, args, words, bench):
     with TALLY.case('loss, gradient or weight not finite', job):
         out = bench.place(); said = bench.run(job, out, args=args)
         assert said['status'] == 2 and words in said['err'] and len(said['err'].splitlines()) == 1, said['err']
-        assert 'steps' in args or ('lr 1e+30' in said['err'] and 'pictures ' in said['err']), said['err']
+        if args['lr'] == 1e30: assert 'lr 1e+30' in said['err'], said['err']
+        if args['lr'] == 1e30 and 'method' not in args: assert 'pictures ' in said['err'], said['err']
         bench.intact('unlearn (GA)', out)
 
 def test_last_good_checkpoint_is_kept(bench, tmp_path, made):
@@ -266,7 +269,7 @@ def test_last_good_checkpoint_is_kept(bench, tmp_path, made):
 def test_a_solver_that_falls_back_too_often(bench):
     "Stops the run and says where; so does a run that goes on, which remembers the solves before"
     with TALLY.case('solver falls back too often', 'unlearn (ResAlign)'):
-        args = dict(method='resalign', steps=14, gamma=1e4, clamp=None, solver='cg', product='exact', fallback_share=.2)
+        args = dict(method='resalign', steps=4, J=4, gamma=1e4, clamp=None, solver='cg', tol=1e-6, product='exact', products=2, fallback_share=.2)
         out = bench.place(); said = bench.run('unlearn', out, args=args)
         assert said['status'] == 2 and 'solves fell back to x = g' in said['err'] and 'step ' in said['err'], said['err']
         again = bench.run('unlearn', out, args=args)
@@ -279,7 +282,7 @@ def test_nothing_asks_the_network(made, tmp_path):
     "Python's sockets refuse, the offline switches are off: commands and smoke stages end well, and nobody has tried"
     s = Server(NO_NETWORK='1')
     try:
-        jobs = [('pretrain', dict(steps=2)), ('unlearn', dict(steps=2)), ('finetune', dict(steps=2)), ('evaluate', {}), ('stage', dict(names=STAGES if FULL else ['finetune_stage:ga:0', 'evaluate_stage:ga:0']))]
+        jobs = [('pretrain', dict(steps=2)), ('unlearn', dict(steps=2)), ('finetune', dict(steps=2)), ('evaluate', {}), ('stage', dict(names=STAGES[::2] if FULL else ['finetune_stage:ga:0']))]
         for job, args in jobs:
             with TALLY.case('sockets refuse', job):
                 said = s.run(job, made, tmp_path/job/'out', args=args)
