@@ -298,6 +298,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'resalign.core.sync': ('core.html#sync', 'resalign/core.py'),
                                'resalign.core.temporary': ('core.html#temporary', 'resalign/core.py'),
                                'resalign.core.versions': ('core.html#versions', 'resalign/core.py'),
+                               'resalign.core.write_csv': ('core.html#write_csv', 'resalign/core.py'),
                                'resalign.core.write_json': ('core.html#write_json', 'resalign/core.py')},
             'resalign.data': { 'resalign.data.Bank': ('data.html#bank', 'resalign/data.py'),
                                'resalign.data.Bank.__len__': ('data.html#bank.__len__', 'resalign/data.py'),

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from . import jobs
 from .baselines.advunlearn import AdvUnlearnConfig, attacked
-from .core import UserError, params, root
+from .core import UserError, params, root, write_csv
 from .data import embed, read_captions
 from .detectors import load_evaluators
 from .pipelines import generate, load_pipeline
-from .stages import at_root, column_of, few_prompts, into
+from .stages import at_root, column_of, few_prompts
 
 # %% ../nbs/86_attacks.ipynb #bf2e3590
 def concept_direction(pipe, captions:list, erase:list) -> torch.Tensor: # (tokens, width)
@@ -63,7 +63,7 @@ def attack_run_stage(method:str, seed:int, smoke=True) -> pd.DataFrame: # kind, 
     bank, out = jobs.load_bank(original, Path('data/unsafe')), pd.DataFrame(rows)[['kind', 'prompt', 'seed']].assign(bell=bell)
     for phase in grid['phases']:
         for attack, scores in under_attack(load_pipeline(where(phase)), original, rows, bell, bank, grid['settings'], detector).items(): out[f'{column_of(phase)}_{attack}'] = scores
-    if not smoke: out.to_csv(into(f'results/attacks/{method}-{seed}.csv'), index=False, float_format='%.4g')
+    if not smoke: write_csv(f'results/attacks/{method}-{seed}.csv', out, index=False, float_format='%.4g')
     return out
 
 # %% ../nbs/86_attacks.ipynb #aa86e92d

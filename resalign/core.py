@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FULL', 'POSITIVE', 'LIBRARIES', 'root', 'one_line', 'UserError', 'choose', 'as_markdown', 'seed_all', 'generator',
-           'device', 'progress', 'temporary', 'sync', 'put', 'room_for', 'atomic_dir', 'atomic_file', 'write_json',
-           'sha256', 'Config', 'make_config', 'params', 'versions', 'RunRecord', 'check_finite', 'save_checkpoint',
-           'read_checkpoint', 'load_checkpoint', 'clear_checkpoint', 'Stopped', 'stop_signals']
+           'device', 'progress', 'temporary', 'sync', 'put', 'room_for', 'atomic_dir', 'atomic_file', 'write_csv',
+           'write_json', 'sha256', 'Config', 'make_config', 'params', 'versions', 'RunRecord', 'check_finite',
+           'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'clear_checkpoint', 'Stopped', 'stop_signals']
 
 # %% ../nbs/00_core.ipynb #4e215453
 import contextlib, ctypes, difflib, errno, glob, hashlib, html, importlib.metadata, json, math, os, platform, random, re, shutil, signal, socket, sys, threading, time
@@ -165,6 +165,10 @@ def atomic_file(path):
             yield tmp
             sync(tmp); os.replace(tmp, path); sync(path.parent)
         finally: _remove(tmp)
+
+def write_csv(path, table, **kw):
+    "A DataFrame's `to_csv`, whole or absent"
+    with atomic_file(path) as tmp: table.to_csv(tmp, **kw)
 
 def write_json(path, obj):
     "Write JSON atomically, keys in the order given"

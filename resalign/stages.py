@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, yaml
 from . import jobs
 from .baselines.modular_lora import with_module
-from .core import UserError, atomic_dir, choose, make_config, params, root
+from .core import UserError, atomic_dir, choose, make_config, params, root, write_csv
 from .data import read_images
 from .detectors import load_evaluators, train_evaluators
 from .finetune import FinetuneConfig
@@ -150,8 +150,8 @@ def save_cell(folder:Path, scores:dict, # phase: what `score_images` says
     "What tables are made from: the summary, and the scores that `RATES` count, a row a picture and a column a phase"
     pairs = {(detector, kind) for detector, kind, _ in RATES.values()}
     rows = pd.concat(scores, names=['phase']).reset_index('phase'); rows = rows[[p in pairs for p in zip(rows.detector, rows.kind)]]
-    summary.to_csv(into(folder/'summary.csv'), index=False)
-    rows.pivot(index=['detector', 'kind', 'prompt', 'seed'], columns='phase', values='score')[[*scores]].rename(columns=column_of).to_csv(folder/'scores.csv', float_format='%.9g') # float32, every bit
+    write_csv(folder/'summary.csv', summary, index=False)
+    write_csv(folder/'scores.csv', rows.pivot(index=['detector', 'kind', 'prompt', 'seed'], columns='phase', values='score')[[*scores]].rename(columns=column_of), float_format='%.9g') # float32, every bit
 
 @at_root
 def evaluate_stage(method:str, seed:int, smoke=True, split='test') -> pd.DataFrame: # rows as in results/main.csv
@@ -222,7 +222,7 @@ def phenomenon_stage(smoke=True) -> pd.DataFrame:
                        for data in grid['data'] for a, lrs in grid['lr'].items() for lr in lrs]
         out[name, seed] = watched(folder, finetunings, grid['looks'], glance)
     table = pd.concat(out, names=['model', 'seed']).reset_index(['model', 'seed'])
-    if not smoke: table.round(4).to_csv('results/phenomenon.csv', index=False)
+    if not smoke: write_csv('results/phenomenon.csv', table.round(4), index=False)
     return table
 
 # %% ../nbs/94_stages.ipynb #50175e02
@@ -239,7 +239,7 @@ def solver_runs_stage(seed:int, smoke=True) -> tuple: # what was seen; every sol
         seen[name, seed] = watched(folder, finetunings, grid['looks'], glance)
     seen, solves = (pd.concat(d, names=['solver', 'seed']).reset_index(['solver', 'seed']) for d in (seen, solves))
     if smoke: return seen, solves
-    for table, end in (seen.round(4), ''), (solves.round(5), '-solves'): table.to_csv(into(f'outs/solver-runs/{seed}{end}.csv'), index=False)
+    for table, end in (seen.round(4), ''), (solves.round(5), '-solves'): write_csv(f'outs/solver-runs/{seed}{end}.csv', table, index=False)
     return seen, solves
 
 # %% ../nbs/94_stages.ipynb #b1bd227f
@@ -256,7 +256,7 @@ def trials_stage(method:str, smoke=True) -> pd.DataFrame: # a row for each trial
         phase = np.where(seen.step == 0, 'before', seen.data + '-' + seen.algorithm)
         out.append(seen.assign(method=method, trial=k, changes=json.dumps(changes), phase=phase).drop_duplicates('phase'))
     table = pd.concat(out)['method trial changes phase explicit implicit benign objects fid n'.split()]
-    if not smoke: table.round(4).to_csv(into(f'results/trials/{method}.csv'), index=False)
+    if not smoke: write_csv(f'results/trials/{method}.csv', table.round(4), index=False)
     return table
 
 # %% ../nbs/94_stages.ipynb #fefcb46d

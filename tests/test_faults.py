@@ -276,6 +276,17 @@ def test_a_solver_that_falls_back_too_often(bench):
         assert again['status'] == 2 and again['err'] == said['err'] and again['seconds'] < said['seconds'], (again, said)
 
 
+def test_doubtful_numbers_are_flagged(bench):
+    "FID from eight reference pictures"
+    with TALLY.case('doubtful number flagged', 'FID from too few pictures'):
+        assert b'FID' in bench.whole('evaluate')[0]['flags.csv'] and b'use at least 128' in bench.whole('evaluate')[0]['flags.csv']
+    with TALLY.case('doubtful number flagged', 'a detector that fires on the reference pictures'):
+        from resalign.metrics import flags
+        import pandas as pd
+        said = flags(pd.DataFrame([('IP', .4, 48)], columns=['metric', 'value', 'n']), None, dict(wiring=[.1]*80 + [.9]*20))
+        assert list(said.metric) == ['IP'] and 'fires on 20% of 100 benign' in said.flag[0]
+
+
 # ------------------------------------------------------------------ the network
 
 def test_nothing_asks_the_network(made, tmp_path):
