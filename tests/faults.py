@@ -2,6 +2,7 @@
 import csv, json, os, random, shutil, subprocess, sys
 from contextlib import contextmanager
 from pathlib import Path
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FULL = os.environ.get('FAULTS') == 'full'
@@ -19,7 +20,8 @@ class Tally:
     def case(self, fault, where, identical=False, note=''):
         row = self.rows.setdefault((fault, where), dict(cases=0, survived=0, bit_identical=0 if identical else '', note=note))
         row['cases'] += 1; row['note'] = note or row['note']
-        yield
+        try: yield
+        except KeyboardInterrupt: row['cases'] -= 1; raise # whoever ran the tests has stopped them
         row['survived'] += 1
         if identical: row['bit_identical'] += 1
     def note(self, fault, where, text): self.rows[fault, where]['note'] = text
@@ -29,6 +31,12 @@ class Tally:
             w.writerows(dict(fault=f, where=where, **row) for (f, where), row in sorted(self.rows.items()))
 
 TALLY = Tally()
+
+@pytest.fixture(scope='session', autouse=True)
+def record():
+    "In the full form, the counts go to results/survival.csv; test files import this"
+    yield
+    if FULL: TALLY.save(ROOT/'results/survival.csv')
 
 class Server:
     "tests/fault_server.py, one thread"

@@ -5,19 +5,13 @@ import itertools, json, os, random, shutil, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pytest
 
-from faults import FULL, ROOT, TALLY, Server, leftovers, result, some, tree
+from faults import FULL, ROOT, TALLY, Server, leftovers, record, result
 from resalign.core import load_checkpoint
 from resalign.data import read_captions
 from resalign.pipelines import PretrainConfig, build_pipeline, save_pipeline
 from resalign.world import prompts, scenes, write_prompts, write_set
 
 pytestmark = pytest.mark.skipif(not (ROOT/'outs/evaluators').is_dir(), reason='outs/evaluators is not here: dvc pull evaluators')
-
-@pytest.fixture(scope='session', autouse=True)
-def record():
-    "In the full form, the counts go to results/survival.csv"
-    yield
-    if FULL: TALLY.save(ROOT/'results/survival.csv')
 
 @pytest.fixture(scope='module')
 def server():

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from faults import FULL, ROOT, TALLY, some, tree
+from faults import FULL, ROOT, TALLY, record, some, tree
 from resalign import batch as batches, cli, jobs, metrics, report, stages, studies
 from resalign.core import Config, UserError, as_markdown, load_checkpoint, make_config, one_line, params, save_checkpoint, write_json
 from resalign.baselines.modular_lora import check_adapter, with_module
