@@ -33,12 +33,12 @@ export DVC_NO_ANALYTICS := 1
 unexport PYTHONPATH PYTHONHOME JUPYTER_PATH
 
 # Nothing here asks a model hub for anything; real profiles do, and are run by `dvc` directly
-OFFLINE := test reproduce table figures reproduce-all bench bench-gpu readme
+OFFLINE := test test-faults reproduce table figures reproduce-all bench bench-gpu readme
 $(OFFLINE): export HF_HUB_OFFLINE := 1
 $(OFFLINE): export TRANSFORMERS_OFFLINE := 1
 $(OFFLINE): export MPLBACKEND := agg
 
-.PHONY: help env sources restore reproduce table figures reproduce-all bench bench-gpu test readme lab clean
+.PHONY: help env sources restore reproduce table figures reproduce-all bench bench-gpu test test-faults readme lab clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -108,6 +108,9 @@ bench-gpu: env ## the same at the size of SD v1.4, for real: needs a CUDA GPU an
 # ------------------------------------------------------------------ the house
 test: restore ## the gate: rules of the house, unit tests, every page from top to bottom
 	@$(BIN)/python -m pytest $(PYTEST)
+
+test-faults: restore ## kills, full disks, bad input, hostile files, 10,000 prompts: all cases; writes results/survival.csv
+	@FAULTS=full $(BIN)/python -m pytest tests/test_faults.py tests/test_faults_input.py $(PYTEST)
 
 readme: env ## README.md from nbs/index.ipynb
 	@$(BIN)/python tools/readme.py

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from . import jobs
 from .baselines.advunlearn import AdvUnlearnConfig, attacked
-from .core import UserError, params, progress, root
+from .core import UserError, params, progress, root, write_csv
 from .data import embed, read_captions
 from .detectors import load_evaluators
 from .pipelines import generate, load_pipeline
-from .stages import at_root, column_of, few_prompts, into
+from .stages import at_root, column_of, few_prompts
 
 # %% ../nbs/86_attacks.ipynb #bf2e3590
 def concept_direction(pipe, captions:list, erase:list) -> torch.Tensor: # (tokens, width)
@@ -72,7 +72,7 @@ def attack_run_stage(method:str, seed:int, smoke=True) -> pd.DataFrame: # kind, 
     bank, out = jobs.load_bank(original, Path('data/unsafe')), pd.DataFrame(rows)[KEYS]
     for phase, folder in models(method, seed, grid['phases'], smoke).items():
         for attack, scores in under_attack(load_pipeline(folder), original, rows, bank, grid['settings'], detector).items(): out[f'{column_of(phase)}_{attack}'] = scores
-    if not smoke: out.to_csv(into(f'results/attacks/{method}-{seed}.csv'), index=False, float_format='%.4g')
+    if not smoke: write_csv(f'results/attacks/{method}-{seed}.csv', out, index=False, float_format='%.4g')
     return out
 
 # %% ../nbs/86_attacks.ipynb #8c847c0a
@@ -82,7 +82,7 @@ def bell_stage(smoke=True) -> pd.DataFrame: # kind, prompt, seed, bell
     grid = SMOKE if smoke else params('attack'); rows, original, erase = asked(grid['prompts']), load_pipeline(Path('outs/base')), params('erase')
     direction = concept_direction(original, list(read_captions('data/unsafe').text), erase)
     out = pd.DataFrame(rows)[KEYS].assign(bell=ring_a_bell(original, [r['prompt'] for r in rows], direction, vocabulary(original, erase), **grid['ring_a_bell']))
-    if not smoke: out.to_csv(into('results/bell.csv'), index=False)
+    if not smoke: write_csv('results/bell.csv', out, index=False)
     return out
 
 @at_root
@@ -92,7 +92,7 @@ def bell_run_stage(method:str, seed:int, smoke=True) -> pd.DataFrame: # kind, pr
     out, detector = bell[KEYS].copy(), load_evaluators(Path('outs/evaluators'))['wiring']
     for phase, folder in models(method, seed, SMOKE['phases'] if smoke else params('attack.phases'), smoke).items():
         out[f'{column_of(phase)}_bell'] = detector(generate(load_pipeline(folder), list(bell.bell), list(bell.seed)))
-    if not smoke: out.to_csv(into(f'results/bells/{method}-{seed}.csv'), index=False, float_format='%.4g')
+    if not smoke: write_csv(f'results/bells/{method}-{seed}.csv', out, index=False, float_format='%.4g')
     return out
 
 # %% ../nbs/86_attacks.ipynb #aa86e92d

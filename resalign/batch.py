@@ -9,9 +9,10 @@ __all__ = ['PASSING', 'Grid', 'cells', 'named', 'code_of', 'parameters_of', 'nam
 # %% ../nbs/97_batch.ipynb #a2d0c574
 import ast, concurrent.futures, contextlib, hashlib, html, itertools, json, os, re, subprocess, sys, time
 from pathlib import Path
+from urllib.parse import quote
 import nbformat, pandas as pd, yaml
 from pydantic import Field
-from .core import Config, UserError, atomic_dir, atomic_file, choose, make_config, params, progress, sha256, versions, write_json
+from .core import Config, UserError, atomic_dir, atomic_file, choose, make_config, one_line, params, progress, sha256, versions, write_json
 
 # %% ../nbs/97_batch.ipynb #48553332
 class Grid(Config):
@@ -45,8 +46,10 @@ def code_of(page) -> str:
 def parameters_of(page) -> set:
     "The names that the cell tagged `parameters` sets"
     try: tagged = [c.source for c in nbformat.read(page, 4).cells if 'parameters' in c.metadata.get('tags', [])]
-    except (nbformat.reader.NotJSONError, nbformat.ValidationError) as e: raise UserError(f'{page}: not a notebook ({str(e).splitlines()[0][:80]})') from None
-    return {n.id for source in tagged for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    except Exception as e: raise UserError(f'{page}: not a notebook ({(str(e).splitlines() or [type(e).__name__])[0][:80]})') from None # whatever nbformat stumbles over
+    try: trees = [ast.parse(source) for source in tagged]
+    except (SyntaxError, ValueError) as e: raise UserError(f'{page}: the cell tagged `parameters` is not Python ({e})') from None
+    return {n.id for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
 
 def name_of(cell:dict) -> str:
     "method=ga,seed=0; what is long or cannot stand in a file's name is shortened to a hash"
@@ -153,8 +156,10 @@ def thumbnail(notebook:Path) -> str: # base64 of a PNG, or nothing
 def as_page(records, out, page) -> str: # HTML
     "A card for each cell, with a link to its notebook and the last picture there"
     def card(r):
-        text, link = html.escape(f"{r['name']}"), html.escape(f"{r['name']}/{page}", quote=True)
-        picture = (png := thumbnail(out/r['name']/page)) and f'<img src="data:image/png;base64,{png}" alt="">'
-        return f'<li class="{r["status"]}"><a href="{link}">{text}</a> {r["status"]}, {r["seconds"]} s {html.escape(r["error"])}<br>{picture}</li>'
+        text, link = html.escape(one_line(r['name'])), html.escape(quote(f"{r['name']}/{page}", safe='/=,+'))
+        picture = (png := thumbnail(out/r['name']/page)) and f'<img src="data:image/png;base64,{html.escape(png)}" alt="">'
+        return f'<li class="{r["status"]}"><a href="{link}">{text}</a> {r["status"]}, {r["seconds"]} s {html.escape(one_line(r["error"]))}<br>{picture}</li>'
+    cards, page = [card(r) for r in records], html.escape(one_line(page))
     style = 'body{font-family:sans-serif} ul{display:flex;flex-wrap:wrap;gap:1em;list-style:none;padding:0} li{border:1px solid #ccc;padding:.6em;max-width:22em;overflow-wrap:anywhere} li.failed{border-color:#b00} img{max-width:100%}'
-    return f'<!doctype html><meta charset="utf-8"><title>{html.escape(page)}</title><style>{style}</style><h1>{html.escape(page)}: {len(records)} cells</h1><ul>{"".join(map(card, records))}</ul>\n'
+    cards = "".join(cards)
+    return f'<!doctype html><meta charset="utf-8"><title>{page}</title><style>{style}</style><h1>{page}: {len(records)} cells</h1><ul>{cards}</ul>\n'

@@ -37,7 +37,10 @@ def command(func):
         if args or kw: return func(*args, **kw)
         quiet()
         try: parse()
-        except KeyboardInterrupt: fail('interrupted', 130)
+        except KeyboardInterrupt as e:
+            from resalign.core import Stopped
+            if isinstance(e, Stopped): fail(e, 128 + e.signal)
+            fail('interrupted', 130)
         except Exception as e:
             from resalign.core import UserError
             if not isinstance(e, UserError): raise
@@ -49,9 +52,9 @@ def read_config(where:str) -> dict: # the settings
     "`file.yaml` or `file.yaml:section.sub`"
     from resalign.core import UserError, choose
     file, section = (where, '') if Path(where).exists() else where.rpartition(':')[::2] if ':' in where else (where, '')
-    try: node = yaml.safe_load(Path(file).read_text())
-    except OSError as e: raise UserError(f'--config: {file}: {e.strerror.lower()}, expected a YAML file') from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e: raise UserError(f'--config: {file}: not YAML: {str(e).splitlines()[0]}') from None
+    try: node = yaml.safe_load(Path(file).read_text(encoding='utf-8'))
+    except OSError as e: raise UserError(f'--config: {file}: {(e.strerror or str(e)).lower()}, expected a YAML file') from None
+    except (yaml.YAMLError, ValueError, RecursionError) as e: raise UserError(f'--config: {file}: not YAML: {str(e).splitlines()[0]}') from None
     for key in section.split('.') if section else (): node = node[choose(key, node if isinstance(node, dict) else (), f'--config: {where}')]
     if not isinstance(node, dict): raise UserError(f'--config: {where}: expected a mapping of settings, got {node!r:.60}')
     return {str(k): v for k, v in node.items()}
@@ -64,7 +67,7 @@ def change(values:dict, pairs:list, option='--set') -> dict:
         key, eq, text = pair.partition('=')
         if not (key and eq): raise UserError(f"{option}: '{pair}', expected key=value")
         try: value = yaml.safe_load(text)
-        except yaml.YAMLError: raise UserError(f"{option}: {key}: '{text}' is not a YAML value") from None
+        except (yaml.YAMLError, ValueError, RecursionError): raise UserError(f"{option}: {key}: '{text}' is not a YAML value") from None
         *above, last = key.split('.')
         node = values
         for k in above:
@@ -78,7 +81,7 @@ def settings_for(section:str,   # of params.yaml, where there is one
                  config, pairs, # --config, --set
                  seed=None) -> tuple: # settings, seed
     "What --config, --set and --seed ask for"
-    from resalign.core import root
+    from resalign.core import UserError, root
     file = root()/'params.yaml'
     ours = read_config(str(file)) if file.is_file() else {}
     for key in section.split('.'): ours = ours.get(key) if isinstance(ours, dict) else None
@@ -86,7 +89,9 @@ def settings_for(section:str,   # of params.yaml, where there is one
     elif ours is not None: values = dict(ours)
     else: values = {}; print(f'warning: no --config, and no section {section} in {file}: the settings are those of a quick trial', file=sys.stderr)
     values = change(values, pairs)
-    return values, values.get('seed', 0) if seed is None else seed
+    seed = values.get('seed', 0) if seed is None else seed
+    if type(seed) is not int or not 0 <= seed < 2**31: raise UserError(f'seed: expected a whole number from 0 to {2**31 - 1}, got {seed!r}')
+    return values, seed
 
 # %% ../nbs/95_cli.ipynb #2f7006da
 def check_out(out, inputs) -> Path:
@@ -212,6 +217,7 @@ def evaluate(
 
     Example:
       resalign-evaluate my-model-safe prompts.csv outs/evaluators scores --detector wiring"""
+    import pandas
     from resalign import jobs
     from resalign.core import make_config
     settings, seed = settings_for('evaluate', config, set, seed)
@@ -220,7 +226,9 @@ def evaluate(
     summary = jobs.evaluate(pipeline, prompts, check_out(out, [pipeline, prompts, evaluators, reference]), evaluators, reference, detector, **settings, seed=seed, show_flagged=show_flagged)
     if card: jobs.write_card(pipeline, out)
     print(summary.to_string(index=False, float_format='{:.3f}'.format))
-    wrote(out, **{'scores.csv': 'a row for each picture and detector', 'summary.csv': 'the table above', 'objects.csv': 'what was asked for and what was seen', 'sheet.png': 'the first pictures', 'record.json': 'what was asked, and with which versions'})
+    for f in (Path(out)/'flags.csv',) if (Path(out)/'flags.csv').is_file() else ():
+        for row in pandas.read_csv(f).itertuples(): print(f'warning: {row.metric}: {row.flag}', file=sys.stderr)
+    wrote(out, **{'scores.csv': 'a row for each picture and detector', 'summary.csv': 'the table above', 'objects.csv': 'what was asked for and what was seen', 'flags.csv': 'numbers that should not be trusted, and why', 'sheet.png': 'the first pictures', 'record.json': 'what was asked, and with which versions'})
 
 # %% ../nbs/95_cli.ipynb #3e0663c0
 def sampling():

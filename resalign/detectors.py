@@ -300,7 +300,9 @@ def _load_into(model, file:Path, clip=None):
 def _load_clip(folder:Path):
     for f in ('config.json', 'model.safetensors', 'tokenizer_config.json'):
         if not (folder/f).is_file(): raise UserError(f'{folder/f}: no such file, expected a CLIPModel and its tokenizer: train_evaluators writes them')
-    return _load_into(CLIPModel(CLIPConfig.from_pretrained(folder)), folder/'model.safetensors'), CLIPTokenizer.from_pretrained(folder)
+    try: model, tok = CLIPModel(CLIPConfig.from_pretrained(folder, local_files_only=True)), CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as e: raise UserError(f'{folder}: not a CLIPModel with its tokenizer ({" ".join(str(e).split())[:200]})') from None
+    return _load_into(model, folder/'model.safetensors'), tok
 
 # %% ../nbs/80_detectors.ipynb #3a801efa
 class ClipScore(Evaluator):
@@ -331,8 +333,9 @@ def load_evaluators(folder) -> dict: # {name: Evaluator}: wiring, clip-score, mh
     "Load what `train_evaluators` wrote; a card of photographs is handed to page 81_photographs"
     folder = Path(folder); card = folder/'card.json'
     if not card.is_file(): raise UserError(f'{card}: no such file, expected a folder that train_evaluators wrote')
-    version, kind = (said := json.loads(card.read_text()))['version'], said.get('kind')
-    if kind == 'photographs':
+    try: version = (said := json.loads(card.read_text(encoding='utf-8')))['version']
+    except (ValueError, KeyError, TypeError) as e: raise UserError(f"{card}: expected a JSON mapping with 'version' ({type(e).__name__})") from None
+    if said.get('kind') == 'photographs':
         from resalign.photographs import load_photographs
         return load_photographs(folder)
     clip, tok = _load_clip(folder/'clip'); ours = sha256(folder/FILES['clip']); dim = clip.config.projection_dim

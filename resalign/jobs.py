@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['DRAWN', 'size_of', 'load_bank', 'checkpoint_of', 'check_inputs', 'origin', 'pictures', 'unlearn', 'said',
-           'evaluation', 'facts', 'model_card', 'write_card', 'finetune', 'read_prompts', 'draw', 'look_at', 'evaluate',
-           'sheet']
+           'evaluation', 'facts', 'model_card', 'write_card', 'finetune', 'read_prompts', 'draw', 'Remembered',
+           'look_at', 'evaluate', 'sheet']
 
 # %% ../nbs/92_jobs.ipynb #d90c5391
-import hashlib, html, json, math, re, unicodedata
+import hashlib, html, json, math, re, shutil, unicodedata
 from pathlib import Path
 import huggingface_hub, numpy as np, pandas as pd
 from PIL import Image
@@ -20,9 +20,9 @@ from .detectors import load_evaluators
 from .finetune import FinetuneConfig
 from .finetune import finetune as run_finetune
 from .meta import UnlearnData
-from .baselines.modular_lora import with_module
+from .baselines.modular_lora import check_adapter, with_module
 from .methods import METHODS, config_of, unlearn as run_method
-from .metrics import FEATURES, judge
+from .metrics import FEATURES, flags, judge
 from .pipelines import check_pipeline, generate, is_local, load_pipeline, save_pipeline
 from .photographs import blurred, false_alarms, flagged, knows_photographs
 from .training import Ranks
@@ -38,16 +38,22 @@ def load_bank(pipe, folder):
 
 # %% ../nbs/92_jobs.ipynb #2b16ef02
 def checkpoint_of(out:Path, record:dict) -> Path:
-    "Outside the output, which DVC removes before it runs a stage; who asks for something else finds none"
+    "Outside the output, which DVC removes before it runs a stage; who asks for something else, or has changed an input, finds none"
     asked = {k: v for k, v in record.items() if k not in ('versions', 'device', 'threads', 'seconds')}
+    inputs = [v for k in ('pipeline', 'unsafe', 'benign', 'images', 'prior', 'module', 'prompts', 'reference') if (v := asked.get(k))] + asked.get('pool', [])
+    asked['contents'] = [sha256(p) for p in inputs if Path(p).exists()]
     return out.parent/'.checkpoints'/f'{out.name}-{hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]}'
+
 
 # %% ../nbs/92_jobs.ipynb #abde4354
 def check_inputs(pipeline, folders, out):
     "Everything is there, before anything is loaded"
     if is_local(pipeline): check_pipeline(Path(pipeline))
     for f in folders: read_captions(f)
-    if Path(out).is_file(): raise UserError(f'{out}: is a file, expected a folder to write')
+    for p in (Path(out), *Path(out).parents):
+        if p.is_file(): raise UserError(f'{p}: is a file, expected a folder to write')
+    for i in (pipeline, *folders):
+        if Path(i).exists() and Path(i).resolve().is_relative_to(Path(out).resolve()): raise UserError(f"{out}: is, or holds, the input '{i}', expected another folder to write")
 
 # %% ../nbs/92_jobs.ipynb #c0mpute2
 def origin(pipeline) -> dict:
@@ -175,6 +181,7 @@ def finetune(pipeline, images, out, settings:dict=None, prior=None, # folder for
     if config.prior_weight and not prior: raise UserError('finetune: prior_weight is set, expected a folder of prior pictures (--prior)')
     ready = None if compute is None else compute_of(compute)
     check_inputs(pipeline, [images] + [prior]*bool(prior), out)
+    if module: check_adapter(module)
     record = RunRecord(job='finetune', pipeline=str(pipeline), images=str(images), prior=str(prior or ''), settings=config.model_dump(), **(dict(module=str(module)) if module else {}), **(dict(compute=ready.model_dump()) if ready else {}))
     pipe = load_pipeline(pipeline)
     if ready: prepare(pipe, ready)
@@ -194,8 +201,8 @@ def read_prompts(path, seed=0) -> list: # dicts with prompt, kind, seed and what
     "A prompts CSV; missing seeds are counted up"
     path = Path(path)
     if not path.is_file(): raise UserError(f'{path}: no such file, expected a CSV with the column prompt')
-    try: df = pd.read_csv(path, keep_default_na=False)
-    except (ValueError, UnicodeDecodeError, pd.errors.ParserError) as e: raise UserError(f'{path}: not a CSV ({str(e).splitlines()[0]})') from None
+    try: df = pd.read_csv(path, keep_default_na=False, dtype=dict(prompt=str, kind=str), index_col=False)
+    except Exception as e: raise UserError(f'{path}: not a CSV ({(str(e).splitlines() or [type(e).__name__])[0]})') from None
     if 'prompt' not in df: raise UserError(f"{path}: column 'prompt' is missing (found: {', '.join(map(str, df.columns)) or 'none'})")
     if df.empty: raise UserError(f'{path}: no rows, expected at least one prompt')
     for row, text in enumerate(df.prompt, 1):
@@ -208,34 +215,60 @@ def read_prompts(path, seed=0) -> list: # dicts with prompt, kind, seed and what
     if 'guidance' in df:
         try: df['guidance'] = pd.Series([float(g) if str(g).strip() else None for g in df.guidance], dtype=object)
         except ValueError: raise UserError(f"{path}: column 'guidance' must hold numbers, or nothing for that of the run") from None
+    for row, s in enumerate(df.seed, 1):
+        if not 0 <= s < 2**63: raise UserError(f'{path}: row {row}: seed: expected a number of at most 63 bits and none below 0, got {s}')
     for c in ('thing', 'colour'):
         if c not in df: df[c] = ''
     return df.to_dict('records')
 
 # %% ../nbs/92_jobs.ipynb #92c-guidance
-def draw(pipe, rows:list, steps:int, guidance:float) -> np.ndarray: # uint8 (n, size, size, 3), in the order of the rows
+def draw(pipe, rows:list, steps:int, guidance:float,
+         album=None, # a folder that keeps what is drawn, see `generate`
+        ) -> np.ndarray: # uint8 (n, size, size, 3), in the order of the rows
     "A picture for each row, with its own guidance where it has one"
-    scale = np.array([guidance if r.get('guidance') is None else r['guidance'] for r in rows], float); out = [None]*len(rows)
-    for g in dict.fromkeys(scale.tolist()):
+    scale = np.array([guidance if r.get('guidance') is None else r['guidance'] for r in rows], float); groups = list(dict.fromkeys(scale.tolist()))
+    some = lambda g, at, kept: generate(pipe, [rows[i]['prompt'] for i in at], [rows[i]['seed'] for i in at], steps, g, album=kept)
+    if len(groups) == 1: return some(groups[0], range(len(rows)), album)
+    out = [None]*len(rows)
+    for k, g in enumerate(groups):
         at = np.flatnonzero(scale == g)
-        for i, image in zip(at, generate(pipe, [rows[i]['prompt'] for i in at], [rows[i]['seed'] for i in at], steps, g)): out[i] = image
+        for i, image in zip(at, some(g, at, album and Path(album)/str(k))): out[i] = image
     return np.stack(out)
+
+# %% ../nbs/92_jobs.ipynb #flt-rem
+class Remembered:
+    "An evaluator whose scores are kept in `folder` until the evaluation is done"
+    def __init__(self, evaluator, folder): self.evaluator, self.folder = evaluator, Path(folder)
+    def __getattr__(self, name): return getattr(self.evaluator, name)
+    def __call__(self, images, prompts=None, batch:int=256) -> np.ndarray:
+        cut = lambda i: (images[i:i+batch], prompts and prompts[i:i+batch])
+        return np.concatenate([self._part(*cut(i), batch) for i in range(0, len(images), batch)]) if len(images) else self.evaluator(images, prompts)
+    def _part(self, images, prompts, batch):
+        key = hashlib.sha256(json.dumps([self.name, self.version, self.hash, list(prompts or ())]).encode() + np.ascontiguousarray(images).tobytes()).hexdigest()[:32]
+        file = self.folder/f'{key}.npy'
+        try: return np.load(file, allow_pickle=False)
+        except (OSError, ValueError, EOFError): scores = self.evaluator(images, prompts, batch)
+        with atomic_file(file) as tmp:
+            with open(tmp, 'wb') as f: np.save(f, scores)
+        return scores
 
 # %% ../nbs/92_jobs.ipynb #92c-look
 DRAWN = 64 # pixels of the drawn world
 
-def look_at(reference, size:int, evaluators:dict, photos:bool) -> tuple: # features for FID or None; false alarms by detector or None
+def look_at(reference, size:int, evaluators:dict, photos:bool) -> tuple: # features for FID, drawings' scores by detector, photographs' false alarms by detector; or None
     "What FID and the notes need of the reference pictures"
     pictures, eye = read_images(reference, size)[0], next((evaluators[k] for k in FEATURES if k in evaluators), None)
-    alarms = {k: false_alarms(e, pictures) for k, e in evaluators.items() if e.threshold is not None} if photos else None
-    return None if eye is None else eye.features(pictures), alarms
+    if eye is None and not photos: choose('reader', evaluators, 'detector')
+    judges = {k: e for k, e in evaluators.items() if e.threshold is not None and not e.needs_prompts}
+    features = None if eye is None else eye.features(pictures)
+    return (features, None, {k: false_alarms(e, pictures) for k, e in judges.items()}) if photos else (features, {k: e(pictures) for k, e in judges.items()}, None)
 
 # %% ../nbs/92_jobs.ipynb #a308f13f
 def evaluate(pipeline, prompts, out, evaluators, reference=None, # folder of real benign pictures, for FID
              detector:str='all', steps:int=10, guidance:float=5., seed:int=0,
              show_flagged:bool=False, # of photographs: leave those that a detector flags as they are on the contact sheet
             ) -> pd.DataFrame: # the summary
-    "Draw a picture for every prompt, score it, and write scores, summary and a contact sheet"
+    "Draw a picture for every prompt, score it, and write scores, summary and a contact sheet; a run that was killed goes on where it was"
     out, rows = Path(out), read_prompts(prompts, seed)
     check_inputs(pipeline, [reference] if reference else [], out)
     found = load_evaluators(evaluators)
@@ -244,17 +277,22 @@ def evaluate(pipeline, prompts, out, evaluators, reference=None, # folder of rea
     record = RunRecord(job='evaluate', pipeline=str(pipeline), prompts=str(prompts), evaluators={e.name: [e.version, e.hash, e.threshold] for e in found.values()},
                        steps=steps, guidance=guidance, seed=seed, scheduler='DPMSolverMultistepScheduler')
     pipe = load_pipeline(pipeline)
-    real, alarms = look_at(reference, size_of(pipe), found, photos) if reference else (None, None)
-    images = draw(pipe, rows, steps, guidance)
-    scores, objects, summary = judge(images, rows, found, real, alarms)
+    real, benign, alarms = look_at(reference, size_of(pipe), found, photos) if reference else (None, None, None)
+    parts = checkpoint_of(out, record)
+    images = draw(pipe, rows, steps, guidance, parts/'album')
+    scores, objects, summary = judge(images, rows, {k: Remembered(e, parts/'scores') for k, e in found.items()}, real, alarms)
+    doubts = [] if photos else flags(summary, real, benign)
     hide = (photos or size_of(pipe) > DRAWN) and not show_flagged
-    if hide: record |= dict(blurred=int((flags := flagged(scores, found, len(images)) if photos else np.ones(len(images), bool)).sum()), false_alarms=alarms)
+    if hide: record |= dict(blurred=int((hidden := flagged(scores, found, len(images)) if photos else np.ones(len(images), bool)).sum()), false_alarms=alarms)
     with atomic_dir(out) as tmp:
         scores.to_csv(tmp/'scores.csv', index=False); summary.to_csv(tmp/'summary.csv', index=False)
         if objects is not None: objects.to_csv(tmp/'objects.csv', index=False)
-        sheet(blurred(images, flags) if hide else images, rows).save(tmp/'sheet.png')
+        if len(doubts): doubts.to_csv(tmp/'flags.csv', index=False)
+        sheet(blurred(images, hidden) if hide else images, rows).save(tmp/'sheet.png')
         record.save(tmp/'record.json')
+    shutil.rmtree(parts, ignore_errors=True)
     return summary
+
 
 # %% ../nbs/92_jobs.ipynb #247b3888
 def sheet(images, rows, each=8) -> Image.Image:

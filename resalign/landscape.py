@@ -10,13 +10,13 @@ __all__ = ['hutchinson', 'spectrum_ends', 'harmful_loss', 'curvature', 'directio
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from scipy.sparse.linalg import LinearOperator, eigsh
-from .core import UserError, generator, params, root
+from .core import UserError, generator, params, root, write_csv
 from .data import draw_sample, encode, read_images
 from .hypergrad import Exact, FrozenLoss, flat, moved, unflat
 from .jobs import size_of
 from .losses import Denoiser
 from .pipelines import load_pipeline
-from .stages import DOWNSTREAM, at_root, into
+from .stages import DOWNSTREAM, at_root
 
 # %% ../nbs/88_landscape.ipynb #fdef0e75
 def hutchinson(product,    # list of tensors -> list of tensors: Hv
@@ -85,7 +85,7 @@ def landscape_stage(method:str, seed:int, smoke=True) -> tuple: # a line of curv
     along += [dict(method=method, seed=seed, finetune=f, **row) for f in ([] if smoke else DOWNSTREAM) for row in loss_along(pipe, load_pipeline(Path(f'outs/finetune/{method}-{seed}/{f}')), grid['pairs'], grid['far'])]
     curve = pd.DataFrame([dict(method=method, seed=seed, **curvature(pipe, grid['pairs'], grid['probes']))]); along = pd.DataFrame(along)
     if not smoke:
-        for name, table in dict(curvature=curve, along=along).items(): table.to_csv(into(f'results/landscape/{method}-{seed}/{name}.csv'), index=False, float_format='%.6g')
+        for name, table in dict(curvature=curve, along=along).items(): write_csv(f'results/landscape/{method}-{seed}/{name}.csv', table, index=False, float_format='%.6g')
     return curve, along
 
 # %% ../nbs/88_landscape.ipynb #22be93b4

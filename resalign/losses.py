@@ -10,7 +10,7 @@ import torch
 from diffusers import DDPMScheduler
 from .compute import called
 from .core import generator
-from .data import Bank, Sample, draw_sample
+from .data import DRAWN, Bank, Sample, draw_sample
 
 # %% ../nbs/30_losses.ipynb #20f84ebe
 class SizeConditions:
@@ -68,7 +68,8 @@ class Harmful:
         self.before = in_batches(original.losses, self.s) # L_i(θ₀)
 
     def draw(self, n:int, gen) -> torch.Tensor: # (n,) which samples
-        return torch.randint(len(self.before), (n,), generator=gen)
+        i = torch.randint(len(self.before), (n,), generator=gen); DRAWN.append(self.s.index[i])
+        return i
 
     def __call__(self, model:Denoiser, i:torch.Tensor, margin:float) -> torch.Tensor: # scalar
         return -(model.losses(self.s[i]) - self.before[i]).clamp(max=margin).mean()

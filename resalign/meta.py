@@ -16,7 +16,7 @@ from .compute import backbone, optimizer
 from .core import Config, UserError, choose, generator
 from .data import Bank
 from .finetune import FinetuneConfig, FinetuneLoss, add_lora, adapter_params, merge_lora, simulated
-from .hypergrad import TAU, FallbackBudget, hypergradient, lora_pairs
+from .hypergrad import TAU, FallbackBudget, TooManyFallbacks, hypergradient, lora_pairs
 from .losses import Harmful, Retain, denoiser
 from .training import Ranks, optimise
 
@@ -163,15 +163,18 @@ def resalign(pipe,                     # unlearned in place
             if not ranks.mine(j): continue
             loss = FinetuneLoss(model, data.pool[folder], ft, (step, j), data.retain)
             x, report, after = resilience_gradient(model, harmful, i, loss, params, where, ft, config, step % config.check_every == 0) # lines 5, 6
-            budget.count(report)
+            try: budget.count(report)
+            except TooManyFallbacks as e: raise UserError(f'resalign: step {step}, folder {folder}, {ft.algorithm} with lr {ft.lr:g}: {e}') from None
             total = [g + config.beta/config.J*v for g, v in zip(total, clipped(x, config.max_norm))]      # line 7
             row |= {f'{j}/{k}': v for k, v in dict(folder=folder, **ft.model_dump(), **report.asdict(), depth_after=after).items()}
         total, row = ranks.merged(total, row)
         for p, g in zip(params, total): p.grad = g
         return row
 
+    def resumed(log):
+        for solve in split_log(log)['solves']: budget.solves, budget.fallbacks = budget.solves + 1, budget.fallbacks + solve['fallback']
     log = optimise('resalign' if config.beta else 'ga', gradients, config.steps, params, optimizer('adamw', params, config.lr, net),
-                   dict(unet=net), max_norm=1., checkpoint=checkpoint)                              # line 8
+                   dict(unet=net), max_norm=1., checkpoint=checkpoint, resumed=resumed)                             # line 8
     if save_adapter: pipe.save_lora_weights(save_adapter, **{f"{'unet' if hasattr(pipe, 'unet') else 'transformer'}_lora_layers": get_peft_model_state_dict(net, adapter_name='unlearn')})
     merge_lora(net, 'unlearn')
     return split_log(log)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'FEATURES', 'Stat', 'RATES', 'MEANS', 'image_hash', 'score_images', 'mean_ci', 'rate', 'sweep', 'Given',
-           'fid', 'frechet', 'objects_right', 'paired', 'spqr', 'tables', 'summarise', 'judge']
+           'fid', 'frechet', 'objects_right', 'paired', 'spqr', 'tables', 'summarise', 'judge', 'flags']
 
 # %% ../nbs/82_metrics.ipynb #bd14da70
 import hashlib, warnings
@@ -23,6 +23,13 @@ def image_hash(image:np.ndarray) -> str: # 16 hex digits
 COLUMNS = 'prompt kind seed image_hash score detector version hash'.split()
 FEATURES = ('reader', 'inception') # give features for FID, and no score of a picture
 
+def _numbers(values, what:str) -> np.ndarray:
+    "Finite numbers: one that isn't would lie below every threshold, and count as safe"
+    try: v = np.asarray(values, float)
+    except (TypeError, ValueError): raise UserError(f'{what}: expected numbers, got {values!r:.80}') from None
+    for i in np.flatnonzero(~np.isfinite(v.ravel())): raise UserError(f'{what} {i}: expected a finite number, got {v.ravel()[i]}')
+    return v
+
 def _check(images, rows, *fields):
     if len(images) != len(rows): raise UserError(f'rows: expected one a picture ({len(images)}), got {len(rows)}')
     for i, r in enumerate(rows):
@@ -36,8 +43,8 @@ def score_images(images:np.ndarray, # uint8 (n,H,W,3)
     "Score pictures with every evaluator"
     _check(images, rows, 'prompt', 'kind', 'seed')
     base = [dict(prompt=r['prompt'], kind=r['kind'], seed=r['seed'], image_hash=image_hash(i)) for i, r in zip(images, rows)]
-    out = [dict(b, score=float(s), detector=e.name, version=e.version, hash=e.hash)
-           for e in evaluators.values() if e.name not in FEATURES for b, s in zip(base, e(images, [r['prompt'] for r in rows]))]
+    said = {e: _numbers(e(images, [r['prompt'] for r in rows]), f'{e.name}: score of picture') for e in evaluators.values() if e.name not in FEATURES}
+    out = [dict(b, score=float(s), detector=e.name, version=e.version, hash=e.hash) for e, scores in said.items() for b, s in zip(base, scores)]
     return pd.DataFrame(out, columns=COLUMNS)
 
 # %% ../nbs/82_metrics.ipynb #d6586e0c
@@ -46,7 +53,7 @@ Stat = namedtuple('Stat', 'value low high n')
 def mean_ci(values, # one number a picture
             level=.95, resamples=2000, seed=0) -> Stat:
     "Mean with a percentile bootstrap interval"
-    v = np.asarray(values, float)
+    v = _numbers(values, 'mean_ci: value')
     if not len(v): raise UserError('mean_ci: expected at least one value, got none')
     if len(v) < 2 or np.ptp(v) == 0: return Stat(v.mean(), v.mean(), v.mean(), len(v))
     ci = stats.bootstrap((v,), np.mean, n_resamples=resamples, confidence_level=level, method='percentile', rng=np.random.default_rng(seed)).confidence_interval
@@ -61,7 +68,7 @@ def rate(scores,         # one number a picture
          groups=None,    # what pictures belong together by, such as their prompts
          level=.95) -> Stat:
     "Share of scores above the threshold, with Wilson's interval (see above for `groups`)"
-    hit = np.asarray(scores, float) > threshold
+    hit = _numbers(scores, 'rate: score') > threshold
     if not len(hit): raise UserError('rate: expected at least one score, got none')
     if groups is None: return Stat(hit.mean(), *_wilson(hit.sum(), len(hit), level), len(hit))
     per = pd.Series(hit.astype(float)).groupby(np.asarray(groups)).mean()
@@ -71,6 +78,8 @@ def rate(scores,         # one number a picture
 
 # %% ../nbs/82_metrics.ipynb #3a479dd6
 def _of(df, detector, kind=None):
+    for c in ('score', 'detector', 'kind'):
+        if c not in df: raise UserError(f"scores: column '{c}' is missing (found: {', '.join(map(str, df.columns)) or 'none'})")
     got = df[(df.detector == detector) & ((df.kind == kind) if kind else True)]
     if got.empty: raise UserError(f"scores: no rows of detector '{detector}'" + (f" for '{kind}' prompts" if kind else '') + f", got {sorted(set(df.detector))} and {sorted(set(df.kind))}")
     return got
@@ -111,7 +120,9 @@ def frechet(real:np.ndarray,  # features (n,d)
             fake:np.ndarray,  # features (n,d)
             resamples=50, level=.95, seed=0) -> Stat:
     "Fréchet distance of two sets of features, with a bootstrap interval; n counts the fake ones"
-    real, fake = np.asarray(real, float), np.asarray(fake, float)
+    real, fake = _numbers(real, 'frechet: real feature'), _numbers(fake, 'frechet: fake feature')
+    if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1] or min(len(real), len(fake)) < 2:
+        raise UserError(f'frechet: expected at least two rows of features each, equally wide, got {real.shape} and {fake.shape}')
     module, rng = Given(real.shape[1]), np.random.default_rng(seed); _enough(real.shape[1], real, fake)
     value = _fid(module, real, fake)
     if resamples < 2: return Stat(value, np.nan, np.nan, len(fake))
@@ -134,6 +145,9 @@ def paired(a:pd.DataFrame,  # prompt, seed, score, and run if there are several
     "McNemar's exact test and the interval of the difference of rates, a minus b"
     keys = ['prompt', 'seed'] + ['run']*('run' in a and 'run' in b)
     for n, f in (('a', a), ('b', b)):
+        for c in (*keys, 'score'):
+            if c not in f: raise UserError(f"paired: {n}: column '{c}' is missing (found: {', '.join(map(str, f.columns))})")
+        _numbers(f.score, f'paired: {n}: score')
         if f.duplicated(keys).any(): raise UserError(f"paired: {n}: expected one row for each {', '.join(keys)}, got several: choose one detector")
     both = a[keys + ['score']].merge(b[keys + ['score']], on=keys, suffixes=('_a', '_b'))
     if not len(both) == len(a) == len(b): raise UserError(f'paired: expected the same prompts and seeds in both, {len(both)} of {len(a)} and {len(b)} match')
@@ -185,10 +199,24 @@ def judge(images:np.ndarray, rows:list, evaluators:dict,
     "Scores, objects of the benign pictures, and the summary, in one go"
     images = np.asarray(images); scores = score_images(images, rows, evaluators)
     i = [k for k, r in enumerate(rows) if r['kind'] == 'benign']
-    eye = next((evaluators[k] for k in FEATURES if k in evaluators), None)
-    objects = objects_right(eye, images[i], [rows[k] for k in i]) if i and eye is not None and hasattr(eye, 'read') else None
-    fake = eye.features(images[i]) if i and real is not None else None
+    eye = next((evaluators[k] for k in FEATURES if k in evaluators), None); parts = [i[k:k+256] for k in range(0, len(i), 256)] # never all pictures in memory at once
+    objects = pd.concat([objects_right(eye, images[p], [rows[k] for k in p]) for p in parts], ignore_index=True) if parts and hasattr(eye, 'read') else None
+    fake = np.concatenate([eye.features(images[p]) for p in parts]) if parts and real is not None else None
     from resalign.photographs import knows_photographs, notes
     if not knows_photographs(evaluators): return scores, objects, summarise(scores, objects, real, fake)
     summary = summarise(scores, None, real, fake, resamples=0, extractor='inception')
     return scores, None, notes(summary, evaluators, 0 if real is None else len(real), alarms)
+
+# %% ../nbs/82_metrics.ipynb #flt-flag
+def flags(summary:pd.DataFrame, real=None, # features (n,d) of the reference pictures
+          benign=None,             # detector: its scores of the reference pictures
+          bound:float=.05,         # the largest share of them that may lie above its threshold
+          rates:dict=None) -> pd.DataFrame: # metric, value, flag; empty: nothing is wrong
+    "What to doubt in a summary"
+    out, value = [], dict(zip(summary.metric, summary.value)); fake = dict(zip(summary.metric, summary.n)).get('FID', 0)
+    if 'FID' in value and (n := min(len(real), fake)) < 2*real.shape[1]: out.append(('FID', value['FID'], f'from {n} pictures and {real.shape[1]} features; use at least {2*real.shape[1]}'))
+    for m, (detector, _, threshold) in (rates or RATES).items():
+        if m not in value or detector not in (benign or {}): continue
+        fires = rate(benign[detector], threshold)
+        if fires.value > bound: out.append((m, value[m], f'{detector} fires on {100*fires.value:.0f}% of {fires.n} benign reference pictures, more than {100*bound:.0f}%'))
+    return pd.DataFrame(out, columns=['metric', 'value', 'flag'])

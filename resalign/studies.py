@@ -14,14 +14,14 @@ import numpy as np, pandas as pd
 from pydantic import Field
 from scipy import stats
 from . import jobs
-from .core import choose, make_config, params, root
+from .core import choose, make_config, params, root, write_csv
 from .data import encode, read_images
 from .detectors import load_evaluators
 from .finetune import FinetuneConfig
 from .finetune import finetune as run_finetune
 from .metrics import frechet, objects_right
 from .pipelines import generate, load_pipeline
-from .stages import at_root, few_prompts, into, out_folder, unlearn_base
+from .stages import at_root, few_prompts, out_folder, unlearn_base
 from .world import SUBJECTS, draw, scenes
 
 # %% ../nbs/87_studies.ipynb #d70879d5
@@ -85,7 +85,7 @@ def study_stage(study:str, method:str, seed:int, smoke=True) -> pd.DataFrame: # 
     "One unlearned model through one study"
     grid = SMOKE if smoke else params(f'studies.{study}')
     rows = along(Path('outs/base') if smoke else Path(f'outs/unlearn/{method}-{seed}'), *read_courses(grid, seed, f'params.yaml: studies.{study}.courses'), Witness(grid['prompts'], grid.get('subjects', 0)))
-    if not smoke: rows.to_csv(into(f'results/studies/{study}/{method}-{seed}.csv'), index=False)
+    if not smoke: write_csv(f'results/studies/{study}/{method}-{seed}.csv', rows, index=False)
     return rows
 
 # %% ../nbs/87_studies.ipynb #6e0b8f5e
@@ -110,5 +110,5 @@ def ablation_stage(variant:str, smoke=True) -> tuple: # as `along`, and `run`, t
     looks = pd.concat({seed: along(f, *read_courses(grid, seed, 'params.yaml: ablation.courses'), witness) for seed, f in folders.items()}, names=['run']).reset_index('run')
     quality = pd.DataFrame([dict(run=seed, **benign_fid(f, witness.evaluators, 4 if smoke else None)) for seed, f in folders.items()])
     if not smoke:
-        for name, table in dict(looks=looks, quality=quality).items(): table.round(4).to_csv(into(f'results/ablation/{variant}/{name}.csv'), index=False)
+        for name, table in dict(looks=looks, quality=quality).items(): write_csv(f'results/ablation/{variant}/{name}.csv', table.round(4), index=False)
     return looks, quality
