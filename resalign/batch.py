@@ -148,6 +148,7 @@ def summarise(records:list, out:Path, page:str) -> pd.DataFrame: # a row a cell
     with atomic_file(out/'index.html') as tmp: tmp.write_text(as_page(records, out, page), encoding='utf-8')
     return table
 
+# %% ../nbs/97_batch.ipynb #flt-aspage
 def thumbnail(notebook:Path) -> str: # base64 of a PNG, or nothing
     "The last picture that a notebook shows"
     found = [o['data']['image/png'] for o in outputs_of(notebook) if 'image/png' in o.get('data', {})]
@@ -159,7 +160,6 @@ def as_page(records, out, page) -> str: # HTML
         text, link = html.escape(one_line(r['name'])), html.escape(quote(f"{r['name']}/{page}", safe='/=,+'))
         picture = (png := thumbnail(out/r['name']/page)) and f'<img src="data:image/png;base64,{html.escape(png)}" alt="">'
         return f'<li class="{r["status"]}"><a href="{link}">{text}</a> {r["status"]}, {r["seconds"]} s {html.escape(one_line(r["error"]))}<br>{picture}</li>'
-    cards, page = [card(r) for r in records], html.escape(one_line(page))
+    cards, page = "".join(map(card, records)), html.escape(one_line(page))
     style = 'body{font-family:sans-serif} ul{display:flex;flex-wrap:wrap;gap:1em;list-style:none;padding:0} li{border:1px solid #ccc;padding:.6em;max-width:22em;overflow-wrap:anywhere} li.failed{border-color:#b00} img{max-width:100%}'
-    cards = "".join(cards)
     return f'<!doctype html><meta charset="utf-8"><title>{page}</title><style>{style}</style><h1>{page}: {len(records)} cells</h1><ul>{cards}</ul>\n'

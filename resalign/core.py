@@ -199,6 +199,7 @@ class Config(pydantic.BaseModel):
             if k in POSITIVE and isinstance(v, (int, float)) and v <= 0: raise ValueError(f'{k}: expected more than 0')
         return self
 
+# %% ../nbs/00_core.ipynb #flt-mkc
 def _inner(cls, names):
     "The settings class at the end of a path of fields"
     for n in names:
@@ -227,7 +228,6 @@ def params(section:str, file=None) -> dict:
     except (yaml.YAMLError, ValueError, RecursionError) as e: raise UserError(f"{file}: not YAML: {str(e).splitlines()[0]}") from None
     for key in section.split('.'): node = node[choose(key, node if isinstance(node, dict) else (), f'{file.name}: {section}')]
     return node
-
 
 # %% ../nbs/00_core.ipynb #ca973ff6
 LIBRARIES = 'resalign torch diffusers transformers peft accelerate numpy'.split()

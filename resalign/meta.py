@@ -171,8 +171,7 @@ def resalign(pipe,                     # unlearned in place
         for p, g in zip(params, total): p.grad = g
         return row
 
-    def resumed(log):
-        for solve in split_log(log)['solves']: budget.solves, budget.fallbacks = budget.solves + 1, budget.fallbacks + solve['fallback']
+    def resumed(log): budget.solves, budget.fallbacks = len(before := split_log(log)['solves']), sum(s['fallback'] for s in before)
     log = optimise('resalign' if config.beta else 'ga', gradients, config.steps, params, optimizer('adamw', params, config.lr, net),
                    dict(unet=net), max_norm=1., checkpoint=checkpoint, resumed=resumed)                             # line 8
     if save_adapter: pipe.save_lora_weights(save_adapter, **{f"{'unet' if hasattr(pipe, 'unet') else 'transformer'}_lora_layers": get_peft_model_state_dict(net, adapter_name='unlearn')})

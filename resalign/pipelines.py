@@ -271,6 +271,7 @@ def _plain(name):
     for old, new in OLD.items(): name = re.sub(old, new, name)
     return name
 
+# %% ../nbs/20_pipelines.ipynb #flt-wh2
 def check_whole(folder:Path, part:str, module):
     "The files of a component hold all of its weights"
     have = set()
@@ -363,6 +364,7 @@ def in_turn(pipe, prompts, seeds, steps, guidance, batch, bf16, embeds, first=0)
             yield (images*255).round().astype(np.uint8)
     finally: pipe.scheduler = keep
 
+# %% ../nbs/20_pipelines.ipynb #flt-gen
 def generate(pipe, prompts:list, seeds:list, # one seed per prompt
              steps:int=10, guidance:float=5., batch:int=64, bf16:bool=False,
              embeds=None,               # (n, tokens, width) in place of the prompts' own embeddings
@@ -380,4 +382,3 @@ def generate(pipe, prompts:list, seeds:list, # one seed per prompt
             kept.add(images)
             if asked: raise Stopped(f'stopped after {len(kept)} of {len(prompts)} pictures, which are kept ({album}): the same command goes on from there', asked[0])
     return kept.pictures()
-

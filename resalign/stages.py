@@ -33,6 +33,7 @@ DOWNSTREAM = [f'{data}-{algorithm}' for data, algorithm in product(('subjects', 
 PHASES = ['before', *DOWNSTREAM]
 COLUMNS = 'method seed phase finetune metric value low high n detector'.split() # of results/main.csv
 
+# %% ../nbs/94_stages.ipynb #flt-names
 def split_phase(phase:str) -> tuple: # data set or 'before', algorithm or 'none'
     "'varied-lora' → ('varied', 'lora')"
     data, _, algorithm = phase.partition('-')
@@ -48,6 +49,7 @@ def into(path) -> Path:
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
+# %% ../nbs/94_stages.ipynb #flt-unk0
 def refuse_unknown(cells:list):
     "Papermill only warns of a parameter that its page doesn't have, and runs the default: here it is an error"
     given = next((i for i, c in enumerate(cells) if c.lstrip().startswith('# Parameters')), 0)
