@@ -51,7 +51,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python; do \
 PIPFLAGS ?=
 LANED = $(BIN)/python tools/lanes.py --lanes $(LANES)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
-LOCKS := requirements.lock requirements-oracle.lock
+LOCKS := requirements.lock requirements-oracle.lock requirements-fidelity.lock
 
 env: $(VENV)/.stamp ## make .venv from requirements.lock
 
@@ -65,6 +65,7 @@ $(VENV)/.stamp: $(LOCKS) setup.py settings.ini pyproject.toml
 	  : > $(VENV)/install.log; \
 	  step $(PIP) install $(PIPFLAGS) -r requirements.lock; \
 	  step $(PIP) install $(PIPFLAGS) --no-deps -r requirements-oracle.lock; \
+	  step $(PIP) install $(PIPFLAGS) --no-deps --target $(VENV)/oracle -r requirements-fidelity.lock; \
 	  step $(PIP) install --no-deps --no-build-isolation -e .; \
 	  step $(BIN)/python -c 'from diffusers import StableDiffusionPipeline; import peft, curvlinops, torchopt, nbdev.test, papermill, dvc'
 	@# kernels: no words about their transport, about widgets (progress is plain text here) or about torchvision (not needed)
