@@ -287,7 +287,7 @@ def test_environment_is_the_lock():
     other = {n: have(n) for n, v in pins if have(n) != v}
     assert pins and not other, f'make env: installed are {other}'
 
-@pytest.mark.parametrize('command', 'unlearn finetune evaluate pretrain batch'.split())
+@pytest.mark.parametrize('command', 'unlearn finetune evaluate pretrain batch doctor'.split())
 def test_commands_are_installed(command):
     from importlib.metadata import entry_points
     found = [e for e in entry_points(group='console_scripts') if e.name == f'resalign-{command}']
