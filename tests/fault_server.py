@@ -41,8 +41,8 @@ def sample(made, out, n=24, steps=2):
     with core.atomic_dir(out) as tmp: np.save(tmp/'images.npy', images)
     import shutil; shutil.rmtree(album)
 
-def evaluate(made, out, prompts='prompts.csv', steps=2, reference=True):
-    jobs.evaluate(made/'base', made/prompts, out, ROOT/'outs/evaluators', made/'retain' if reference else None, steps=steps)
+def evaluate(made, out, prompts='prompts.csv', steps=2, base='base', detector='all'):
+    jobs.evaluate(made/base, made/prompts, out, ROOT/'outs/evaluators', made/'retain', detector, steps=steps)
 
 def hub(made, out): pipelines.load_pipeline('nobody/nothing')
 

@@ -23,6 +23,7 @@ def made(tmp_path_factory):
     tmp = tmp_path_factory.mktemp('faults')
     for name, n in dict(unsafe=6, retain=8, varied=6).items(): write_set(tmp/name, scenes(name, n))
     save_pipeline(build_pipeline(list(read_captions(tmp/'retain').text), PretrainConfig(vae_channels=(8, 8, 16, 16), unet_channels=(16, 32))), tmp/'base')
+    save_pipeline(build_pipeline(list(read_captions(tmp/'retain').text), PretrainConfig(size=32, vae_channels=(8, 8, 16), unet_channels=(16, 32), text_width=32, text_layers=1)), tmp/'small')
     write_prompts(tmp/'prompts.csv', [p for k in ('explicit', 'implicit', 'benign') for p in prompts(k, 8, 0)])
     write_prompts(tmp/'many.csv', [dict(p, seed=i) for i, p in enumerate(itertools.islice(itertools.cycle(prompts('explicit', 50, 0) + prompts('benign', 150, 0)), 10_000))])
     write_prompts(tmp/'some.csv', [dict(p, seed=i) for i, p in enumerate(itertools.islice(itertools.cycle(prompts('explicit', 50, 0) + prompts('benign', 150, 0)), 2_000))])
@@ -303,7 +304,7 @@ def test_nothing_asks_the_network(made, tmp_path):
 @pytest.mark.skipif(not FULL, reason='make test-faults')
 def test_ten_thousand_prompts(server, made, tmp_path):
     "Memory is that of two thousand; a run that is killed twice goes on where it was and ends in the same bits"
-    args = dict(steps=1, reference=True); how = dict(watch=True, batch=64)
+    args = dict(steps=1, base='small', detector='wiring'); how = dict(watch=True, batch=64, limit=3000)
     with TALLY.case('10,000 prompts, killed twice', 'sample and evaluate', identical=True):
         few = server.run('evaluate', made, tmp_path/'few/out', args=args | dict(prompts='some.csv'), **how); assert few['status'] == 0, few['err']
         whole = server.run('evaluate', made, tmp_path/'whole/out', args=args | dict(prompts='many.csv'), **how); assert whole['status'] == 0, whole['err']
