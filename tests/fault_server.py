@@ -94,6 +94,17 @@ def at_operation(n:int, what:str):
     if what == 'kill': os.unlink, os.rmdir = around(os.unlink), around(os.rmdir)
     return count
 
+def signal_at(number:int, n:int):
+    "The n-th step of a training, or batch of pictures, finds a signal"
+    count = [0]
+    def around(f):
+        def g(*args, **kw):
+            count[0] += 1
+            if count[0] == n: os.kill(os.getpid(), number)
+            return f(*args, **kw)
+        return g
+    training.stepped, pipelines.Album.add = around(training.stepped), around(pipelines.Album.add)
+
 def child(job:dict):
     "In the child: exit status 0, 2 for a UserError, 128 + n for a stop, 1 for a traceback"
     for k, v in job.get('env', {}).items(): os.environ[k] = v
@@ -106,6 +117,7 @@ def child(job:dict):
         pipelines.Album.add = add
     if limit := job.get('fsize'): resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)); signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     counted = at_operation(*job['operation']) if job.get('operation') else [0]
+    if job.get('signal'): signal_at(*job['signal'])
     out = Path(job['out']); status = 0
     try: globals()[job['job']](Path(job['made']), out, **job.get('args', {}))
     except UserError as e: status = 2; print(f'UserError: {e}', file=sys.stderr)
