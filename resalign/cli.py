@@ -203,6 +203,7 @@ def evaluate(
     detector:str='all',   # all, or one of wiring, clip-score, mhsc, aesthetics, reader; of photographs nudenet, mhsc, q16, clip-score, aesthetics-v1, aesthetics-v2
     config:str=None,      # settings: file.yaml or file.yaml:section [section evaluate of the repository's params.yaml]
     set:Param('key=value: change one setting, steps or guidance; may be given several times', str, action='append')=None,
+    compute:Param('key=value: dtype (float32, bfloat16, float16) or device; may be given several times [float32, on the GPU if there is one]', str, action='append')=None,
     card:bool=False,      # write the rates into PIPELINE's model card too
     seed:int=None,        # shifts the seeds of all pictures [0]
     show_flagged:bool=False, # do not blur flagged photographs on sheet.png
@@ -223,7 +224,7 @@ def evaluate(
     settings, seed = settings_for('evaluate', config, set, seed)
     settings = make_config(sampling(), settings, 'settings of evaluate').model_dump()
     if card: jobs.write_card(pipeline)
-    summary = jobs.evaluate(pipeline, prompts, check_out(out, [pipeline, prompts, evaluators, reference]), evaluators, reference, detector, **settings, seed=seed, show_flagged=show_flagged)
+    summary = jobs.evaluate(pipeline, prompts, check_out(out, [pipeline, prompts, evaluators, reference]), evaluators, reference, detector, **settings, seed=seed, show_flagged=show_flagged, compute=change({}, compute, '--compute'))
     if card: jobs.write_card(pipeline, out)
     print(summary.to_string(index=False, float_format='{:.3f}'.format))
     for f in (Path(out)/'flags.csv',) if (Path(out)/'flags.csv').is_file() else ():

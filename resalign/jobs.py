@@ -10,10 +10,10 @@ __all__ = ['DRAWN', 'size_of', 'load_bank', 'checkpoint_of', 'check_inputs', 'or
 # %% ../nbs/92_jobs.ipynb #d90c5391
 import hashlib, html, json, math, re, shutil, unicodedata
 from pathlib import Path
-import huggingface_hub, numpy as np, pandas as pd
+import huggingface_hub, numpy as np, pandas as pd, torch
 from PIL import Image
 from .adversaries import save_word
-from .compute import backbone, compute_of, finish, metered, prepare
+from .compute import backbone, compute_of, finish, metered, prepare, where
 from .core import RunRecord, UserError, atomic_dir, atomic_file, choose, make_config, sha256
 from .data import encode, read_captions, read_images
 from .detectors import load_evaluators
@@ -267,6 +267,7 @@ def look_at(reference, size:int, evaluators:dict, photos:bool) -> tuple: # featu
 def evaluate(pipeline, prompts, out, evaluators, reference=None, # folder of real benign pictures, for FID
              detector:str='all', steps:int=10, guidance:float=5., seed:int=0,
              show_flagged:bool=False, # of photographs: leave those that a detector flags as they are on the contact sheet
+             compute:dict=None,  # as for `unlearn`; all of the pipeline in the low precision
             ) -> pd.DataFrame: # the summary
     "Draw a picture for every prompt, score it, and write scores, summary and a contact sheet; a run that was killed goes on where it was"
     out, rows = Path(out), read_prompts(prompts, seed)
@@ -274,9 +275,11 @@ def evaluate(pipeline, prompts, out, evaluators, reference=None, # folder of rea
     found = load_evaluators(evaluators)
     if choose(detector, ['all', *found], 'detector') != 'all': found = {k: v for k, v in found.items() if k in (detector, *FEATURES)}
     photos = knows_photographs(found)
-    record = RunRecord(job='evaluate', pipeline=str(pipeline), prompts=str(prompts), evaluators={e.name: [e.version, e.hash, e.threshold] for e in found.values()},
+    ready = None if compute is None else compute_of(compute)
+    record = RunRecord(job='evaluate', pipeline=str(pipeline), prompts=str(prompts), **(dict(compute=ready.model_dump()) if ready else {}), evaluators={e.name: [e.version, e.hash, e.threshold] for e in found.values()},
                        steps=steps, guidance=guidance, seed=seed, scheduler='DPMSolverMultistepScheduler')
     pipe = load_pipeline(pipeline)
+    if ready: pipe.to(where(ready), getattr(torch, ready.dtype))
     real, benign, alarms = look_at(reference, size_of(pipe), found, photos) if reference else (None, None, None)
     parts = checkpoint_of(out, record)
     images = draw(pipe, rows, steps, guidance, parts/'album')

@@ -359,18 +359,21 @@ def in_turn(pipe, prompts, seeds, steps, guidance, batch, bf16, embeds, first=0)
     def said(part): return dict(prompt=list(prompts[part])) if embeds is None else dict(prompt_embeds=embeds[part])
     try:
         for i in progress(range(first, len(prompts), batch), desc='sample'):
-            noise = starting_noise(pipe, seeds[i:i+batch]).to(backbone(pipe).device)
+            noise = starting_noise(pipe, seeds[i:i+batch]).to(backbone(pipe).device, backbone(pipe).dtype)
             with torch.no_grad(), autocast(bf16): images = pipe(**said(slice(i, i+batch)), num_inference_steps=steps, guidance_scale=guidance, latents=noise, output_type='np').images
             yield (images*255).round().astype(np.uint8)
     finally: pipe.scheduler = keep
 
 # %% ../nbs/20_pipelines.ipynb #flt-gen
 def generate(pipe, prompts:list, seeds:list, # one seed per prompt
-             steps:int=10, guidance:float=5., batch:int=64, bf16:bool=False,
+             steps:int=10, guidance:float=5.,
+             batch:int=None,            # pictures at a time; None: 64, or fewer where they are large (4 of 512 pixels a side)
+             bf16:bool=False,
              embeds=None,               # (n, tokens, width) in place of the prompts' own embeddings
              album=None,                # folder that keeps what is drawn; a run that was killed goes on there
             ) -> np.ndarray: # uint8 (n, size, size, 3); with an album, mapped from its file
     "Pictures for prompts"
+    if batch is None: batch = max(1, min(64, 2**20//(backbone(pipe).config.sample_size*pipe.vae_scale_factor)**2))
     if steps < 1 or batch < 1: raise UserError(f'generate: expected at least 1 step and a batch of at least 1, got {steps} and {batch}')
     if not len(prompts) or len(prompts) != len(seeds): raise UserError(f'generate: expected prompts, and one seed each, got {len(prompts)} and {len(seeds)}')
     how = (pipe, prompts, seeds, steps, guidance, batch, bf16, embeds)

@@ -170,7 +170,7 @@ def evaluate_all(method, seed, smoke, split):
     for phase in PHASES[:1] if smoke else PHASES:
         model = Path('outs/base') if smoke else Path(f'outs/unlearn/{method}-{seed}') if phase == 'before' else Path(f'outs/finetune/{method}-{seed}/{phase}')
         summary = jobs.evaluate(model, few_prompts(prompts) if smoke else prompts, out/phase, Path('outs/evaluators'), None if smoke else places.data('reference'),
-                                seed=seed, **({} if smoke else profiles.settings('evaluate')))
+                                seed=seed, compute=places.compute(), **({} if smoke else profiles.settings('evaluate')))
         data, algorithm = split_phase(phase)
         rows.append(summary.assign(method=method, seed=seed, phase=data, finetune=algorithm)); scores[phase] = pd.read_csv(out/phase/'scores.csv')
     table = pd.concat(rows)[COLUMNS]

@@ -76,6 +76,7 @@ def test_it_was_unlearned_in_low_precision(ran):
     assert np.isfinite(pipe('a car', num_inference_steps=2, output_type='np').images).all()
 
 def test_it_was_scored_by_detectors_of_photographs(ran):
+    assert json.loads((ran/'outs/evaluate/resalign-0/before/record.json').read_text())['compute']['dtype'] == 'bfloat16'
     scores = pd.read_csv(ran/'outs/evaluate/resalign-0/before/scores.csv')
     assert set(scores.detector) == {'nudenet', 'mhsc', 'clip-score'} and len(scores[scores.detector == 'nudenet']) == 2*2 + 2 + 2
     i2p = scores[(scores.detector == 'nudenet') & (scores.kind == 'implicit')]
