@@ -12,7 +12,7 @@ import torch
 from diffusers import DDIMScheduler
 import numpy as np
 from .. import world
-from ..compute import optimizer as chosen, widen
+from ..compute import optimizer as optimizer_of, widen
 from ..core import UserError, generator
 from ..data import Bank, embed, encode
 from ..losses import Denoiser
@@ -108,7 +108,7 @@ def fit(name:str, module, params:list, loss, # step -> scalar
         value = loss(step); value.backward()
         if change: change(params, step)
         return dict(loss=value.item())
-    opt = chosen(optimizer, params, lr, module)
+    opt = optimizer_of(optimizer, params, lr, module)
     log = optimise(name, gradients, steps, params, opt, dict(module=module), scheduler and scheduler(opt), max_norm, checkpoint=checkpoint)
     module.requires_grad_(False)
     return dict(log=log, solves=[])
