@@ -195,7 +195,8 @@ class Config(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra='forbid', frozen=True, allow_inf_nan=False)
     @pydantic.model_validator(mode='after')
     def _sizes(self):
-        for k, v in self:
+        for k in self.model_fields_set: # a default may be 0 and mean none
+            v = getattr(self, k)
             if k in POSITIVE and isinstance(v, (int, float)) and v <= 0: raise ValueError(f'{k}: expected more than 0')
         return self
 
