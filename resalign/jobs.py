@@ -121,14 +121,13 @@ def evaluation(scores=None) -> str: # Markdown
 
 # %% ../nbs/92_jobs.ipynb #c0mpute6
 def facts(record:dict) -> list: # lines of Markdown
-    "Base, data, method and cost of a run"
-    about, cost, folders = record.get('base', {}), record.get('cost', {}), record.get('data', {})
+    "Base, data and method of a run; its cost stands in the record, so that the card of the same run is the same"
+    about, folders = record.get('base', {}), record.get('data', {})
     known = ', '.join(f'{k} {said(v)}' for k, v in about.items() if v)
     def data(f): d = folders.get(str(f)); return said(f) + (f" ({d['pictures']} pictures, sha256 {d['sha256'][:16]})" if d else '')
     lines = dict(Base=said(record['pipeline']) + (f' ({known})' if known else ''), Concept=f"the pictures in {data(record['unsafe'])}" + (f"; words that name it: {', '.join(map(said, record['erase']))}" if record.get('erase') else ''),
                  Kept=data(record['benign']), Method=f"{said(record['method'])}, seed {record['seed']}", Settings=said(json.dumps(record['settings']), 2000), **{'Simulated fine-tunings on': ', '.join(map(data, record['pool']))})
     if record.get('compute'): lines['Compute'] = said(json.dumps(record['compute']))
-    if cost.get('steps'): lines['Cost'] = f"{cost['steps']} steps, {cost['seconds_per_step']} s each (median), {cost['peak_gb']} GB {said(cost['peak_of'])}, on {said(cost['device'])}"
     return [f'- **{k}:** {v}' for k, v in lines.items()]
 
 # %% ../nbs/92_jobs.ipynb #34952827

@@ -65,7 +65,7 @@ def fingerprint(value) -> str:
 
 def steady(x):
     "Without times, and without the folders' random names"
-    if isinstance(x, dict): return {k: steady(v) for k, v in x.items() if k != 'seconds'}
+    if isinstance(x, dict): return {k: steady(v) for k, v in x.items() if k not in ('seconds', 'cost')}
     return core.re.sub(r'/[^ ]*/tmp\w+', '', x) if isinstance(x, str) else [steady(v) for v in x] if isinstance(x, list) else x
 
 def files(folder) -> dict: # path: hash; a run record without its time
@@ -110,7 +110,7 @@ def child(job:dict):
     for k, v in job.get('env', {}).items(): os.environ[k] = v
     every, batch = job.get('every', 2), job.get('batch', 4)
     d = list(training.optimise.__defaults__); d[d.index(100)] = every; training.optimise.__defaults__ = tuple(d)
-    d = list(pipelines.generate.__defaults__); d[d.index(64)] = batch; pipelines.generate.__defaults__ = tuple(d)
+    d = dict(zip(('steps', 'guidance', 'batch', 'bf16', 'embeds', 'album'), pipelines.generate.__defaults__)) | dict(batch=batch); pipelines.generate.__defaults__ = tuple(d.values())
     if job.get('slow'):
         keep = pipelines.Album.add
         def add(self, images): time.sleep(job['slow']); keep(self, images)

@@ -56,7 +56,7 @@ def tree(folder) -> dict:
 def result(folder) -> dict:
     "The files of a result; of its record all but the time"
     out = {k: v for k, v in tree(folder).items() if v is not None}
-    for k in [k for k in out if k.endswith('record.json')]: out[k] = {a: b for a, b in json.loads(out[k]).items() if a not in ('seconds', 'threads')}
+    for k in [k for k in out if k.endswith('record.json')]: out[k] = {a: b for a, b in json.loads(out[k]).items() if a not in ('seconds', 'threads', 'cost')}
     return out
 
 def leftovers(folder) -> list:
