@@ -11,7 +11,7 @@ FIGURES  := table tuning losses scores resurgence adversaries contamination abla
 HEADLINE_SHOWN := results/headline_0.md
 TABLE_SHOWN    := results/main.md
 
-# Stages of one thread, side by side: one a core, unless told otherwise (make table LANES=1)
+# Stages of one thread, and tests, side by side: one a core, unless told otherwise (make table LANES=1)
 LANES ?= $(shell nproc 2>/dev/null || echo 2)
 
 SHELL := /bin/bash
@@ -108,7 +108,7 @@ bench-gpu: env ## the same at the size of SD v1.4, for real: needs a CUDA GPU an
 
 # ------------------------------------------------------------------ the house
 test: restore ## the gate: rules of the house, unit tests, every page from top to bottom
-	@$(BIN)/python -m pytest $(PYTEST)
+	@$(BIN)/python -m pytest -n $(LANES) --dist loadgroup $(PYTEST)
 
 test-faults: restore ## kills, full disks, bad input, hostile files, 10,000 prompts: all cases; writes results/survival.csv
 	@FAULTS=full $(BIN)/python -m pytest tests/test_faults.py tests/test_faults_input.py $(PYTEST)

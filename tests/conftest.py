@@ -1,5 +1,7 @@
-"""Order, options and the one table of page times."""
-import os, sys
+"""Order, options, what a run leaves behind, and the one table of page times.
+
+`-n 2 --dist loadgroup` (as `make test` has it): a file's tests on one worker, one after the other; whole pages wherever there is room."""
+import os, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -10,18 +12,33 @@ sys.path.insert(0, str(ROOT))
 # what is started from a test finds nothing on the network either
 os.environ.update(HF_HUB_OFFLINE='1', TRANSFORMERS_OFFLINE='1', DVC_NO_ANALYTICS='1', TOKENIZERS_PARALLELISM='false', MPLBACKEND='agg')
 os.environ.setdefault('PROGRESS', '0')
+WORKER = 'PYTEST_XDIST_WORKER' in os.environ
+if WORKER: os.environ.setdefault('OMP_NUM_THREADS', '1') # one core a worker
 
 settings.register_profile('house', deadline=None, derandomize=True, print_blob=True)
 settings.load_profile('house')
 
-TIMES = pytest.StashKey()
+BEFORE = pytest.StashKey()
 
 
 def pytest_addoption(parser):
     parser.addoption('--slow', action='store_true', help='run the tests marked slow too')
 
 
-def pytest_configure(config): config.stash[TIMES] = []
+def worktree(): # what git sees
+    return subprocess.run(['git', 'status', '--porcelain', '-uall'], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+
+def pytest_sessionstart(session):
+    if not WORKER: session.config.stash[BEFORE] = worktree()
+
+
+def pytest_sessionfinish(session):
+    "Tests and pages that are merely run leave nothing in the working tree: otherwise one failure more"
+    if WORKER or worktree() == (before := session.config.stash[BEFORE]): return
+    said = f'files left in the working tree, or changed\n--- before\n{before}--- after\n{worktree()}'
+    session.config.hook.pytest_runtest_logreport(report=pytest.TestReport('working tree', ('', None, ''), {}, 'failed', said, 'call'))
+    session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_collection_modifyitems(config, items):
@@ -29,14 +46,15 @@ def pytest_collection_modifyitems(config, items):
     rank = {'test_repository': 0, 'test_pages': 2}
     items.sort(key=lambda i: rank.get(i.path.stem, 1))
     for i in items:
+        if i.path.stem != 'test_pages': i.add_marker(pytest.mark.xdist_group(i.path.stem))
         if 'slow' in i.keywords and not config.getoption('--slow'): i.add_marker(pytest.mark.skip(reason='slow: asked for by --slow'))
         if 'gpu' in i.keywords:
             import torch
             if not torch.cuda.is_available(): i.add_marker(pytest.mark.skip(reason='no GPU'))
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    times = config.stash[TIMES]
+def pytest_terminal_summary(terminalreporter):
+    times = [p for kind in ('passed', 'failed') for r in terminalreporter.getreports(kind) for p in r.user_properties if p[0].endswith('.ipynb')]
     if not times: return
     terminalreporter.section('seconds per page')
     for page, seconds in sorted(times, key=lambda t: -t[1]): terminalreporter.write_line(f'{seconds:7.1f}  {page}')
@@ -44,9 +62,3 @@ def pytest_terminal_summary(terminalreporter, config):
 
 @pytest.fixture(scope='session')
 def root(): return ROOT
-
-
-@pytest.fixture
-def clock(request):
-    "Notes how long a page took, for the table at the end"
-    return lambda page, seconds: request.config.stash[TIMES].append((str(page), seconds))

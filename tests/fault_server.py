@@ -94,13 +94,15 @@ def at_operation(n:int, what:str):
     if what == 'kill': os.unlink, os.rmdir = around(os.unlink), around(os.rmdir)
     return count
 
-def signal_at(number:int, n:int):
-    "The n-th step of a training, or batch of pictures, finds a signal"
+def signal_at(number:int, n:int, then:int=0):
+    "The n-th step of a training, or batch of pictures, finds a signal, and a tenth of a second later another"
     count = [0]
     def around(f):
         def g(*args, **kw):
             count[0] += 1
-            if count[0] == n: os.kill(os.getpid(), number)
+            if count[0] == n:
+                os.kill(os.getpid(), number)
+                if then: time.sleep(.1); os.kill(os.getpid(), then)
             return f(*args, **kw)
         return g
     training.stepped, pipelines.Album.add = around(training.stepped), around(pipelines.Album.add)
@@ -111,10 +113,6 @@ def child(job:dict):
     every, batch = job.get('every', 2), job.get('batch', 4)
     d = list(training.optimise.__defaults__); d[d.index(100)] = every; training.optimise.__defaults__ = tuple(d)
     d = dict(zip(('steps', 'guidance', 'batch', 'bf16', 'embeds', 'album'), pipelines.generate.__defaults__)) | dict(batch=batch); pipelines.generate.__defaults__ = tuple(d.values())
-    if job.get('slow'):
-        keep = pipelines.Album.add
-        def add(self, images): time.sleep(job['slow']); keep(self, images)
-        pipelines.Album.add = add
     if limit := job.get('fsize'): resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)); signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     counted = at_operation(*job['operation']) if job.get('operation') else [0]
     if job.get('signal'): signal_at(*job['signal'])

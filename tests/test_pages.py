@@ -1,4 +1,4 @@
-"""Every page runs from top to bottom, one process a page, one after the other."""
+"""Every page runs from top to bottom, in a process of its own. That it leaves nothing behind: tests/conftest.py."""
 import os, signal, subprocess, sys, time
 from pathlib import Path
 
@@ -22,7 +22,7 @@ sys.exit(not ok)
 """
 
 
-def run(cmd, page, clock):
+def run(cmd, page, record_property):
     "Run `cmd` at the root in a process group of its own; its last lines are the message if it fails"
     start = time.time()
     with subprocess.Popen(cmd, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -32,13 +32,8 @@ def run(cmd, page, clock):
             os.killpg(p.pid, signal.SIGKILL)
             pytest.fail(f'{page}: not done after {LIMIT} s\n' + p.communicate()[0][-4000:], pytrace=False)
         except BaseException: os.killpg(p.pid, signal.SIGKILL); raise
-    clock(page, time.time() - start)
+    record_property(page, time.time() - start)
     if p.returncode: pytest.fail(f'{page}: exit status {p.returncode}\n{out[-6000:]}', pytrace=False)
-
-
-def worktree():
-    "What git sees: a page that is merely run must leave nothing behind"
-    return subprocess.run(['git', 'status', '--porcelain', '-uall'], cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
 
 def test_there_are_pages():
@@ -47,16 +42,12 @@ def test_there_are_pages():
 
 @pytest.mark.page
 @pytest.mark.parametrize('page', PAGES)
-def test_page(page, clock):
-    before = worktree()
-    run([sys.executable, '-c', RUN_PAGE, page], page, clock)
-    assert worktree() == before, f'{page} left files behind in the working tree'
+def test_page(page, record_property):
+    run([sys.executable, '-c', RUN_PAGE, page], page, record_property)
 
 
 @pytest.mark.page
 @pytest.mark.parametrize('page', EXPERIMENTS)
-def test_experiment(page, clock, tmp_path):
+def test_experiment(page, record_property, tmp_path):
     "With the defaults of its parameters cell: the smoke setting"
-    before = worktree()
-    run([sys.executable, '-m', 'papermill', '--no-progress-bar', '-k', 'python3', page, str(tmp_path/Path(page).name)], page, clock)
-    assert worktree() == before, f'{page} left files behind in the working tree'
+    run([sys.executable, '-m', 'papermill', '--no-progress-bar', '-k', 'python3', page, str(tmp_path/Path(page).name)], page, record_property)
