@@ -21,7 +21,7 @@ def read_captions(folder # a folder with metadata.jsonl or metadata.csv
     "The captions of an image folder; every picture named is there"
     folder = Path(folder)
     if not folder.is_dir(): raise UserError(f'{folder}: no such folder of captioned images')
-    found, words = [folder/n for n in ('metadata.jsonl', 'metadata.csv') if (folder/n).is_file()], dict(text=str, file_name=str)
+    found, words = [folder/n for n in ('metadata.jsonl', 'metadata.csv') if (folder/n).is_file()], dict(text=str, prompt=str, file_name=str)
     if not found: raise UserError(f'{folder}: expected metadata.jsonl or metadata.csv with the columns file_name and text')
     if len(found) > 1: raise UserError(f'{folder}: has metadata.jsonl and metadata.csv, expected one of them')
     meta, = found
@@ -33,6 +33,7 @@ def read_captions(folder # a folder with metadata.jsonl or metadata.csv
 # %% ../nbs/25_data.ipynb #5904573e
 def check_captions(df, meta):
     "Columns are there, rows are there, each row names a picture inside the folder"
+    if 'prompt' in df and 'text' not in df: df = df.rename(columns=dict(prompt='text'))
     for column in ('file_name', 'text'):
         if column not in df: raise UserError(f"{meta}: column '{column}' is missing (found: {', '.join(map(str, df.columns)) or 'none'})")
     if df.empty: raise UserError(f'{meta}: no rows, expected at least one captioned image')

@@ -104,7 +104,7 @@ def ablated(long, fid, full='full') -> pd.DataFrame: # by variant: before, worst
 def pool_size(pool:dict, folders:int) -> int:
     "Configurations of a `Pool`, times its folders (all, where it names none)"
     p = make_config(Pool, pool, 'pool')
-    return sum(len(p.lr[a]) for a in p.algorithm)*len(p.optimizer)*len(p.steps)*len(p.prior_weight)*(len(p.folders) or folders)
+    return len(p.listed) or sum(len(p.lr[a]) for a in p.algorithm)*len(p.optimizer)*len(p.steps)*len(p.prior_weight)*(len(p.folders) or folders)
 
 # %% ../nbs/89_outcomes.ipynb #9b7d77ae
 def banded(ax, rows, x, hue='method', order=None):

@@ -127,7 +127,7 @@ def check_settings(name:str, file=None):
     for method, values in section('unlearn').items():
         try: config = config_of(method, dict(values))
         except UserError as e: raise UserError(str(e).replace('unlearn.', f'{where}unlearn.', 1)) from None
-        for folder in getattr(getattr(config, 'pool', None), 'folders', ()): choose(folder, p.pool, f'params.yaml: {where}unlearn.{method}: pool.folders')
+        for folder in getattr(getattr(config, 'pool', None), 'named', ()): choose(folder, p.pool, f'params.yaml: {where}unlearn.{method}: pool.folders')
     for key, values in section('finetune').items(): make_config(FinetuneConfig, dict(values), f'params.yaml: {where}finetune.{key}')
     make_config(sampling(), dict(section('evaluate')), f'params.yaml: {where}evaluate')
     choose(p.optimizer.removesuffix('8bit'), OPTIMIZERS, f'params.yaml: profiles.{name}: optimizer')

@@ -80,6 +80,8 @@ def test_captions_that_are_right(tmp_path):
     "Numbers, quotes, markup and other scripts are captions like others; names of digits stay names"
     f = folder_with(tmp_path, {J: '{"file_name": "a.png", "text": "007"}\n{"file_name": "0010", "text": "<b>ロボット</b>"}\n'}); (f/'0010').write_bytes(PNG)
     assert list(read_captions(f).text) == ['007', '<b>ロボット</b>'] and len(read_images(f, 8)[0]) == 2
+    (f/J).write_text('{"file_name": "a.png", "prompt": "008", "text_en": "x"}\n'); assert list(read_captions(f).text) == ['008']
+    (f/J).write_text('{"file_name": "a.png", "prompt": "no", "text": "yes"}\n'); assert list(read_captions(f).text) == ['yes']
 
 
 # ------------------------------------------------------------------ pictures

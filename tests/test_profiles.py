@@ -51,14 +51,20 @@ def test_no_number_is_text(name):
     p = profile_of(name)
     assert not list(words([p.unlearn, p.finetune, p.evaluate]))
 
+# The fifteen released configurations: folder, learning rate, steps, optimizer
+RELEASED = '''d3/1e-4/20/gd d2/1e-4/5/gd/DreamBooth d1/1e-4/30/gd d2/1e-4/5/adam d3/1e-4/5/gd d1/1e-4/30/adam d2/1e-5/30/gd d3/1e-5/5/gd d1/1e-5/10/gd d2/1e-4/10/gd d3/1e-5/10/adam
+              d3/1e-5/30/gd d3/1e-6/20/gd d2/1e-5/10/adam d3/1e-6/5/adam/full'''
+
 def test_the_paper_verbatim():
     "160 outer steps, J = 3, K = 5, γ = 1, AdamW 2e-4, rank 4, up .002, down .008, β .8, batch 1 and 4, limit .2; 200 steps at 1e-5, 1 by 4; 30 steps, guidance 7.5"
     c = config_of('resalign', settings('unlearn.resalign', 'sd14-paper'))
     assert (c.steps, c.J, c.gamma, c.lr, c.rank, c.up_std, c.down_std, c.beta, c.unsafe_batch, c.retain_batch, c.max_norm) == (160, 3, 1., 2e-4, 4, .002, .008, .8, 1, 4, .2)
-    assert (c.solver, c.product, c.products + 1, c.tol, c.clamp) == ('richardson', 'exact', 5, None, None) and 1.6 <= c.alpha <= 2.
-    assert (set(c.pool.steps), set(c.pool.optimizer), set(c.pool.algorithm), c.pool.batch) == ({5, 10, 20, 30}, {'sgd', 'adam'}, {'lora', 'full'}, 1) and set(c.pool.lr['lora']) == {1e-4, 1e-5, 1e-6}
+    assert (c.solver, c.product, c.products + 1, c.tol, c.clamp) == ('richardson', 'exact', 5, None, None) and (c.alpha, c.alpha_end, c.longer) == (1.6, 2., 'skip')
+    assert [(f.folder, f.lr, f.steps, f.optimizer, f.prior_weight, f.algorithm) for f in c.pool.listed] == [
+        (d, lr, n, o, float('DreamBooth' in more), 'full' if 'full' in more else 'lora') for d, lr, n, o, *more in (l.split('/') for l in RELEASED.split()) for lr, n, o in [(float(lr), int(n), dict(gd='sgd').get(o, o))]]
+    assert {f.batch for f in c.pool.listed} == {1}
     p = profile_of('sd14-paper')
-    assert set(c.pool.folders) == set(p.pool) == {'d1', 'd2', 'd3'} and p.size == 512 and p.evaluate == dict(steps=30, guidance=7.5)
+    assert c.pool.named == set(p.pool) == {'d1', 'd2', 'd3'} and p.size == 512 and p.evaluate == dict(steps=30, guidance=7.5)
     for f in p.finetune.values(): assert (f['steps'], f['batch'], f['accumulation']) == (200, 1, 4)
     assert p.finetune['varied-full']['lr'] == 1e-5 and p.prompts['IP'].images == p.prompts['US'].images == 3 and p.prompts['IP'].category == 'sexual'
 

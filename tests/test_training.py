@@ -2,12 +2,12 @@
 import copy, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest, torch
-from resalign import jobs, world
+from resalign import core, jobs, world
 from resalign.core import UserError
 from resalign.data import encode
 from resalign.finetune import ATTENTION, FinetuneConfig, FinetuneLoss, finetune, simulated, add_lora
 from resalign.losses import Denoiser
-from resalign.meta import ResAlignConfig, UnlearnData, clipped, resalign
+from resalign.meta import Pool, ResAlignConfig, UnlearnData, clipped, draw_config, resalign, retain_weight
 from resalign.pipelines import PretrainConfig, build_pipeline, generate, load_pipeline, save_pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,6 +104,19 @@ def test_every_product_runs_in_algorithm_2(pipe, data, changes):
 def test_clipped_never_lengthens():
     x = [torch.tensor([3., 4.])]
     assert torch.allclose(clipped(x, 1.)[0].norm(), torch.tensor(1.)) and torch.equal(clipped(x, 9.)[0], x[0])
+    assert not clipped(x, 1., 'skip')[0].any() and torch.equal(clipped(x, 9., 'skip')[0], x[0])
+
+def test_the_retain_weight_rises_in_the_second_half():
+    a = [retain_weight(ResAlignConfig(steps=161, alpha=1.6, alpha_end=2.), s) for s in range(161)]
+    assert set(a[:80]) == {1.6} and np.isclose(a[80], 1.6) and np.isclose(a[120], 1.8) and np.isclose(a[160], 2.) and np.all(np.diff(a) >= 0)
+    assert {retain_weight(ResAlignConfig(steps=n, alpha=3.), s) for n in (1, 5) for s in range(n)} == {3.} and np.isfinite(retain_weight(ResAlignConfig(steps=1, alpha_end=2.), 0))
+
+def test_a_pool_written_out_is_drawn_as_it_stands():
+    listed = [dict(folder='b', lr=1e-4, steps=20, optimizer='sgd', batch=1), dict(folder='a', lr=1e-6, steps=5, optimizer='adam', algorithm='full', prior_weight=1.)]
+    pool = Pool(listed=listed); drawn = [draw_config(pool, ['a', 'b', 'c'], 7, core.generator(0, 'draw', i)) for i in range(30)]
+    assert all(c.seed == 7 and dict(folder=f, **c.model_dump()).items() >= next(l for l in listed if l['folder'] == f).items() for f, c in drawn) and {f for f, _ in drawn} == pool.named == {'a', 'b'}
+    with pytest.raises(ValueError, match='listed: expected alone, without steps'): Pool(listed=listed, steps=[3])
+    with pytest.raises(ValueError, match='folder'): Pool(listed=[dict(lr=1e-4)])
 
 def test_pictures_do_not_depend_on_their_batch(pipe):
     a = generate(pipe, ['a blue car']*3, [1, 2, 3], steps=2, batch=3)
