@@ -41,6 +41,7 @@ def pytest_sessionfinish(session):
     session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
+@pytest.hookimpl(tryfirst=True) # before xdist reads the groups
 def pytest_collection_modifyitems(config, items):
     "Rules of the house first, whole pages last; slow and gpu only where asked for or possible"
     rank = {'test_repository': 0, 'test_pages': 2}
