@@ -108,7 +108,7 @@ bench-gpu: env ## the same at the size of SD v1.4, for real: needs a CUDA GPU an
 
 # ------------------------------------------------------------------ the house
 test: restore ## the gate: rules of the house, unit tests, every page from top to bottom
-	@$(BIN)/python -m pytest -n $(LANES) --dist loadgroup $(PYTEST)
+	@$(BIN)/python -m pytest -n $(LANES) $(PYTEST)
 
 test-faults: restore ## kills, full disks, bad input, hostile files, 10,000 prompts: all cases; writes results/survival.csv
 	@FAULTS=full $(BIN)/python -m pytest tests/test_faults.py tests/test_faults_input.py $(PYTEST)
