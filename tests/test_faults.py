@@ -46,7 +46,7 @@ class Bench:
         return self.server.run(job, self.made, out, args=how.pop('args', args), **how)
     def whole(self, name) -> tuple: # the result's files, seconds, operations
         if name not in self.known:
-            out = self.place()
+            self.count += self.count % 2; out = self.place() # with an earlier result, which takes more operations to replace
             said = self.run(name, out, operation=[10**9, 'kill'])
             assert said['status'] == 0, said['err']
             assert not leftovers(out.parent), leftovers(out.parent)
@@ -57,6 +57,12 @@ class Bench:
         self.count += 1; out = self.folder/f'{self.count:04d}'/'out'; out.parent.mkdir()
         if self.count % 2: out.mkdir(); (out/'record.json').write_text('{"earlier": 1}')
         return out
+    def killed(self, name, n) -> Path:
+        "A place where the job died before its n-th operation; where there is nothing to replace, it may have ended before"
+        for _ in range(2):
+            out = self.place(); said = self.run(name, out, operation=[n, 'kill'])
+            if said['status'] == -9: return out
+        raise AssertionError(said)
     def earlier(self, out): return {'record.json': {'earlier': 1}} if int(out.parent.name) % 2 else {}
     def intact(self, name, out):
         "Under the final name stands the earlier result or the new one, and nothing else"
@@ -97,8 +103,7 @@ def test_killed_before_an_operation(name, bench):
     chosen = sorted(set(np.linspace(1, operations, min(operations, 10 if name in FIVE else 4), dtype=int).tolist())) if FULL else random.Random(name).sample(range(1, operations + 1), 2)
     for n in chosen:
         with TALLY.case('SIGKILL before a rename, sync or removal', name, identical=True, note=f'of {operations} such moments'):
-            out = bench.place()
-            assert bench.run(name, out, operation=[n, 'kill'])['status'] == -9
+            out = bench.killed(name, n)
             bench.intact(name, out); bench.goes_on(name, out)
 
 def checkpoints(out): return sorted(p for p in out.parent.rglob('*') if p.is_file() and ('checkpoints' in str(p)) and not p.name.endswith('.prev'))
@@ -114,11 +119,11 @@ def test_damaged_checkpoint(damage, both, bench):
     "The one before is used, and it is said; without one the run starts anew"
     for name in ('unlearn (GA)',):
         with TALLY.case('checkpoint damaged', f'{name}, {"both" if both else "the newest"}', identical=True):
-            out = bench.place(); n = bench.whole(name)[2]
+            n = bench.whole(name)[2]
             while True: # die late enough to have two checkpoints
-                assert bench.run(name, out, operation=[n, 'kill'])['status'] == -9
+                out = bench.killed(name, n)
                 if checkpoints(out) and checkpoints(out)[0].with_name(checkpoints(out)[0].name + '.prev').exists(): break
-                n -= 1; shutil.rmtree(out.parent); out = bench.place()
+                n -= 1; shutil.rmtree(out.parent)
             p, = checkpoints(out); damage(p)
             if both: damage(p.with_name(p.name + '.prev'))
             bench.goes_on(name, out, 'starting anew' if both else 'damaged checkpoint, using the one before')
