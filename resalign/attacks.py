@@ -16,7 +16,7 @@ from .core import UserError, params, progress, root, write_csv
 from .data import embed, read_captions
 from .detectors import load_evaluators
 from .pipelines import generate, load_pipeline
-from .stages import at_root, column_of, few_prompts
+from .stages import of_drawings, column_of, few_prompts
 
 # %% ../nbs/86_attacks.ipynb #bf2e3590
 def concept_direction(pipe, captions:list, erase:list) -> torch.Tensor: # (tokens, width)
@@ -64,7 +64,7 @@ def asked(n:int) -> list: # rows as from `read_prompts`
 SMOKE = dict(prompts=2, phases=['before'], settings=dict(attack_steps=2), ring_a_bell=dict(rounds=1))
 KEYS = ['kind', 'prompt', 'seed']
 
-@at_root
+@of_drawings
 def attack_run_stage(method:str, seed:int, smoke=True) -> pd.DataFrame: # kind, prompt, seed; a column a phase and attack
     "Attacks with the weights of one model"
     grid = SMOKE if smoke else params('attack'); rows = asked(grid['prompts'])
@@ -76,7 +76,7 @@ def attack_run_stage(method:str, seed:int, smoke=True) -> pd.DataFrame: # kind, 
     return out
 
 # %% ../nbs/86_attacks.ipynb #8c847c0a
-@at_root
+@of_drawings
 def bell_stage(smoke=True) -> pd.DataFrame: # kind, prompt, seed, bell
     "Words that ring the bell, with the original's text encoder"
     grid = SMOKE if smoke else params('attack'); rows, original, erase = asked(grid['prompts']), load_pipeline(Path('outs/base')), params('erase')
@@ -85,7 +85,7 @@ def bell_stage(smoke=True) -> pd.DataFrame: # kind, prompt, seed, bell
     if not smoke: write_csv('results/bell.csv', out, index=False)
     return out
 
-@at_root
+@of_drawings
 def bell_run_stage(method:str, seed:int, smoke=True) -> pd.DataFrame: # kind, prompt, seed; a column a phase
     "What one model draws for them"
     bell = bell_stage() if smoke else pd.read_csv('results/bell.csv')

@@ -26,7 +26,7 @@ from .losses import Denoiser, Harmful, Retain
 from .meta import ResAlignConfig, direct_gradient, lora_map, pull_back, resilience_gradient
 from .pipelines import load_pipeline
 from .sd14 import RECIPES, SAVINGS, SD14_OURS, accounting, peak, totals
-from .stages import at_root
+from .stages import of_drawings
 
 # %% ../nbs/96_bench.ipynb #2461e186
 @dataclass
@@ -325,7 +325,7 @@ def embedded_problem(smoke=True) -> Problem:
     return make_problem(load_pipeline('outs/base'), pictures, config, configs)
 
 # %% ../nbs/96_bench.ipynb #96b3
-@at_root
+@of_drawings
 def moreau_stage(smoke=True) -> pd.DataFrame:
     "Where the Moreau model holds, on the embedded pipeline"
     grid = dict(lr=[.1], steps=[1, 2], samples=1) if smoke else params('moreau')
@@ -390,7 +390,7 @@ def size_rows(smoke) -> tuple: # rows, pieces
                   row('sd14_hypergradient_overhead_share', 'share', solve_share, device=device)], counts
 
 # %% ../nbs/96_bench.ipynb #96bb
-@at_root
+@of_drawings
 def bench_stage(smoke=True) -> dict: # name -> DataFrame: bench, times, solves, pieces
     "Every measurement of this page; unless `smoke`, written to results"
     problem, repeats = embedded_problem(smoke), 1 if smoke else 9

@@ -16,7 +16,7 @@ from .hypergrad import Exact, FrozenLoss, flat, moved, unflat
 from .jobs import size_of
 from .losses import Denoiser
 from .pipelines import load_pipeline
-from .stages import DOWNSTREAM, at_root
+from .stages import DOWNSTREAM, of_drawings
 
 # %% ../nbs/88_landscape.ipynb #fdef0e75
 def hutchinson(product,    # list of tensors -> list of tensors: Hv
@@ -76,7 +76,7 @@ def loss_along(pipe, tuned, pairs:int, far:list, n:int=3) -> list: # dicts: dire
     return rows
 
 # %% ../nbs/88_landscape.ipynb #92ef1126
-@at_root
+@of_drawings
 def landscape_stage(method:str, seed:int, smoke=True) -> tuple: # a line of curvature; rows along directions
     "One unlearned model"
     grid = dict(pairs=2, probes=2, far=[0., 1.]) if smoke else params('landscape')

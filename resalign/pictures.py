@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt, numpy as np
 from PIL import Image
 from .core import params, root
 from .report import HEADS, NAMES
+from .places import drawings_only
 from .stages import into, split_phase
 
 # %% ../nbs/91_pictures.ipynb #91aa05
@@ -51,8 +52,8 @@ def portrait(method:str, seed:int, path, each=5, folder=None):
 # %% ../nbs/91_pictures.ipynb #91aa11
 def pictures_stage(seed:int):
     "results/pictures_<seed>.png"
-    pictures(params('table.compared'), seed, into(root()/f'results/pictures_{seed}.png'))
+    drawings_only('pictures_stage'); pictures(params('table.compared'), seed, into(root()/f'results/pictures_{seed}.png'))
 
 def portrait_stage(method:str):
     "results/methods/<method>.jpg, of the first seed"
-    portrait(method, params('table.seeds')[0], into(root()/f'results/methods/{method}.jpg'))
+    drawings_only('portrait_stage'); portrait(method, params('table.seeds')[0], into(root()/f'results/methods/{method}.jpg'))

@@ -19,7 +19,7 @@ from .meta import ResAlignConfig, UnlearnData, resalign
 from .pipelines import generate, load_pipeline
 from .sd14 import SD14_OURS, counted, sd14, totals
 from .places import POOL
-from .stages import at_root
+from .stages import at_root, of_drawings
 from .training import Ranks
 
 # %% ../nbs/98_scaling.ipynb #516a94fc
@@ -87,7 +87,7 @@ def grid_rows(cells, workers) -> list: # dicts: what, x, workers, repeat, second
     return out
 
 # %% ../nbs/98_scaling.ipynb #01bd339c
-@at_root
+@of_drawings
 def scaling_stage(smoke=True) -> pd.DataFrame: # what, x, workers, repeat, seconds
     "Every measurement of this page; unless `smoke`, written to results"
     ask = dict(J=[2], processes=[1], steps=2, prompts=[4], batches=[2], repeats=1, cells=[], workers=[1]) if smoke else params('scaling')

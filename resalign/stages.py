@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DOWNSTREAM', 'PHASES', 'COLUMNS', 'split_phase', 'out_folder', 'column_of', 'into', 'refuse_unknown', 'at_root',
-           'base_stage', 'evaluators_stage', 'source_of', 'code_stage', 'unlearn_base', 'unlearn_spread',
+           'of_drawings', 'base_stage', 'evaluators_stage', 'source_of', 'code_stage', 'unlearn_base', 'unlearn_spread',
            'unlearn_stage', 'start_of', 'finetune_stage', 'finetune_all', 'few_prompts', 'save_cell', 'evaluate_stage',
            'evaluate_all', 'Glance', 'trajectory', 'watched', 'downstream', 'phenomenon_stage', 'solver_runs_stage',
            'trials_stage', 'best_trials']
@@ -67,6 +67,15 @@ def at_root(f):
             if name in asked and type(asked[name]) is not kind: raise UserError(f'{f.__name__}: {name}: expected {dict(smoke="True or False", seed="a whole number", method="a name")[name]}, got {asked[name]!r}')
         if 'method' in asked: choose(asked['method'], METHODS, f'{f.__name__}: method')
         with chdir(root()): return f(*args, **kw)
+    return g
+
+def of_drawings(f):
+    "A stage of the embedded world alone"
+    @at_root
+    @wraps(f)
+    def g(*args, **kw):
+        if not inspect.signature(f).bind(*args, **kw).arguments.get('smoke', True): places.drawings_only(f.__name__)
+        return f(*args, **kw)
     return g
 
 # %% ../nbs/94_stages.ipynb #a056f275
@@ -220,7 +229,7 @@ def downstream(names, seed:int, smoke=False, **changes) -> list: # pairs of data
     return [(split_phase(name)[0], FinetuneConfig(**section(name) | changes, seed=seed)) for name in names]
 
 # %% ../nbs/94_stages.ipynb #9c783968
-@at_root
+@of_drawings
 def phenomenon_stage(smoke=True) -> pd.DataFrame:
     "Unsafe rate after fine-tuning, over models, data, algorithm, learning rate and steps"
     grid = dict(models=dict(ga=dict(method='ga')), seeds=[10], data=['varied'], lr=dict(lora=[1e-3]), looks=[2], batch=4, prompts=4) if smoke else params('phenomenon')
@@ -236,7 +245,7 @@ def phenomenon_stage(smoke=True) -> pd.DataFrame:
     return table
 
 # %% ../nbs/94_stages.ipynb #50175e02
-@at_root
+@of_drawings
 def solver_runs_stage(seed:int, smoke=True) -> tuple: # what was seen; every solve's report
     "ResAlign with each solver and product, before and along fine-tuning"
     grid = dict(variants={'first order': dict(solver='identity'), 'cg': dict(solver='cg', tol=.03)}, downstream=DOWNSTREAM[1:2], looks=[2], prompts=4) if smoke else params('solvers')
@@ -253,7 +262,7 @@ def solver_runs_stage(seed:int, smoke=True) -> tuple: # what was seen; every sol
     return seen, solves
 
 # %% ../nbs/94_stages.ipynb #b1bd227f
-@at_root
+@of_drawings
 def trials_stage(method:str, smoke=True) -> pd.DataFrame: # a row for each trial and phase
     "All trials of one method, before and after fine-tuning"
     grid = dict(seed=10, downstream=DOWNSTREAM[:1], prompts=4) if smoke else params('tuning')

@@ -21,7 +21,7 @@ from .finetune import FinetuneConfig
 from .finetune import finetune as run_finetune
 from .metrics import frechet, objects_right
 from .pipelines import generate, load_pipeline
-from .stages import at_root, few_prompts, out_folder, unlearn_base
+from .stages import of_drawings, few_prompts, out_folder, unlearn_base
 from .world import SUBJECTS, draw, scenes
 
 # %% ../nbs/87_studies.ipynb #d70879d5
@@ -80,7 +80,7 @@ def read_courses(study:dict, seed:int, where:str) -> tuple: # courses, looks
     courses = {name: make_config(Course, study.get('common', {}) | changes | dict(seed=seed), f'{where}.{name}') for name, changes in study['courses'].items()}
     return courses, {name: [s for s in study.get('looks') or [c.steps] if s <= c.steps] for name, c in courses.items()}
 
-@at_root
+@of_drawings
 def study_stage(study:str, method:str, seed:int, smoke=True) -> pd.DataFrame: # as `along`
     "One unlearned model through one study"
     grid = SMOKE if smoke else params(f'studies.{study}')
@@ -89,7 +89,7 @@ def study_stage(study:str, method:str, seed:int, smoke=True) -> pd.DataFrame: # 
     return rows
 
 # %% ../nbs/87_studies.ipynb #6e0b8f5e
-@at_root
+@of_drawings
 def ablation_train_stage(variant:str, smoke=True) -> list: # run records
     "One variant, every seed"
     changes = dict(steps=1) if smoke else dict(params(f'ablation.variants.{variant}')); method = changes.pop('method', 'resalign-first-order')
@@ -102,7 +102,7 @@ def benign_fid(folder, evaluators, prompts=None) -> dict: # fid, n
     images = generate(load_pipeline(folder), [r['prompt'] for r in rows], [r['seed'] for r in rows])
     return dict(fid=frechet(reader.features(read_images('data/reference')[0]), reader.features(images), resamples=0).value, n=len(rows))
 
-@at_root
+@of_drawings
 def ablation_stage(variant:str, smoke=True) -> tuple: # as `along`, and `run`, the seed of the unlearning; fid of each run
     "One variant before and after fine-tuning, every seed"
     grid = SMOKE if smoke else params('ablation'); witness = Witness(grid['prompts'])

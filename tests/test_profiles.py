@@ -1,5 +1,5 @@
 "Profiles: every setting goes into the class that reads it, and nobody else's numbers stand in for a missing one."
-import importlib, os, shutil, sys
+import importlib, inspect, os, shutil, sys
 from pathlib import Path
 import pytest, yaml
 from huggingface_hub import constants
@@ -157,3 +157,14 @@ def test_a_hub_id_is_fetched_at_its_revision_and_no_more_than_it(monkeypatch, tm
     assert located(Source(path='somebody/dogs', revision='abc', inside='down1')) == tmp_path/'down1'
     assert asked == [('somebody/dogs', dict(repo_type='dataset', revision='abc', allow_patterns=['down1', 'down1/*'], local_files_only=False))]
     assert download_command('a/b', 'abc', 'dataset', 'down1') == 'hf download a/b --type dataset --revision abc --include "down1*"'
+
+DRAWN = dict(studies='study_stage ablation_train_stage ablation_stage', attacks='attack_run_stage bell_stage bell_run_stage', landscape='landscape_stage', bench='moreau_stage bench_stage', scaling='scaling_stage',
+             stages='phenomenon_stage solver_runs_stage trials_stage', pictures='pictures_stage portrait_stage')
+
+@pytest.mark.parametrize('module, stage', [(m, s) for m, names in DRAWN.items() for s in names.split()])
+def test_a_drawn_experiment_refuses_a_real_profile(module, stage, monkeypatch):
+    "Before anything is read or written"
+    monkeypatch.setenv('RESALIGN_PROFILE', 'sd14')
+    f = getattr(importlib.import_module(f'resalign.{module}'), stage)
+    given = dict(study='resurgence', method='ga', seed=0, variant='full', smoke=False)
+    with pytest.raises(UserError, match=f"{stage}: profile 'sd14': its pictures are drawn"): f(**{k: given[k] for k in inspect.signature(f).parameters})
