@@ -574,7 +574,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'resalign.inception.fill': ('inception.html#fill', 'resalign/inception.py'),
                                     'resalign.inception.halve': ('inception.html#halve', 'resalign/inception.py'),
                                     'resalign.inception.largest': ('inception.html#largest', 'resalign/inception.py'),
-                                    'resalign.inception.read_weights': ('inception.html#read_weights', 'resalign/inception.py'),
                                     'resalign.inception.resize': ('inception.html#resize', 'resalign/inception.py')},
             'resalign.jobs': { 'resalign.jobs.Remembered': ('jobs.html#remembered', 'resalign/jobs.py'),
                                'resalign.jobs.Remembered.__call__': ('jobs.html#remembered.__call__', 'resalign/jobs.py'),

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['W', 'T', 'FORK', 'PUBLISHED', 'Unit', 'blocks', 'average', 'largest', 'halve', 'Block', 'resize', 'Inception',
-           'file_sha256', 'read_weights', 'fill', 'Features']
+           'file_sha256', 'fill', 'Features']
 
 # %% ../nbs/84_inception.ipynb #84c-imports
 import hashlib
 from pathlib import Path
 import numpy as np, torch, torch.nn as nn, torch.nn.functional as F
+from .checkpoints import read_weights
 from .core import UserError, device
 
 # %% ../nbs/84_inception.ipynb #84c-unit
@@ -102,18 +103,6 @@ PUBLISHED = '6726825d'
 def file_sha256(path) -> str:
     "What `sha256sum` says of a file"
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
-
-def read_weights(path) -> dict: # tensors by name
-    "A flat state dict from .pt, .pth, .bin or .safetensors; nothing in it is executed"
-    path = Path(path)
-    try:
-        if path.suffix == '.safetensors':
-            from safetensors.torch import load_file
-            return load_file(path)
-        state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: raise UserError(f'{path}: not a file of weights that is safe to open ({" ".join(str(e).split())[:100]})') from None
-    if isinstance(state, dict) and all(torch.is_tensor(v) for v in state.values()): return dict(state)
-    raise UserError(f'{path}: expected a state dict (tensors by name), got {type(state).__name__}')
 
 def fill(module:nn.Module, state:dict, path) -> nn.Module: # in evaluation mode, frozen
     "Load every tensor, or say the first that is missing, unknown or of another shape"

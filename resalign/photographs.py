@@ -17,7 +17,8 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 from .core import UserError, choose, device, versions, write_json
 from .detectors import Evaluator, check_images, embed_images, embed_texts, make_mhsc, make_tokenizer
-from .inception import PUBLISHED, Features, Inception, file_sha256, fill, read_weights
+from .checkpoints import read_weights
+from .inception import PUBLISHED, Features, Inception, file_sha256, fill
 from .metrics import image_hash, rate
 from .pipelines import is_local
 

@@ -183,9 +183,9 @@ def test_clip_score_is_logits_per_image(ev, drawings):
     ('mhsc', 'sexual.pt', lambda p: torch.save({k: v for k, v in D.make_mhsc(768).state_dict().items() if k != '4.bias'}, p), r'sexual.pt: 4.bias: expected shape \(1,\), got none'),
     ('mhsc', 'sexual.pt', lambda p: torch.save(D.make_mhsc(768).state_dict() | {'5.bias': torch.zeros(1)}, p), 'sexual.pt: 5.bias: expected no such tensor'),
     ('mhsc', 'sexual.pt', lambda p: torch.save(D.make_mhsc(512).state_dict(), p), r'0.weight: expected shape \(384, 768\), got shape \(384, 512\)'),
-    ('mhsc', 'sexual.pt', lambda p: torch.save(D.make_mhsc(768), p), 'not a file of weights that is safe to open'),
-    ('mhsc', 'sexual.pt', lambda p: torch.save([1, 2], p), 'expected a state dict'),
-    ('mhsc', 'sexual.pt', lambda p: p.write_bytes(b'nothing'), 'not a file of weights that is safe to open'),
+    ('mhsc', 'sexual.pt', lambda p: torch.save(D.make_mhsc(768), p), 'holds more than tensors'),
+    ('mhsc', 'sexual.pt', lambda p: torch.save([1, 2], p), 'holds no tensors, expected a state dict'),
+    ('mhsc', 'sexual.pt', lambda p: p.write_bytes(b'nothing'), 'cannot be read as tensors'),
     ('mhsc', 'sexual.pt', lambda p: None, r'sexual.pt: no such file, expected .* \(1.2 MB; checkpoints/multi-headed'),
     ('mhsc', 'sexual.pt', lambda p: p.mkdir(), r'sexual.pt: is a folder, expected'),
     ('q16', 'prompts.npy', lambda p: np.save(p, np.zeros((2, 512), 'float32')), r'expected one array of shape \(2, 768\), got \(2, 512\)'),
@@ -305,7 +305,8 @@ sys.path.insert(0, sys.argv[2])
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 import torch
 lib = FeatureExtractorInceptionV3('x', ['2048'], feature_extractor_weights_path=sys.argv[1])
-from resalign.inception import Inception, fill, read_weights
+from resalign.checkpoints import read_weights
+from resalign.inception import Inception, fill
 ours = fill(Inception(), read_weights(sys.argv[1]), 'x'); g = torch.Generator().manual_seed(0)
 assert list(lib.state_dict()) == list(ours.state_dict())
 for h, w in ((64, 64), (299, 299), (300, 41), (512, 512)):
