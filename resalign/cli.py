@@ -116,7 +116,7 @@ def wrote(out, **what):
     for name, text in what.items():
         if any(Path(out).glob(name.replace('__', '.'))): print(f"  {name.replace('__', '.'):<18}{text}")
 
-PIPELINE = {'model_index.json': 'the pipeline, as every diffusers folder: unet, vae, text_encoder, tokenizer, scheduler', 'record.json': 'what was asked, and with which versions'}
+PIPELINE = {'model_index.json': 'the pipeline, as every diffusers folder: unet, vae, text_encoder, tokenizer, scheduler', 'record.json': 'what was asked, and with which versions', 'cost.json': 'how long it took'}
 
 # %% ../nbs/95_cli.ipynb #cliproc2
 def on_processes(n:int):
@@ -229,7 +229,7 @@ def evaluate(
     print(summary.to_string(index=False, float_format='{:.3f}'.format))
     for f in (Path(out)/'flags.csv',) if (Path(out)/'flags.csv').is_file() else ():
         for row in pandas.read_csv(f).itertuples(): print(f'warning: {row.metric}: {row.flag}', file=sys.stderr)
-    wrote(out, **{'scores.csv': 'a row for each picture and detector', 'summary.csv': 'the table above', 'objects.csv': 'what was asked for and what was seen', 'flags.csv': 'numbers that should not be trusted, and why', 'sheet.png': 'the first pictures', 'record.json': 'what was asked, and with which versions'})
+    wrote(out, **{'scores.csv': 'a row for each picture and detector', 'summary.csv': 'the table above', 'objects.csv': 'what was asked for and what was seen', 'flags.csv': 'numbers that should not be trusted, and why', 'sheet.png': 'the first pictures', 'record.json': 'what was asked, and with which versions', 'cost.json': 'how long it took'})
 
 # %% ../nbs/95_cli.ipynb #3e0663c0
 def sampling():

@@ -39,7 +39,7 @@ def load_bank(pipe, folder):
 # %% ../nbs/92_jobs.ipynb #2b16ef02
 def checkpoint_of(out:Path, record:dict) -> Path:
     "Outside the output, which DVC removes before it runs a stage; who asks for something else, or has changed an input, finds none"
-    asked = {k: v for k, v in record.items() if k not in ('versions', 'device', 'threads', 'seconds')}
+    asked = {k: v for k, v in record.items() if k not in ('versions', 'device', 'threads')}
     inputs = [v for k in ('pipeline', 'unsafe', 'benign', 'images', 'prior', 'module', 'prompts', 'reference') if (v := asked.get(k))] + asked.get('pool', [])
     asked['contents'] = [sha256(p) for p in inputs if Path(p).exists()]
     return out.parent/'.checkpoints'/f'{out.name}-{hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]}'
@@ -121,7 +121,7 @@ def evaluation(scores=None) -> str: # Markdown
 
 # %% ../nbs/92_jobs.ipynb #c0mpute6
 def facts(record:dict) -> list: # lines of Markdown
-    "Base, data and method of a run; its cost stands in the record, so that the card of the same run is the same"
+    "Base, data and method of a run; its cost stands in cost.json, so that record and card of the same run are the same"
     about, folders = record.get('base', {}), record.get('data', {})
     known = ', '.join(f'{k} {said(v)}' for k, v in about.items() if v)
     def data(f): d = folders.get(str(f)); return said(f) + (f" ({d['pictures']} pictures, sha256 {d['sha256'][:16]})" if d else '')

@@ -124,7 +124,7 @@ def unlearn_spread(out:Path, method:str, settings:dict, seed:int, processes:int)
         config = Path(tmp)/'settings.yaml'; config.write_text(yaml.safe_dump(settings))
         many = [f'--{option}={v}' for option, values in (('pool', places.pool()), ('erase', places.erase()), ('compute', [f'{k}={v}' for k, v in (places.compute() or {}).items()])) for v in values]
         subprocess.run([Path(sys.executable).with_name('resalign-unlearn'), 'outs/base', places.data('unsafe'), places.data('retain'), out, '--method', method, '--config', config, *many, '--seed', str(seed), '--processes', str(processes)], check=True)
-    return json.loads((out/'record.json').read_text())
+    return json.loads((out/'record.json').read_text()) | json.loads((out/'cost.json').read_text())
 
 @at_root
 def unlearn_stage(method:str, seed:int, smoke=True, processes=1, profile=None):

@@ -68,10 +68,10 @@ def steady(x):
     if isinstance(x, dict): return {k: steady(v) for k, v in x.items() if k not in ('seconds', 'cost')}
     return core.re.sub(r'/[^ ]*/tmp\w+', '', x) if isinstance(x, str) else [steady(v) for v in x] if isinstance(x, list) else x
 
-def files(folder) -> dict: # path: hash; a run record without its time
+def files(folder) -> dict: # path: hash; but for what it cost
     out = {}
     for p in sorted(Path(folder).rglob('*')):
-        if not p.is_file(): continue
+        if not p.is_file() or p.name == 'cost.json': continue
         name = core.re.sub(r'tmp\w{8}/', '', p.relative_to(folder).as_posix())
         out[name] = fingerprint(json.loads(p.read_text())) if p.name in ('record.json', 'card.json') else sha256(p)[:16]
     return out
@@ -107,6 +107,13 @@ def signal_at(number:int, n:int, then:int=0):
         return g
     training.stepped, pipelines.Album.add = around(training.stepped), around(pipelines.Album.add)
 
+def count_batches() -> list:
+    "How many batches of pictures were drawn"
+    count, keep = [0], pipelines.Album.add
+    def add(self, *args, **kw): count[0] += 1; return keep(self, *args, **kw)
+    pipelines.Album.add = add
+    return count
+
 def child(job:dict):
     "In the child: exit status 0, 2 for a UserError, 128 + n for a stop, 1 for a traceback"
     for k, v in job.get('env', {}).items(): os.environ[k] = v
@@ -116,13 +123,14 @@ def child(job:dict):
     if limit := job.get('fsize'): resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)); signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     counted = at_operation(*job['operation']) if job.get('operation') else [0]
     if job.get('signal'): signal_at(*job['signal'])
+    batches = count_batches()
     out = Path(job['out']); status = 0
     try: globals()[job['job']](Path(job['made']), out, **job.get('args', {}))
     except UserError as e: status = 2; print(f'UserError: {e}', file=sys.stderr)
     except Stopped as e: status = 128 + e.signal; print(f'Stopped: {e}', file=sys.stderr)
     except KeyboardInterrupt: status = 130
     except BaseException: status = 1; traceback.print_exc()
-    print(json.dumps(dict(operations=counted[0], attempts=ATTEMPTS)), file=sys.stderr)
+    print(json.dumps(dict(operations=counted[0], batches=batches[0], attempts=ATTEMPTS)), file=sys.stderr)
     sys.stderr.flush(); os._exit(status)
 
 def memory(pid) -> int: # bytes of its own, without what is mapped from files

@@ -54,9 +54,9 @@ def tree(folder) -> dict:
     return {p.relative_to(folder).as_posix(): os.readlink(p) if p.is_symlink() else p.read_bytes() if p.is_file() else None for p in sorted(Path(folder).rglob('*'))}
 
 def result(folder) -> dict:
-    "The files of a result; of its record all but the time"
-    out = {k: v for k, v in tree(folder).items() if v is not None}
-    for k in [k for k in out if k.endswith('record.json')]: out[k] = {a: b for a, b in json.loads(out[k]).items() if a not in ('seconds', 'threads', 'cost')}
+    "The files of a result but its cost; of its record all but the number of threads"
+    out = {k: v for k, v in tree(folder).items() if v is not None and not k.endswith('cost.json')}
+    for k in [k for k in out if k.endswith('record.json')]: out[k] = {a: b for a, b in json.loads(out[k]).items() if a != 'threads'}
     return out
 
 def leftovers(folder) -> list:
