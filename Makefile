@@ -89,7 +89,7 @@ table: restore ## the main table: every method, every seed (some 3 hours of one 
 	@$(LANED) $(TABLE)
 	@echo; cat $(TABLE_SHOWN)
 
-figures: restore ## one seed of every experiment anew, and every figure (at most 2 hours)
+figures: restore ## one seed of the table, studies, landscape and attacks anew, and their figures (at most 2 hours)
 	@$(LANED) $$($(BIN)/dvc stage list --name-only | grep -E '$(ONE_SEED)')
 	@$(BIN)/dvc repro --single-item $(FIGURES)
 

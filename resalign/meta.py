@@ -61,8 +61,8 @@ class ResAlignConfig(Config):
     steps:int = Field(2, ge=1)          # outer steps
     lr:float = 2e-3                     # AdamW
     rank:int = 4                        # of θ, a LoRA on all attention projections, merged at the end
-    up_std:float = .002
-    down_std:float = .008
+    up_std:float = .002                 # standard deviations of B and A
+    down_std:float = .008               # at the start
     unsafe_batch:int = 8
     retain_batch:int = 8
     retain_bank:int = 16                # frozen samples with the original's answers
