@@ -87,6 +87,7 @@ class ResAlignConfig(Config):
     pool:Pool = Pool()
     seed:int = 0
 
+# %% ../nbs/60_resalign.ipynb #da7a0001
 @dataclass
 class UnlearnData:
     "What every unlearning method is given"

@@ -299,14 +299,14 @@ GOLDEN = dict(features=[[.0019055915, .4324121475, 2.3130476475], [.0030104099, 
 
 LIVE = """
 import sys, types
+from resalign.checkpoints import read_weights
+from resalign.inception import Inception, fill
 for n in ('torchvision', 'torchvision.datasets', 'torchvision.transforms', 'torchvision.transforms.functional'): sys.modules[n] = types.ModuleType(n)
 d = sys.modules['torchvision.datasets']; d.CIFAR10 = d.STL10 = d.CIFAR100 = object
 sys.path.insert(0, sys.argv[2])
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 import torch
 lib = FeatureExtractorInceptionV3('x', ['2048'], feature_extractor_weights_path=sys.argv[1])
-from resalign.checkpoints import read_weights
-from resalign.inception import Inception, fill
 ours = fill(Inception(), read_weights(sys.argv[1]), 'x'); g = torch.Generator().manual_seed(0)
 assert list(lib.state_dict()) == list(ours.state_dict())
 for h, w in ((64, 64), (299, 299), (300, 41), (512, 512)):
