@@ -816,6 +816,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'resalign.report.read_table': ('report.html#read_table', 'resalign/report.py'),
                                  'resalign.report.results_in_words': ('report.html#results_in_words', 'resalign/report.py'),
                                  'resalign.report.table_stage': ('report.html#table_stage', 'resalign/report.py'),
+                                 'resalign.report.times_in_words': ('report.html#times_in_words', 'resalign/report.py'),
                                  'resalign.report.worst_after': ('report.html#worst_after', 'resalign/report.py')},
             'resalign.scaling': { 'resalign.scaling.Clock': ('scaling.html#clock', 'resalign/scaling.py'),
                                   'resalign.scaling.Clock.__init__': ('scaling.html#clock.__init__', 'resalign/scaling.py'),
