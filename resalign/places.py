@@ -19,12 +19,15 @@ from .prompts import read_coco, read_i2p, read_lines, save_prompts
 
 # %% ../nbs/77_places.ipynb #94f3e1a6
 @contextlib.contextmanager
-def using(profile=None): # None: as params.yaml says
+def using(profile=None, # None: as params.yaml says
+          smoke=True):  # False: a real profile is looked through first
     "Inside, `profile` is the active one, for processes that are started too"
     if profile: choose(profile, profiles.names(), 'profile')
     before = os.environ.get('RESALIGN_PROFILE')
     if profile: os.environ['RESALIGN_PROFILE'] = profile
-    try: yield profiles.active()
+    try:
+        if not (smoke or embedded()): require()
+        yield profiles.active()
     finally: os.environ.pop('RESALIGN_PROFILE', None) if before is None else os.environ.__setitem__('RESALIGN_PROFILE', before)
 
 def embedded() -> bool: return profiles.active()[0] == 'tiny'
@@ -56,7 +59,7 @@ def compute() -> dict|None: # settings of `Compute`; None: float32, on the CPU, 
 # %% ../nbs/77_places.ipynb #1ad08f33
 def bring_base(out:Path):
     "The profile's base model as a diffusers folder, and what its files covered"
-    require(); pipe, reports = open_base(profiles.active()[1])
+    pipe, reports = open_base(profiles.active()[1])
     with atomic_dir(out) as tmp:
         save_pipeline(pipe, tmp)
         write_json(tmp/'coverage.json', [r.asdict() | dict(share=round(r.share, 6)) for r in reports])
@@ -65,7 +68,7 @@ OTHER = ('clip-large',) # shared by several detectors, none itself
 
 def bring_evaluators(out:Path) -> dict: # the card
     "A card of the profile's detectors; their files stay where they are"
-    require(); name, p = profiles.active()
+    name, p = profiles.active()
     files = {k: s.local for k, s in p.evaluators.items() if s.kind == 'local'}
     large = dict(clip=str(files['clip-large'])) if 'clip-large' in files else {}
     parts = {k: {} if k == 'nudenet' else dict(clip=str(files[k])) if k == 'clip-score' else dict(weights=str(files[k])) if k == 'inception' else dict(head=str(files[k]), **large) for k in p.evaluators if k not in OTHER}

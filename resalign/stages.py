@@ -82,7 +82,7 @@ def of_drawings(f):
 @at_root
 def base_stage(smoke=True, profile=None):
     "Draw the pretraining mixture, train a pipeline on it; of a real profile, bring the model"
-    with places.using(profile):
+    with places.using(profile, smoke):
         if not (smoke or places.embedded()): return places.bring_base(Path('outs/base'))
     values = {} if smoke else params('base')
     n = values.pop('pictures', 32)
@@ -94,7 +94,7 @@ def base_stage(smoke=True, profile=None):
 @at_root
 def evaluators_stage(smoke=True, profile=None):
     "Train the evaluators on drawings of their own; of a real profile, write the card of its detectors"
-    with places.using(profile):
+    with places.using(profile, smoke):
         if not (smoke or places.embedded()): return places.bring_evaluators(Path('outs/evaluators'))
     values = dict(pictures=96, heldout=48, epochs=dict.fromkeys(('wiring', 'reader', 'clip', 'mhsc'), .2)) if smoke else params('evaluators')
     return train_evaluators(out_folder('evaluators', 'evaluators', smoke) if smoke else Path('outs/evaluators'), **values)
@@ -129,7 +129,7 @@ def unlearn_spread(out:Path, method:str, settings:dict, seed:int, processes:int)
 @at_root
 def unlearn_stage(method:str, seed:int, smoke=True, processes=1, profile=None):
     "One method, one seed; only Algorithm 2 has work for several processes"
-    with places.using(profile):
+    with places.using(profile, smoke):
         asked = out_folder('unlearn', f'{method}-{seed}', smoke), method, {} if smoke else profiles.settings(f'unlearn.{method}'), seed
         return unlearn_base(*asked) if processes == 1 else unlearn_spread(*asked, processes)
 
@@ -141,7 +141,7 @@ def start_of(method:str, folder:Path) -> tuple: # folder, adapter or None
 @at_root
 def finetune_stage(method:str, seed:int, smoke=True, profile=None) -> list: # run records
     "The four downstream fine-tunings of one unlearned model"
-    with places.using(profile): return finetune_all(method, seed, smoke)
+    with places.using(profile, smoke): return finetune_all(method, seed, smoke)
 
 def finetune_all(method, seed, smoke):
     start, module = (Path('outs/base'), None) if smoke else start_of(method, Path(f'outs/unlearn/{method}-{seed}'))
@@ -172,7 +172,7 @@ def save_cell(folder:Path, scores:dict, # phase: what `score_images` says
 @at_root
 def evaluate_stage(method:str, seed:int, smoke=True, split='test', profile=None) -> pd.DataFrame: # rows as in results/main.csv
     "Score one model before and after each fine-tuning"
-    with places.using(profile): return evaluate_all(method, seed, smoke, split)
+    with places.using(profile, smoke): return evaluate_all(method, seed, smoke, split)
 
 def evaluate_all(method, seed, smoke, split):
     out, rows, scores, prompts = out_folder('evaluate', f'{method}-{seed}', smoke), [], {}, places.prompts(split)

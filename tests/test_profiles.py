@@ -168,3 +168,10 @@ def test_a_drawn_experiment_refuses_a_real_profile(module, stage, monkeypatch):
     f = getattr(importlib.import_module(f'resalign.{module}'), stage)
     given = dict(study='resurgence', method='ga', seed=0, variant='full', smoke=False)
     with pytest.raises(UserError, match=f"{stage}: profile 'sd14': its pictures are drawn"): f(**{k: given[k] for k in inspect.signature(f).parameters})
+
+@pytest.mark.parametrize('stage', 'base_stage evaluators_stage unlearn_stage finetune_stage evaluate_stage'.split())
+def test_the_doctor_comes_first(stage):
+    "Of a real profile every stage stops at the first thing that is missing, and leaves the profile as it was"
+    f, given = getattr(importlib.import_module('resalign.stages'), stage), dict(method='resalign', seed=0, smoke=False, profile='sd14')
+    with pytest.raises(UserError, match='profile sd14: .*`resalign-doctor sd14` lists everything'): f(**{k: given[k] for k in inspect.signature(f).parameters if k in given})
+    assert active()[0] == 'tiny'
