@@ -85,7 +85,7 @@ reproduce: restore ## five methods, one seed: their table, figure and pictures (
 	@$(BIN)/dvc repro $(HEADLINE)
 	@echo; cat $(HEADLINE_SHOWN)
 
-table: restore ## the main table: every method, every seed (some 3 hours of one core)
+table: restore ## the main table: every method, every seed (what it takes: results/times.csv)
 	@$(LANED) $(TABLE)
 	@echo; cat $(TABLE_SHOWN)
 
