@@ -250,7 +250,10 @@ class RunRecord(dict):
         self._start = time.monotonic()
     def save(self, path):
         self['seconds'] = round(time.monotonic() - self._start, 1)
-        write_json(path, {k: v for k, v in self.items() if k not in COST}); write_json(Path(path).with_name('cost.json'), {k: self[k] for k in COST if k in self}); return self
+        cost = {k: v for k, v in self.items() if k in COST}
+        write_json(path, {k: v for k, v in self.items() if k not in cost})
+        write_json(Path(path).with_name('cost.json'), cost)
+        return self
 
 def check_finite(value, note=str, # -> words that follow in brackets
                  **where):

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DOWNSTREAM', 'PHASES', 'COLUMNS', 'split_phase', 'out_folder', 'column_of', 'into', 'refuse_unknown', 'at_root',
-           'of_drawings', 'base_stage', 'evaluators_stage', 'source_of', 'code_stage', 'unlearn_base', 'unlearn_spread',
-           'unlearn_stage', 'start_of', 'finetune_stage', 'finetune_all', 'few_prompts', 'save_cell', 'evaluate_stage',
-           'evaluate_all', 'Glance', 'trajectory', 'watched', 'downstream', 'phenomenon_stage', 'solver_runs_stage',
+           'of_profile', 'of_drawings', 'base_stage', 'evaluators_stage', 'source_of', 'code_stage', 'unlearn_base',
+           'unlearn_spread', 'unlearn_stage', 'start_of', 'finetune_stage', 'few_prompts', 'save_cell',
+           'evaluate_stage', 'Glance', 'trajectory', 'watched', 'downstream', 'phenomenon_stage', 'solver_runs_stage',
            'trials_stage', 'best_trials']
 
 # %% ../nbs/94_stages.ipynb #d8b3e744
@@ -69,6 +69,15 @@ def at_root(f):
         with chdir(root()): return f(*args, **kw)
     return g
 
+def of_profile(f):
+    "A stage of every profile: of the one that it is given, or that params.yaml names"
+    @at_root
+    @wraps(f)
+    def g(*args, **kw):
+        asked = inspect.signature(f).bind(*args, **kw).arguments
+        with places.using(asked.get('profile'), asked.get('smoke', True)): return f(*args, **kw)
+    return g
+
 def of_drawings(f):
     "A stage of the embedded world alone"
     @at_root
@@ -79,11 +88,10 @@ def of_drawings(f):
     return g
 
 # %% ../nbs/94_stages.ipynb #a056f275
-@at_root
+@of_profile
 def base_stage(smoke=True, profile=None):
     "Draw the pretraining mixture, train a pipeline on it; of a real profile, bring the model"
-    with places.using(profile, smoke):
-        if not (smoke or places.embedded()): return places.bring_base(Path('outs/base'))
+    if not (smoke or places.embedded()): return places.bring_base(Path('outs/base'))
     values = {} if smoke else params('base')
     n = values.pop('pictures', 32)
     with tempfile.TemporaryDirectory() as tmp:
@@ -91,11 +99,10 @@ def base_stage(smoke=True, profile=None):
         return pretrain(folder, out_folder('base', 'base', smoke) if smoke else Path('outs/base'), make_config(PretrainConfig, values, 'params.yaml: base'))
 
 # %% ../nbs/94_stages.ipynb #b0633181
-@at_root
+@of_profile
 def evaluators_stage(smoke=True, profile=None):
     "Train the evaluators on drawings of their own; of a real profile, write the card of its detectors"
-    with places.using(profile, smoke):
-        if not (smoke or places.embedded()): return places.bring_evaluators(Path('outs/evaluators'))
+    if not (smoke or places.embedded()): return places.bring_evaluators(Path('outs/evaluators'))
     values = dict(pictures=96, heldout=48, epochs=dict.fromkeys(('wiring', 'reader', 'clip', 'mhsc'), .2)) if smoke else params('evaluators')
     return train_evaluators(out_folder('evaluators', 'evaluators', smoke) if smoke else Path('outs/evaluators'), **values)
 
@@ -126,24 +133,20 @@ def unlearn_spread(out:Path, method:str, settings:dict, seed:int, processes:int)
         subprocess.run([Path(sys.executable).with_name('resalign-unlearn'), 'outs/base', places.data('unsafe'), places.data('retain'), out, '--method', method, '--config', config, *many, '--seed', str(seed), '--processes', str(processes)], check=True)
     return json.loads((out/'record.json').read_text()) | json.loads((out/'cost.json').read_text())
 
-@at_root
+@of_profile
 def unlearn_stage(method:str, seed:int, smoke=True, processes=1, profile=None):
     "One method, one seed; only Algorithm 2 has work for several processes"
-    with places.using(profile, smoke):
-        asked = out_folder('unlearn', f'{method}-{seed}', smoke), method, {} if smoke else profiles.settings(f'unlearn.{method}'), seed
-        return unlearn_base(*asked) if processes == 1 else unlearn_spread(*asked, processes)
+    asked = out_folder('unlearn', f'{method}-{seed}', smoke), method, {} if smoke else profiles.settings(f'unlearn.{method}'), seed
+    return unlearn_base(*asked) if processes == 1 else unlearn_spread(*asked, processes)
 
 # %% ../nbs/94_stages.ipynb #00adf749
 def start_of(method:str, folder:Path) -> tuple: # folder, adapter or None
     "What is fine-tuned, and what is merged into it afterwards"
     return (Path('outs/base'), folder/'adapter') if method == 'modular-lora' else (folder, None)
 
-@at_root
+@of_profile
 def finetune_stage(method:str, seed:int, smoke=True, profile=None) -> list: # run records
     "The four downstream fine-tunings of one unlearned model"
-    with places.using(profile, smoke): return finetune_all(method, seed, smoke)
-
-def finetune_all(method, seed, smoke):
     start, module = (Path('outs/base'), None) if smoke else start_of(method, Path(f'outs/unlearn/{method}-{seed}'))
     out = out_folder('finetune', f'{method}-{seed}', smoke)
     records = []
@@ -169,12 +172,9 @@ def save_cell(folder:Path, scores:dict, # phase: what `score_images` says
     write_csv(folder/'summary.csv', summary, index=False)
     write_csv(folder/'scores.csv', rows.pivot(index=['detector', 'kind', 'prompt', 'seed'], columns='phase', values='score')[[*scores]].rename(columns=column_of), float_format='%.9g') # float32, every bit
 
-@at_root
+@of_profile
 def evaluate_stage(method:str, seed:int, smoke=True, split='test', profile=None) -> pd.DataFrame: # rows as in results/main.csv
     "Score one model before and after each fine-tuning"
-    with places.using(profile, smoke): return evaluate_all(method, seed, smoke, split)
-
-def evaluate_all(method, seed, smoke, split):
     out, rows, scores, prompts = out_folder('evaluate', f'{method}-{seed}', smoke), [], {}, places.prompts(split)
     for phase in PHASES[:1] if smoke else PHASES:
         model = Path('outs/base') if smoke else Path(f'outs/unlearn/{method}-{seed}') if phase == 'before' else Path(f'outs/finetune/{method}-{seed}/{phase}')
