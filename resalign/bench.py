@@ -7,14 +7,14 @@ __all__ = ['SOLVES', 'PUBLISHED', 'OURS', 'DEFAULT', 'Problem', 'make_problem', 
            'published_step', 'Ours', 'At', 'unsafe_sample', 'unrolled_gradient', 'implicit_gradient',
            'torchopt_gradient', 'timed', 'median_ci', 'ratio', 'solve_errors', 'agreement', 'krylov_basis',
            'relative_error', 'same_solve', 'moreau_errors', 'Unbanked', 'explicitly', 'checkpointed', 'savings',
-           'embedded_problem', 'moreau_stage', 'row', 'candidates', 'step_rows', 'solve_rows', 'same_rows', 'size_rows',
-           'bench_stage']
+           'embedded_problem', 'moreau_stage', 'row', 'candidates', 'step_rows', 'solve_rows', 'same_rows',
+           'released_rows', 'one_step_rows', 'size_rows', 'bench_stage']
 
 # %% ../nbs/96_bench.ipynb #ab9cb08d
 import copy, platform, time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
+from itertools import cycle, product
 import numpy as np, pandas as pd, torch
 from scipy import stats
 from torch.func import functional_call
@@ -23,9 +23,9 @@ from .data import Sample, draw_sample, encode, read_images
 from .finetune import FinetuneConfig, FinetuneLoss, adapter_params, add_lora, simulated
 from .hypergrad import MoreauOperator, combine, double_backward_attention, flat, hypergradient, krylov, projected, pullback, ritz, solve, unflat, unrolled
 from .losses import Denoiser, Harmful, Retain
-from .meta import ResAlignConfig, direct_gradient, lora_map, pull_back, resilience_gradient
+from .meta import Pool, ResAlignConfig, direct_gradient, in_one_step, lora_map, pull_back, resilience_gradient
 from .pipelines import load_pipeline
-from .sd14 import RECIPES, SAVINGS, SD14_OURS, accounting, peak, totals
+from .sd14 import J, RECIPES, SAVINGS, SD14_OURS, SD14_STILL, accounting, peak, totals
 from .stages import of_drawings
 
 # %% ../nbs/96_bench.ipynb #2461e186
@@ -379,15 +379,47 @@ def same_rows(problem, repeats) -> list:
         out += [row('solve_speedup_vs_torchopt', 'ratio', *ratio(t, lambda a, b: a/b, 'torchopt', 'ours')), row('torchopt_relative_error', 'ratio', errors['torchopt'])]
     return out + [row('cg_relative_error', 'ratio', errors['ours'])]
 
+# %% ../nbs/96_bench.ipynb #still006
+def released_rows(problem, repeats, smoke) -> list:
+    "Time of outer steps that go through the released LoRA configurations, J at a time"
+    pool = make_config(Pool, params('profiles.sd14.unlearn.resalign.pool'), 'params.yaml: profiles.sd14.unlearn.resalign.pool')
+    whole = list(zip(cycle(('pool-things', 'pool-subjects')), pool.chosen[:2 if smoke else None]))
+    short, here = [(f, in_one_step(c, pool.still)) for f, c in whole], replace(problem, configs=[])
+    def through(pairs, step):
+        for k in range(0, len(pairs), J): here.configs = pairs[k:k+J]; step()
+    published, ours, exact = partial(published_step, here), Ours(here, **DEFAULT), Ours(here, solver='cg', product='exact', products=4, tol=None)
+    ends = {'': partial(through, whole, ours), '_still': partial(through, short, ours), '_still_exact': partial(through, short, exact)}
+    t = timed(dict(published=partial(through, whole, published), **ends), repeats)
+    return [row(f'released_pool_speedup_vs_published{end}', 'ratio', *ratio(t, lambda a, b: a/b, 'published', end)) for end in ends]
+
+
+# %% ../nbs/96_bench.ipynb #still005
+def one_step_rows(problem, lengths=(3e-4, 3e-3, 3e-2, .3), steps=30) -> list: # lengths: learning rate times steps
+    "Differences of hypergradients: one step for all, and all on other draws"
+    ours, out = Ours(problem, **DEFAULT), []
+    i = ours.harmful.draw(ours.config.unsafe_batch, generator(0, 'one step'))
+    def x(ft, draw):
+        loss = FinetuneLoss(problem.model, problem.banks['pool-things'], ft, ('one step', draw))
+        return resilience_gradient(problem.model, ours.harmful, i, loss, problem.params, problem.where, ft, ours.config, check=False)[0]
+    for length in lengths:
+        ft = FinetuneConfig(algorithm='lora', optimizer='sgd', lr=length/steps, steps=steps, batch=ours.config.pool.batch)
+        whole, others = x(ft, 0), dict(one_step=x(in_one_step(ft, 2*length), 0), other_draw=x(ft, 1))
+        out += [row(f'{k}_difference, lr·steps = {length:g}', 'ratio', agreement(v, whole)['error']) for k, v in others.items()]
+    return out
+
+
 # %% ../nbs/96_bench.ipynb #96ba
 def size_rows(smoke) -> tuple: # rows, pieces
     "At the size of SD v1.4, counted"
-    counts, device = accounting({k: RECIPES[k] for k in ('published', SD14_OURS)} if smoke else RECIPES | SAVINGS, reduced=smoke), 'accounting on fake tensors, SD v1.4 layout'
-    total, own = totals(counts, 'tflop'), counts[counts.recipe == SD14_OURS].set_index('piece')
+    counts, device = accounting({k: RECIPES[k] for k in ('published', SD14_OURS, SD14_STILL)} if smoke else RECIPES | SAVINGS, reduced=smoke), 'accounting on fake tensors, SD v1.4 layout'
+    total = totals(counts, 'tflop')
     out = [r for k, c in total.iterrows() for r in (row(f'sd14_tflop {k}', 'TFLOP', c.tflop, device=device), row(f'sd14_gb {k}', 'GB', c.gb, device=device))]
-    solve_share = own.tflop['forward']*own.times['forward']/total.tflop[SD14_OURS]
-    return out + [row('sd14_peak_gb', 'GB', total.gb[SD14_OURS], device=device), row('sd14_flop_ratio_published', 'ratio', total.tflop['published']/total.tflop[SD14_OURS], device=device),
-                  row('sd14_hypergradient_overhead_share', 'share', solve_share, device=device)], counts
+    out.append(row('sd14_peak_gb', 'GB', total.gb[SD14_OURS], device=device))
+    for end, recipe in ('', SD14_OURS), ('_still', SD14_STILL):
+        solve = counts[(counts.recipe == recipe) & (counts.piece == 'forward')].iloc[0]
+        out += [row(f'sd14_flop_ratio_published{end}', 'ratio', total.tflop['published']/total.tflop[recipe], device=device),
+                row(f'sd14_hypergradient_overhead_share{end}', 'share', solve.tflop*solve.times/total.tflop[recipe], device=device)]
+    return out, counts
 
 # %% ../nbs/96_bench.ipynb #96bb
 @of_drawings
@@ -397,8 +429,8 @@ def bench_stage(smoke=True) -> dict: # name -> DataFrame: bench, times, solves, 
     every, problem.configs = problem.configs, problem.configs[:2]
     (steps, t), (solves, s) = step_rows(problem, repeats, smoke), solve_rows(problem, repeats, smoke)
     problem.configs = every
-    same, (size, counts) = same_rows(problem, repeats), size_rows(smoke)
-    tables = dict(bench=pd.DataFrame([*steps, *solves, *same, *size]), times=t, solves=s, pieces=counts)
+    same, short, (size, counts) = same_rows(problem, repeats), [*released_rows(problem, repeats, smoke), *one_step_rows(problem, steps=3 if smoke else 30)], size_rows(smoke)
+    tables = dict(bench=pd.DataFrame([*steps, *solves, *same, *short, *size]), times=t, solves=s, pieces=counts)
     if not smoke:
         for name, file in dict(bench='bench', solves='bench_solves', pieces='bench_pieces').items(): tables[name].to_csv(f'results/{file}.csv', index=False, float_format='%.4g')
     return tables

@@ -115,8 +115,18 @@ def test_a_pool_written_out_is_drawn_as_it_stands():
     listed = [dict(folder='b', lr=1e-4, steps=20, optimizer='sgd', batch=1), dict(folder='a', lr=1e-6, steps=5, optimizer='adam', algorithm='full', prior_weight=1.)]
     pool = Pool(listed=listed); drawn = [draw_config(pool, ['a', 'b', 'c'], 7, core.generator(0, 'draw', i)) for i in range(30)]
     assert all(c.seed == 7 and dict(folder=f, **c.model_dump()).items() >= next(l for l in listed if l['folder'] == f).items() for f, c in drawn) and {f for f, _ in drawn} == pool.named == {'a', 'b'}
-    with pytest.raises(ValueError, match='listed: expected alone, without steps'): Pool(listed=listed, steps=[3])
+    with pytest.raises(ValueError, match='listed: expected without steps'): Pool(listed=listed, steps=[3])
     with pytest.raises(ValueError, match='folder'): Pool(listed=[dict(lr=1e-4)])
+    only = Pool(listed=listed, algorithm=['lora']); drawn = [draw_config(only, ['a', 'b'], 7, core.generator(0, 'draw', i)) for i in range(30)]
+    assert only.named == {'b'} and {(f, c.algorithm) for f, c in drawn} == {('b', 'lora')}
+    with pytest.raises(ValueError, match='listed: none is by full'): Pool(listed=listed[:1], algorithm=['full'])
+
+def test_gradient_descent_that_hardly_moves_takes_one_step(pipe, data):
+    slow = [dict(folder='pool-things', lr=1e-5, steps=30, optimizer='sgd', batch=1), dict(folder='pool-things', lr=1e-5, steps=30, optimizer='adam', batch=1), dict(folder='pool-things', lr=1e-3, steps=4, optimizer='sgd', batch=1)]
+    pool = Pool(listed=slow, still=3e-3); drawn = {(c.optimizer, round(c.lr, 9), c.steps) for i in range(60) for _, c in [draw_config(pool, [], 0, core.generator(0, 'draw', i))]}
+    assert drawn == {('sgd', 3e-4, 1), ('adam', 1e-5, 30), ('sgd', 1e-3, 4)}
+    out = resalign(copy.deepcopy(pipe), data, CONFIG.model_copy(update=dict(steps=1, gamma='matched', pool=Pool(listed=slow[:1], still=3e-3))))
+    assert out['solves'] and all(s['steps'] == 1 and np.isclose(s['gamma_asked'], 3e-4) for s in out['solves'])
 
 def test_pictures_do_not_depend_on_their_batch(pipe):
     a = generate(pipe, ['a blue car']*3, [1, 2, 3], steps=2, batch=3)
