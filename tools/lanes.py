@@ -18,17 +18,16 @@ def waiting(targets=()) -> dict:
     return found
 
 
-def run(stage, force) -> int:
+def run(stage, force) -> tuple: # exit status, seconds, the end of what it said
     start = time.monotonic()
     done = subprocess.run([sys.executable, '-m', 'dvc', '--wait-for-lock', 'repro', *['--force']*force, '--single-item', stage], capture_output=True, text=True)
-    print(f'{time.strftime("%H:%M:%S")} {stage}: {"failed" if done.returncode else "done"}, {time.monotonic() - start:.0f} s', flush=True)
-    if done.returncode: print('\n'.join((done.stdout + done.stderr).splitlines()[-20:]), file=sys.stderr, flush=True)
-    return done.returncode
+    return done.returncode, time.monotonic() - start, '\n'.join((done.stdout + done.stderr).splitlines()[-20:])
 
 
 def main(targets, lanes:int, force=False) -> int: # exit status
     "All stages in an order in which each finds what it needs; what needs a failed one is left out"
     needs, done, bad, running = waiting(targets), set(), set(), {}
+    total, ended = sum(not s.endswith('.dvc') for s in needs), 0
     with ThreadPoolExecutor(lanes) as pool:
         def start(s): running[pool.submit(run, s, force)] = s, needs.pop(s)[1]
         while needs or running:
@@ -39,7 +38,11 @@ def main(targets, lanes:int, force=False) -> int: # exit status
                 for s in together[:lanes - len(running)]: start(s)
             elif ready and not running: start(next(iter(ready)))
             if running:
-                for f in wait(running, return_when=FIRST_COMPLETED).done: (bad if f.result() else done).add(running.pop(f)[0])
+                for f in wait(running, return_when=FIRST_COMPLETED).done:
+                    (status, seconds, said), stage, ended = f.result(), running.pop(f)[0], ended + 1
+                    (bad if status else done).add(stage)
+                    print(f'{time.strftime("%H:%M:%S")} {ended}/{total} {stage}: {"failed" if status else "done"}, {seconds:.0f} s', flush=True)
+                    if status: print(said, file=sys.stderr, flush=True)
     return int(bool(bad))
 
 
