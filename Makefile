@@ -82,7 +82,7 @@ restore: sources # base model and evaluators from the committed store, nothing e
 	@if test -f dvc.lock; then for s in $(RESTORED); do $(BIN)/dvc pull --quiet "$$s"; done; else echo 'no dvc.lock yet: nothing restored'; fi
 
 reproduce: restore ## five methods, one seed: their table, figure and pictures (at most 30 minutes on 2 cores)
-	@$(BIN)/dvc repro $(HEADLINE)
+	@$(LANED) $(HEADLINE)
 	@echo; cat $(HEADLINE_SHOWN)
 
 table: restore ## the main table: every method, every seed (what it takes: results/times.csv)

@@ -82,9 +82,14 @@ def settings_for(section:str,   # of params.yaml, where there is one
                  seed=None) -> tuple: # settings, seed
     "What --config, --set and --seed ask for"
     from resalign.core import UserError, root
+    from resalign.profiles import active, settings
     file = root()/'params.yaml'
     ours = read_config(str(file)) if file.is_file() else {}
-    for key in section.split('.'): ours = ours.get(key) if isinstance(ours, dict) else None
+    if 'profiles' in ours and active(file)[0] != 'tiny':
+        try: ours = settings(section, file=file)
+        except UserError: ours = None
+    else:
+        for key in section.split('.'): ours = ours.get(key) if isinstance(ours, dict) else None
     if config: values = read_config(config)
     elif ours is not None: values = dict(ours)
     else: values = {}; print(f'warning: no --config, and no section {section} in {file}: the settings are those of a quick trial', file=sys.stderr)
@@ -138,7 +143,7 @@ def unlearn(
     method:str='resalign', # resalign, resalign-first-order, ga, esd-x, esd-u, ca, safegen, advunlearn, lcfdsd-ng, lcfdsd-lt, uce, rece, salun, meta-unlearning-esd, meta-unlearning-sdd, modular-lora, pgu, esd-retain, ca-retain, resalign-esd, resalign-ca, or original (no unlearning)
     config:str=None, # settings: file.yaml or file.yaml:section [section unlearn.METHOD of the repository's params.yaml]
     set:Param('key=value: change one setting; may be given several times', str, action='append')=None,
-    pool:Param('captioned images for the simulated fine-tunings; may be given several times [BENIGN]', str, action='append')=None,
+    pool:Param('captioned images for the simulated fine-tunings, FOLDER or NAME=FOLDER; may be given several times [BENIGN]', str, action='append')=None,
     erase:Param('words that make an unsafe caption harmless when they are left out; may be given several times; some methods need them', str, action='append')=None,
     compute:Param('key=value: dtype (float32, bfloat16, float16), gradient_checkpointing, eight_bit_adam or device; may be given several times [float32, on the GPU if there is one]', str, action='append')=None,
     seed:int=None, # of everything random [the settings' seed, or 0]
@@ -158,9 +163,10 @@ def unlearn(
     from resalign.core import choose
     choose(method, jobs.METHODS, '--method')
     settings, seed = settings_for(f'unlearn.{method}', config, set, seed)
-    out = check_out(out, [pipeline, unsafe, benign, *(pool or ())])
+    pool = jobs.named_folders(pool or ())
+    out = check_out(out, [pipeline, unsafe, benign, *pool.values()])
     if processes != 1: on_processes(processes)
-    jobs.unlearn(pipeline, unsafe, benign, out, method, settings, pool or (), erase or (), seed, change({}, compute, '--compute'))
+    jobs.unlearn(pipeline, unsafe, benign, out, method, settings, pool, erase or (), seed, change({}, compute, '--compute'))
     wrote(out, **PIPELINE, adapter='what was learned, as a LoRA for load_lora_weights', **{'log.csv': 'losses of each step', 'solves.csv': 'a row for each hypergradient', 'README.md': 'the model card'})
 
 # %% ../nbs/95_cli.ipynb #339d55e0

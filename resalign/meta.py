@@ -127,20 +127,22 @@ def direct_gradient(model, harmful, i, retain, params, config, gen, step=0) -> t
 def product_options(product:str, ft:FinetuneConfig, loss:FinetuneLoss, samples, unet) -> dict: # keywords of `hypergradient`
     "The product, and what it asks for; finite differences of low-precision passes need longer steps"
     low = getattr(torch, unet.compute.dtype) if 'compute' in unet.__dict__ else torch.float32
+    if low == torch.float16 and product in ('exact', 'gauss-newton'):
+        raise UserError(f"resalign: product '{product}' in float16: its vectors underflow on their way through the network, expected fd-forward, fd-central or lora-bilinear, or bfloat16")
     tau = dict(tau=TAU[low][product != 'fd-central']) if low in (torch.float16, torch.bfloat16) else {}
     if product == 'gauss-newton': return dict(product=product, residuals=loss.residuals(*samples), **tau)
     if product != 'lora-bilinear': return dict(product=product, **tau)
     return dict(product=product, lora=lora_pairs(unet), **tau) if ft.algorithm == 'lora' else dict(product='fd-forward', **tau)
 
 # %% ../nbs/60_resalign.ipynb #6b7688b5
-def resilience_gradient(model, harmful, i, loss, params, where, ft:FinetuneConfig, config, check=True) -> tuple: # gradients over params, SolveReport, depth at θ*
+def resilience_gradient(model, harmful, i, loss, params, where, ft:FinetuneConfig, config, check=True, stationarity=True) -> tuple: # gradients over params, SolveReport, depth at θ*
     "∇_θ L_harm(θ*_FT) for one simulated fine-tuning"
     inner = list(params) if ft.algorithm == 'lora' else where['weights']
     gamma = ft.lr*ft.steps if config.gamma == 'matched' else config.gamma
     samples = range(max(0, ft.steps + 1 - config.samples), ft.steps + 1)
     with simulated(loss, inner, ft) as start:
         harm = lambda: harmful(model, i, config.margin_after)
-        x, report, value = hypergradient(harm, loss.frozen(*samples), inner, gamma, config.solver, start=start,
+        x, report, value = hypergradient(harm, loss.frozen(*samples), inner, gamma, config.solver, start=start if stationarity else None,
                                          max_products=config.products, tol=config.tol, clamp=config.clamp, power=1,
                                          check=check and config.solver != 'identity', **product_options(config.product, ft, loss, samples, model.unet))
         if ft.algorithm == 'full': x = pull_back(x, where, params)

@@ -154,9 +154,10 @@ def paired(a:pd.DataFrame,  # prompt, seed, score, and run if there are several
     x, y = both.score_a > threshold, both.score_b > threshold
     only_a, only_b = int((x & ~y).sum()), int((~x & y).sum())
     p = stats.binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.
-    per = (x.astype(float) - y).groupby([both.prompt, both.seed]).mean()
+    difference = x.astype(float) - y; per = difference.groupby(both.prompt).mean()
+    each = difference.groupby(both.run).mean() if 'run' in keys else per[:0]; agree = bool((each >= 0).all() or (each <= 0).all())
     low, high = mean_ci(per, level, seed=seed)[1:3] if per.any() else (-(u := _wilson(0, len(per), level)[1]), u)
-    return dict(n=len(both), rate_a=float(x.mean()), rate_b=float(y.mean()), only_a=only_a, only_b=only_b, p=float(p), difference=float(per.mean()), low=low, high=high)
+    return dict(n=len(both), rate_a=float(x.mean()), rate_b=float(y.mean()), only_a=only_a, only_b=only_b, p=float(p), difference=float(difference.mean()), low=low, high=high, runs_agree=agree)
 
 # %% ../nbs/82_metrics.ipynb #76ae9d52
 def spqr(safety:float, adherence:float, quality:float, robustness:float) -> float:

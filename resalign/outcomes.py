@@ -75,9 +75,9 @@ def relapses(long) -> pd.DataFrame: # method, course, area and relapse with thei
 # %% ../nbs/89_outcomes.ipynb #aecf0a12
 def lower(pairs:list, # of (a, b): rows as from `tidy`, the same prompts and runs in both
          ) -> tuple:  # per pair: is a significantly lower than b?; corrected p; differences
-    "McNemar's test of every pair, corrected for their number"
+    "McNemar's test of every pair, corrected for their number, and the same sign in every run"
     found = [paired(unsafe(a), unsafe(b)) for a, b in pairs]; p = stats.false_discovery_control([f['p'] for f in found])
-    return [bool(v < .05 and f['difference'] < 0) for v, f in zip(p, found)], p, [f['difference'] for f in found]
+    return [bool(v < .05 and f['difference'] < 0 and f['runs_agree']) for v, f in zip(p, found)], p, [f['difference'] for f in found]
 
 def at(long, course, step=None): # step None: the last
     "One course, at one step"
@@ -110,7 +110,7 @@ def ablated(long, fid, full='full') -> pd.DataFrame: # by variant: before, worst
 def pool_size(pool:dict, folders:int) -> int:
     "Configurations of a `Pool`, times its folders (all, where it names none)"
     p = make_config(Pool, pool, 'pool')
-    return len(p.listed) or sum(len(p.lr[a]) for a in p.algorithm)*len(p.optimizer)*len(p.steps)*len(p.prior_weight)*(len(p.folders) or folders)
+    return len(p.chosen) or sum(len(p.lr[a]) for a in p.algorithm)*len(p.optimizer)*len(p.steps)*len(p.prior_weight)*(len(p.folders) or folders)
 
 # %% ../nbs/89_outcomes.ipynb #ranked01
 def together(a, b) -> dict: # rho, p, n

@@ -361,6 +361,7 @@ def in_turn(pipe, prompts, seeds, steps, guidance, batch, bf16, embeds, first=0)
         for i in progress(range(first, len(prompts), batch), desc='sample'):
             noise = starting_noise(pipe, seeds[i:i+batch]).to(backbone(pipe).device, backbone(pipe).dtype)
             with torch.no_grad(), autocast(bf16): images = pipe(**said(slice(i, i+batch)), num_inference_steps=steps, guidance_scale=guidance, latents=noise, output_type='np').images
+            if not np.isfinite(images).all(): raise UserError(f'generate: pictures of the seeds {", ".join(map(str, seeds[i:i+batch]))}: not finite, expected numbers: the model is broken, or its precision too low (bfloat16 and float32 reach farther than float16)')
             yield (images*255).round().astype(np.uint8)
     finally: pipe.scheduler = keep
 

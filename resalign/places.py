@@ -44,9 +44,9 @@ def data(name:str) -> Path: # a folder
     "A data set of the active profile"
     return Path('data')/name if embedded() else profiles.folder(name)
 
-def pool() -> list: # of folders
+def pool() -> dict: # name: folder
     "Where simulated fine-tunings take their pictures from"
-    return [data(p) for p in (POOL if embedded() else profiles.active()[1].pool)]
+    return {p: data(p) for p in (POOL if embedded() else profiles.active()[1].pool)}
 
 def erase() -> list: return profiles.settings('erase') if embedded() else profiles.active()[1].erase
 

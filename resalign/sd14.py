@@ -99,16 +99,16 @@ def pieces(m, attention=nullcontext) -> dict: # name -> function without argumen
     def encode_one():
         with torch.no_grad(): m.vae.encode(r(1, 3, 8*n, 8*n)); m.text(torch.zeros(1, 77, dtype=torch.long, device=m.device))
     def target():
-        with torch.no_grad(): m.unet(*sample(1))
+        with torch.no_grad(): m.unet(*sample(4))
     def exact(products, start):
         with double_backward_attention():
             grads = torch.autograd.grad(loss(1), m.params, create_graph=True)
             x = [torch.zeros_like(p) for p in m.params] if start == 0 else [g.detach() for g in grads]
             for _ in range(products): x = [a - h for a, h in zip(grads, pullback(grads, m.params, x))]
     def together():
-        with attention(): torch.autograd.grad(loss(6), m.params)           # the harmful batch, the retained picture and the simulated fine-tuning's
+        with attention(): torch.autograd.grad(loss(6), m.params)           # the harmful picture, the retained ones and the simulated fine-tuning's
     one = partial(gradient, 1)
-    return dict(inner=one, retain=one, forward=one, harm=partial(gradient, 4), outer=together, encode=encode_one, target=target, exact5=partial(exact, 5, 0), exact4=partial(exact, 4, 1))
+    return dict(inner=one, forward=one, harm=one, retain=partial(gradient, 4), outer=together, encode=encode_one, target=target, exact5=partial(exact, 5, 0), exact4=partial(exact, 4, 1))
 
 # %% ../nbs/93_sd14.ipynb #faaef6fe
 @dataclass
@@ -236,7 +236,7 @@ def real_run(compute:dict, reduced:bool, steps:int, J:int, inner:int) -> dict: #
     "Outer steps of Algorithm 2, and what they cost"
     ready = compute_of(compute); pipe, size = real_pipeline(reduced)
     prepare(pipe, ready); data = real_data(pipe, size)
-    config = ResAlignConfig(steps=steps, J=J, unsafe_batch=4, retain_batch=1, unsafe_bank=4, retain_bank=4, check_every=1, pool=Pool(algorithm=('lora',), steps=(inner,), batch=1, prior_weight=(0.,), lr=dict(lora=(1e-3,))))
+    config = ResAlignConfig(steps=steps, J=J, unsafe_batch=1, retain_batch=4, unsafe_bank=4, retain_bank=4, check_every=1, pool=Pool(algorithm=('lora',), steps=(inner,), batch=1, prior_weight=(0.,), lr=dict(lora=(1e-3,))))
     before = pipe.unet.conv_in.weight.dtype
     with metered(pipe) as cost: out = resalign(pipe, data, config)
     finish(pipe)

@@ -16,7 +16,7 @@ from functools import wraps
 from itertools import product
 from pathlib import Path
 import numpy as np, pandas as pd, yaml
-from . import jobs, places, profiles
+from . import detectors, jobs, pipelines, places, profiles
 from .baselines.modular_lora import with_module
 from .core import UserError, atomic_dir, choose, make_config, params, root, write_csv
 from .data import read_images
@@ -115,9 +115,10 @@ def source_of(run) -> str:
 
 @at_root
 def code_stage(smoke=True) -> list: # names of files
-    "outs/code/METHOD.py for every method, with what its name fixes"
+    "outs/code/METHOD.py for every method, with what its name fixes; looking.py, by which pictures are drawn and seen"
     with atomic_dir((Path(tempfile.mkdtemp()) if smoke else Path('outs'))/'code') as folder:
         for method, (run, _) in METHODS.items(): (folder/f'{method}.py').write_text(f'{source_of(run)}\nFIXED = {FIXED.get(method, {})}\n')
+        (folder/'looking.py').write_text(''.join(map(inspect.getsource, (pipelines.starting_noise, pipelines.in_turn, pipelines.generate, detectors))))
         return sorted(p.name for p in folder.iterdir())
 
 # %% ../nbs/94_stages.ipynb #35409467
@@ -129,7 +130,7 @@ def unlearn_spread(out:Path, method:str, settings:dict, seed:int, processes:int)
     "The same by the command, which starts several processes"
     with tempfile.TemporaryDirectory() as tmp:
         config = Path(tmp)/'settings.yaml'; config.write_text(yaml.safe_dump(settings))
-        many = [f'--{option}={v}' for option, values in (('pool', places.pool()), ('erase', places.erase()), ('compute', [f'{k}={v}' for k, v in (places.compute() or {}).items()])) for v in values]
+        many = [f'--{option}={v}' for option, values in (('pool', [f'{n}={p}' for n, p in places.pool().items()]), ('erase', places.erase()), ('compute', [f'{k}={v}' for k, v in (places.compute() or {}).items()])) for v in values]
         subprocess.run([Path(sys.executable).with_name('resalign-unlearn'), 'outs/base', places.data('unsafe'), places.data('retain'), out, '--method', method, '--config', config, *many, '--seed', str(seed), '--processes', str(processes)], check=True)
     return json.loads((out/'record.json').read_text()) | json.loads((out/'cost.json').read_text())
 

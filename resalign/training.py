@@ -97,12 +97,13 @@ def optimise(name:str,        # said in progress lines and errors
              max_norm:float=None, # clip the gradient's norm
              after=None,      # called after each step (say, for a moving average)
              checkpoint=None, # where to keep checkpoints; None: nowhere
-             every:int=100,   # steps between checkpoints
+             every:int=100,   # steps between checkpoints, where they take less than `minutes`
+             minutes:float=5,
              resumed=None,    # called with the log of a run that goes on
             ) -> list:        # a dict of numbers per step
     "Run `steps` optimizer steps, resuming from `checkpoint`; SIGINT and SIGTERM stop it after a step, with a checkpoint"
     accelerator = Accelerator()
-    log = resume(checkpoint, state, optimizer)
+    log, kept = resume(checkpoint, state, optimizer), time.monotonic()
     if resumed: resumed(log)
     with warnings.catch_warnings(action='ignore'): # of a scheduler that steps before its optimizer
         for _ in log if scheduler else (): scheduler.step()
@@ -120,8 +121,8 @@ def optimise(name:str,        # said in progress lines and errors
             if after: after()
             if _laps.get() is not None: _laps.get().append(time.perf_counter() - start)
             log.append(dict(step=step, **row)); bar.note(f"loss {np.mean([r['loss'] for r in log[-20:]]):.4f}")
-            if asked or (step+1) % every == 0 or step+1 == steps:
-                finite(largest(params))
+            if asked or (step+1) % every == 0 or step+1 == steps or time.monotonic() - kept > 60*minutes:
+                finite(largest(params)); kept = time.monotonic()
                 if checkpoint and accelerator.is_main_process: keep(checkpoint, state, optimizer, log)
             if asked: raise Stopped(f'{name}: stopped after step {step+1} of {steps}; its checkpoint is kept ({checkpoint}): the same command goes on from there', asked[0])
     return log

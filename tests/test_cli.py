@@ -16,6 +16,12 @@ QUICK = ['--set', 'steps=2', '--set', 'retain_bank=16']
 SIZES = ['--set', 'vae_channels=[8,8,16,16]', '--set', 'unet_channels=[16,32]', '--set', 'vae_steps=2', '--set', 'decoder_steps=2', '--set', 'steps=2', '--set', 'batch=4']
 
 
+def test_settings_are_those_of_the_active_profile(monkeypatch):
+    assert cli.settings_for('finetune.varied-lora', None, ())[0]['lr'] == 3e-3
+    monkeypatch.setenv('RESALIGN_PROFILE', 'sd14')
+    assert cli.settings_for('finetune.varied-lora', None, ())[0]['lr'] == 1e-4 and cli.settings_for('unlearn.resalign', None, ())[0]['rank'] == 4
+    assert cli.settings_for('unlearn.pgu', None, ())[0] == {} # a profile without that section: a quick trial's, with a warning
+
 @pytest.fixture(scope='module', autouse=True)
 def one_thread():
     "As in the subprocesses, so that sums are taken in the same order; and no bars of transformers, which other tests have imported"

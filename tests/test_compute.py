@@ -173,6 +173,11 @@ def test_nothing_stays_behind(given, what):
 
 # ------------------------------------------------------------------ mistakes
 
+@pytest.mark.parametrize('product', ['exact', 'gauss-newton'])
+def test_products_that_underflow_in_float16_are_refused(given, product):
+    pipe = copy.deepcopy(given[0]); prepare(pipe, Compute(device='cpu', dtype='float16'))
+    with pytest.raises(UserError, match=f"product '{product}' in float16"): unlearn(pipe, given[1], 'resalign', dict(steps=1, product=product))
+
 @pytest.mark.parametrize('settings, words', [(dict(dtype='bf16'), "dtype: input should be 'float32', 'bfloat16' or 'float16'"), (dict(gradient_checkpoint=True), "did you mean 'gradient_checkpointing'"),
                                              (dict(device='gpu'), "device: 'gpu' can't be used here"), (dict(eight_bit_adam='perhaps'), 'eight_bit_adam: input should be a valid boolean')])
 def test_mistakes_are_one_line(settings, words):

@@ -140,6 +140,11 @@ def test_runs_are_pooled():
     got = M.paired(a, b)
     assert (got['n'], got['only_a'], got['only_b'], got['p']) == (12, 6, 0, pytest.approx(2/64)) and got['difference'] == .5
 
+def test_runs_that_disagree_are_seen():
+    a = pd.concat([frame([1]*9, run=0), frame([1]*9, run=1), frame([0]*9, run=2)]); b = pd.concat([frame([0]*9, run=0), frame([0]*9, run=1), frame([1]*9, run=2)])
+    assert not M.paired(a, b)['runs_agree'] and M.paired(a[a.run < 2], b[b.run < 2])['runs_agree'] and M.paired(frame([1]), frame([0]))['runs_agree']
+    assert M.paired(a, b)['low'] == M.paired(a, b)['high'] # every prompt saw the same: runs are resampled with it, not by themselves
+
 def test_paired_wants_pairs():
     with pytest.raises(UserError, match='same prompts'): M.paired(frame([1, 0]), frame([1, 0, 1]))
     with pytest.raises(UserError, match='choose one detector'): M.paired(pd.concat([frame([1, 0])]*2), frame([1, 0]))

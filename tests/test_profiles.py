@@ -68,9 +68,10 @@ def test_the_paper_verbatim():
     for f in p.finetune.values(): assert (f['steps'], f['batch'], f['accumulation']) == (200, 1, 4)
     assert p.finetune['varied-full']['lr'] == 1e-5 and p.prompts['IP'].images == p.prompts['US'].images == 3 and p.prompts['IP'].category == 'sexual'
 
-def test_light_differs_in_solver_and_precision_alone():
+def test_light_differs_in_solver_pool_and_precision_alone():
     a, b = (config_of('resalign', settings('unlearn.resalign', n)).model_dump() for n in ('sd14-paper', 'sd14-light'))
-    assert {k for k in a if a[k] != b[k]} == {'solver', 'product', 'tol', 'clamp', 'fallback_share'} and (b['solver'], b['product']) == ('cg', 'fd-forward')
+    assert {k for k in a if a[k] != b[k]} == {'solver', 'product', 'tol', 'clamp', 'fallback_share', 'pool'} and (b['solver'], b['product']) == ('cg', 'fd-forward')
+    assert {k for k in a['pool'] if a['pool'][k] != b['pool'][k]} == {'algorithm', 'still'}
     assert profile_of('sd14-light').precision == 'bfloat16' and profile_of('sd14') == profile_of('sd14-light')
 
 def test_real_profiles_have_what_a_run_needs():

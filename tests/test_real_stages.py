@@ -17,7 +17,7 @@ def made_up(real:Path) -> dict: # the profile
     "What somebody would have downloaded"
     pipe = small('v1', real); pipe.save_pretrained(real/'folder'); write_single_file(pipe, 'v1', real/'model.safetensors')
     shutil.copytree(real/'folder', real/'config', ignore=shutil.ignore_patterns('*.safetensors'))
-    for i, name in enumerate(('unsafe', 'retain', 'subjects', 'varied', 'reference', 'd1', 'd2')): write_set(real/name, scenes('retain', 3, i))
+    for i, name in enumerate(('unsafe', 'retain', 'subjects', 'varied', 'reference', 'down1', 'down2')): write_set(real/name, scenes('retain', 3, i))
     pd.DataFrame(dict(prompt=['a house', 'a car', 'a tree'], categories=['sexual', 'violence', 'hate, sexual'], sd_seed=[7, 8, 9], sd_guidance_scale=[7., 7.5, 3.])).to_csv(real/'i2p_benchmark.csv', index=False)
     (real/'lines.txt').write_text('a robot\na boat\n'); pd.DataFrame(dict(caption=['a red car', 'a blue fish'])).to_csv(real/'coco.csv', index=False)
     tiny_clip(real/'large', 14, 768); tiny_clip(real/'base32', 32, 512)
@@ -25,7 +25,7 @@ def made_up(real:Path) -> dict: # the profile
     at = lambda name, **kw: dict(path=str(real/name), **kw)
     lora, full = dict(algorithm='lora', steps=2, batch=1, accumulation=2), dict(algorithm='full', lr=1e-5, steps=2, batch=1)
     return dict(base=at('model.safetensors'), config=str(real/'config'), size=64, precision='bfloat16', memory_gb=.5, gradient_checkpointing=True,
-                data={d: at(d) for d in ('unsafe', 'retain', 'subjects', 'varied', 'reference')}, pool=dict(d1=at('d1'), d2=at('d2')),
+                data={d: at(d) for d in ('unsafe', 'retain', 'subjects', 'varied', 'reference')}, pool=dict(d1=at('down1'), d2=at('down2')),
                 prompts=dict(IP=at('i2p_benchmark.csv', kind='implicit', reader='i2p', category='sexual', images=2), US=at('lines.txt', kind='explicit', reader='lines', images=1), benign=at('coco.csv', kind='benign', reader='coco')),
                 evaluators={'nudenet': dict(path='pip:nudenet>=3.4'), 'clip-large': at('large'), 'clip-score': at('base32'), 'mhsc': at('sexual.pt')},
                 unlearn=dict(resalign=dict(steps=2, J=1, unsafe_batch=1, retain_batch=1, pool=dict(folders=['d1', 'd2'], steps=[2], batch=1))),

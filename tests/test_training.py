@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from resalign import core, jobs, world
 from resalign.core import UserError
-from resalign.data import encode
+from resalign.data import encode, read_captions
 from resalign.finetune import ATTENTION, FinetuneConfig, FinetuneLoss, finetune, simulated, add_lora
 from resalign.losses import Denoiser
 from resalign.meta import Pool, ResAlignConfig, UnlearnData, clipped, draw_config, resalign, retain_weight
@@ -128,10 +128,27 @@ def test_gradient_descent_that_hardly_moves_takes_one_step(pipe, data):
     out = resalign(copy.deepcopy(pipe), data, CONFIG.model_copy(update=dict(steps=1, gamma='matched', pool=Pool(listed=slow[:1], still=3e-3))))
     assert out['solves'] and all(s['steps'] == 1 and np.isclose(s['gamma_asked'], 3e-4) for s in out['solves'])
 
+def test_pictures_that_are_not_finite_are_no_pictures(pipe):
+    broken = copy.deepcopy(pipe); broken.unet.conv_out.weight.data.fill_(float('inf'))
+    with pytest.raises(UserError, match='pictures of the seeds 1, 2: not finite'): generate(broken, ['a blue car']*2, [1, 2], steps=1)
+
 def test_pictures_do_not_depend_on_their_batch(pipe):
     a = generate(pipe, ['a blue car']*3, [1, 2, 3], steps=2, batch=3)
     b = generate(pipe, ['a blue car']*3, [1, 2, 3], steps=2, batch=1)
     assert np.abs(a.astype(int) - b.astype(int)).max() <= 1
+
+def test_folders_of_the_pool_have_names(tmp_path):
+    (tmp_path/'a=b').mkdir()
+    assert jobs.named_folders(dict(d1='x/down1')) == dict(d1=Path('x/down1')) and jobs.named_folders([Path('data/cats'), 'dogs=data/pets']) == dict(cats=Path('data/cats'), dogs=Path('data/pets'))
+    assert jobs.named_folders([tmp_path/'a=b']) == {'a=b': tmp_path/'a=b'} and jobs.named_folders(()) == {}
+    with pytest.raises(UserError, match="two folders are called 'images', expected different names, or NAME=FOLDER"): jobs.named_folders(['dogs/images', 'cats/images'])
+
+def test_a_snapshot_of_the_hub_may_link_into_its_blobs(tmp_path):
+    home = tmp_path/'datasets--x--y'; snapshot, blobs = home/'snapshots'/'abc', home/'blobs'; world.write_set(blobs, world.scenes('retain', 2)); (snapshot/'down1').mkdir(parents=True)
+    for f in blobs.iterdir(): (snapshot/'down1'/f.name).symlink_to(Path('../../../blobs')/f.name)
+    assert len(read_captions(snapshot/'down1')) == 2
+    (tmp_path/'secret.png').write_bytes((blobs/'00000.png').read_bytes()); (snapshot/'down1/00000.png').unlink(); (snapshot/'down1/00000.png').symlink_to(tmp_path/'secret.png')
+    with pytest.raises(UserError, match='leads out of the folder'): read_captions(snapshot/'down1')
 
 LOADS = """
 import sys, warnings; warnings.filterwarnings('ignore')
