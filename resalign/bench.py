@@ -11,7 +11,7 @@ __all__ = ['SOLVES', 'PUBLISHED', 'OURS', 'DEFAULT', 'Problem', 'make_problem', 
            'released_rows', 'one_step_rows', 'size_rows', 'bench_stage']
 
 # %% ../nbs/96_bench.ipynb #ab9cb08d
-import copy, platform, time
+import copy, platform, time, warnings
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, product
@@ -155,7 +155,7 @@ def torchopt_gradient(problem, j:int, end:list, gamma:float, iterations:int) -> 
     @root_of
     def fine_tuned(phi, theta): return phi
     theta = tuple(p.detach().clone().requires_grad_() for p in problem.params)
-    with double_backward_attention():
+    with double_backward_attention(), warnings.catch_warnings(action='ignore', category=FutureWarning): # TorchOpt calls functorch by its old name
         phi = fine_tuned(tuple(e.detach().clone() for e in end), theta)
         return list(torch.autograd.grad(model.value(lambda: -model.loss(s), phi), theta))
 
