@@ -342,6 +342,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'resalign.core.make_config': ('core.html#make_config', 'resalign/core.py'),
                                'resalign.core.one_line': ('core.html#one_line', 'resalign/core.py'),
                                'resalign.core.params': ('core.html#params', 'resalign/core.py'),
+                               'resalign.core.parsed': ('core.html#parsed', 'resalign/core.py'),
                                'resalign.core.progress': ('core.html#progress', 'resalign/core.py'),
                                'resalign.core.progress.__init__': ('core.html#progress.__init__', 'resalign/core.py'),
                                'resalign.core.progress.__iter__': ('core.html#progress.__iter__', 'resalign/core.py'),

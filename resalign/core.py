@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['FULL', 'POSITIVE', 'LIBRARIES', 'COST', 'root', 'one_line', 'UserError', 'choose', 'as_markdown', 'seed_all',
            'generator', 'device', 'progress', 'temporary', 'sync', 'put', 'room_for', 'atomic_dir', 'atomic_file',
-           'write_csv', 'write_json', 'sha256', 'Config', 'make_config', 'params', 'versions', 'RunRecord',
+           'write_csv', 'write_json', 'sha256', 'Config', 'make_config', 'parsed', 'params', 'versions', 'RunRecord',
            'check_finite', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'clear_checkpoint', 'Stopped',
            'stop_signals']
 
 # %% ../nbs/00_core.ipynb #4e215453
-import contextlib, ctypes, difflib, errno, glob, hashlib, html, importlib.metadata, json, math, os, platform, random, re, shutil, signal, socket, sys, threading, time
+import contextlib, copy, ctypes, difflib, errno, glob, hashlib, html, importlib.metadata, json, math, os, platform, random, re, shutil, signal, socket, sys, threading, time
+from functools import lru_cache
 from pathlib import Path
 import numpy as np, torch, yaml
 from tqdm import tqdm
@@ -222,14 +223,20 @@ def make_config(cls, values:dict, where:str='params.yaml') -> Config:
         if not err['loc'] and said.partition(':')[0] in values: given = values[said.partition(':')[0]] # a validator of the whole names its field itself
         raise UserError(': '.join(p for p in (where, field, said) if p) + f", got {given!r}") from None
 
+# %% ../nbs/00_core.ipynb #par-code1
+@lru_cache(maxsize=4)
+def parsed(text:str):
+    "YAML, each text once"
+    return yaml.safe_load(text)
+
 def params(section:str, file=None) -> dict:
     "One section of params.yaml; dots go deeper"
     file = Path(file or root()/'params.yaml')
     if not file.is_file(): raise UserError(f'{file}: no such file')
-    try: node = yaml.safe_load(file.read_text(encoding='utf-8'))
+    try: node = parsed(file.read_text(encoding='utf-8'))
     except (yaml.YAMLError, ValueError, RecursionError) as e: raise UserError(f"{file}: not YAML: {str(e).splitlines()[0]}") from None
     for key in section.split('.'): node = node[choose(key, node if isinstance(node, dict) else (), f'{file.name}: {section}')]
-    return node
+    return copy.deepcopy(node)
 
 # %% ../nbs/00_core.ipynb #ca973ff6
 LIBRARIES = 'resalign torch diffusers transformers peft accelerate numpy'.split()
