@@ -1,5 +1,6 @@
 """DVC runs one stage after the other. This runs stages of one thread side by side, where they don't wait for one another; a stage that doesn't pin its threads runs alone."""
 import argparse, subprocess, sys, time
+from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
 from dvc.repo import Repo
@@ -26,12 +27,12 @@ def run(stage, force) -> tuple: # exit status, seconds, the end of what it said
 
 def main(targets, lanes:int, force=False) -> int: # exit status
     "All stages in an order in which each finds what it needs; what needs a failed one is left out"
-    needs, done, bad, running = waiting(targets), set(), set(), {}
-    total, ended = sum(not s.endswith('.dvc') for s in needs), 0
+    needs, done, bad, running, ends, begun = waiting(targets), set(), set(), {}, Counter(), time.monotonic()
+    total = sum(not s.endswith('.dvc') for s in needs)
     with ThreadPoolExecutor(lanes) as pool:
         def start(s): running[pool.submit(run, s, force)] = s, needs.pop(s)[1]
         while needs or running:
-            for s in [s for s, (d, _) in needs.items() if d & bad]: needs.pop(s); bad.add(s); print(f'{s}: left out, what it needs has failed', flush=True)
+            for s in [s for s, (d, _) in needs.items() if d & bad]: needs.pop(s); bad.add(s); ends['left out'] += 1; print(f'{s}: left out, what it needs has failed', flush=True)
             for s in [s for s in needs if s.endswith('.dvc')]: needs.pop(s); done.add(s) # data, which no stage makes
             ready = {s: alone for s, (d, alone) in needs.items() if d <= done}; together = [s for s, alone in ready.items() if not alone]
             if together and not any(alone for _, alone in running.values()):
@@ -39,10 +40,12 @@ def main(targets, lanes:int, force=False) -> int: # exit status
             elif ready and not running: start(next(iter(ready)))
             if running:
                 for f in wait(running, return_when=FIRST_COMPLETED).done:
-                    (status, seconds, said), stage, ended = f.result(), running.pop(f)[0], ended + 1
+                    (status, seconds, said), stage = f.result(), running.pop(f)[0]
                     (bad if status else done).add(stage)
-                    print(f'{time.strftime("%H:%M:%S")} {ended}/{total} {stage}: {"failed" if status else "done"}, {seconds:.0f} s', flush=True)
+                    ends[end := 'failed' if status else 'unchanged' if "didn't change, skipping" in said else 'run'] += 1
+                    print(f'{time.strftime("%H:%M:%S")} {ends.total()}/{total} {stage}: {end}, {seconds:.0f} s', flush=True)
                     if status: print(said, file=sys.stderr, flush=True)
+    print(f'{", ".join(f"{n} {end}" for end, n in ends.items()) or "nothing to do"}; {(time.monotonic() - begun)/60:.1f} minutes', flush=True)
     return int(bool(bad))
 
 
