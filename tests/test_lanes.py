@@ -29,6 +29,10 @@ def test_two_lanes(project):
     again = lanes(project, '--lanes', '2', 'end')
     assert again.returncode == 0 and (project/'order').read_text().split() == order, 'what has not changed ran again'
     assert again.stdout.splitlines()[-1].startswith('4 unchanged; '), again.stdout
+    (project/'left.txt').unlink()
+    third = lanes(project, '--lanes', '2', 'end')
+    assert third.returncode == 0 and (project/'left.txt').is_file(), third.stdout + third.stderr
+    assert set(third.stdout.splitlines()[-1].partition(';')[0].split(', ')) == {'1 run', '3 unchanged'}, f'what follows it was not looked at: {third.stdout}'
 
 def test_an_unknown_stage_is_refused(project):
     done = lanes(project, 'nonsense')
