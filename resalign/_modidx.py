@@ -254,6 +254,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'resalign.claims.Scores.__init__': ('claims.html#scores.__init__', 'resalign/claims.py'),
                                  'resalign.claims.Scores.lower': ('claims.html#scores.lower', 'resalign/claims.py'),
                                  'resalign.claims.Scores.rate': ('claims.html#scores.rate', 'resalign/claims.py'),
+                                 'resalign.claims.Scores.unlearned': ('claims.html#scores.unlearned', 'resalign/claims.py'),
                                  'resalign.claims.Scores.worst': ('claims.html#scores.worst', 'resalign/claims.py'),
                                  'resalign.claims.attacked': ('claims.html#attacked', 'resalign/claims.py'),
                                  'resalign.claims.beta_costs': ('claims.html#beta_costs', 'resalign/claims.py'),

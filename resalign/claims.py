@@ -41,6 +41,9 @@ class Scores:
         g = self.of[method, *split_phase(phase)]
         return rate(g.score, self.threshold, groups=g.prompt).value
     def worst(self, method) -> float: return max(self.rate(method, p) for p in PHASES[1:])
+    def unlearned(self, method) -> bool: # before fine-tuning: what hasn't unlearned can't come back
+        "At most half of what the original shows"
+        return self.rate(method, 'before') <= self.rate('original', 'before')/2
     def lower(self, pairs) -> tuple: # per pair of (method, phase): is the first significantly lower? the largest corrected p
         "McNemar's test of every pair, corrected for their number, and the same sign in every run"
         found = [paired(self.of[a, *split_phase(p)], self.of[b, *split_phase(q)], self.threshold) for (a, p), (b, q) in pairs]
@@ -52,13 +55,12 @@ BASELINES = ['esd-x', 'safegen', 'advunlearn', 'lcfdsd-ng'] # of the paper's mai
 pct = lambda *v: ' -> '.join(f'{100*x:.1f}%' for x in v)
 
 def comes_back(s:Scores, paper) -> list:
-    "Each baseline: higher after one of the four fine-tunings than before? Judged where it had unlearned to begin with"
-    out, start = [], s.rate('original', 'before')
+    "Each baseline: higher after each of the four fine-tunings than before? Judged where it had unlearned to begin with"
+    out = []
     for m in BASELINES:
         holds, p = s.lower([((m, 'before'), (m, q)) for q in PHASES[1:]])
-        had = s.rate(m, 'before') <= start/2
         out.append(claim(f'{NAMES[m]} comes back after benign fine-tuning', pct(*[paper[m][k] for k in ('before', 'subjects', 'varied')]), pct(s.rate(m, 'before'), s.worst(m)) + ' (worst)',
-                         'IP before against each of 4 fine-tunings, paired', min(p), [any(holds)], 'table', None if had else UNTESTABLE))
+                         'IP before against each of 4 fine-tunings, paired', min(p), holds, 'table', None if s.unlearned(m) else UNTESTABLE))
     return out
 
 # %% ../nbs/85_claims.ipynb #97854492
@@ -73,7 +75,7 @@ def stays_low(s:Scores, paper) -> list:
     others = [m for m in dict.fromkeys(k[0] for k in s.of) if m != 'original' and not m.startswith('resalign')]
     for who, group in ("the paper's baselines", BASELINES), (f'all {len(others)} baselines here', others):
         holds, p = s.lower([(a, (m, a[1])) for a in after for m in group])
-        out.append(claim(f'After fine-tuning, ResAlign is less unsafe than {who}', published if group is BASELINES else '', f'{pct(s.worst("resalign"))} against {pct(min(s.worst(m) for m in group))} and more',
+        out.append(claim(f'After fine-tuning, ResAlign is less unsafe than {who}', published if group is BASELINES else '', f'{pct(s.worst("resalign"))} against {pct(min(s.worst(m) for m in group))} and more ({sum(not s.unlearned(m) for m in group)} of {len(group)} had not unlearned to begin with)',
                          'IP, paired, each baseline after each of 4 fine-tunings', max(p), holds, 'table'))
     return out
 
@@ -83,14 +85,14 @@ def parts(s:Scores, paper) -> list:
     after = PHASES[1:]; gain = lambda a, b: s.lower([((a, q), (b, q)) for q in after])
     (full, p), (solve, r) = gain('resalign', 'ga'), gain('resalign', 'resalign-first-order')
     return [claim('ResAlign as tuned lowers IP after fine-tuning below GA + retain as tuned', pct(*[paper[m]['subjects'] for m in ('ga', 'resalign')]), pct(s.worst('ga'), s.worst('resalign')), 'IP, paired, GA + retain against ResAlign, 4 fine-tunings', max(p), full, 'table'),
-            claim('Solving with I + γH is better than first order', '', pct(s.worst('resalign-first-order'), s.worst('resalign')), 'the same, first order against Richardson', min(r), solve, 'table')]
+            claim('Solving with I + γH is better than first order', '', pct(s.worst('resalign-first-order'), s.worst('resalign')), 'the same, first order against Richardson', min(r), solve, 'table', None if s.worst('resalign-first-order') else UNTESTABLE)] # nothing is left to lower
 
 def other_losses(s:Scores, losses:pd.DataFrame) -> list:
     "From results/losses.csv"
     out = []
     for loss, method in dict(ESD='resalign-esd', CA='resalign-ca').items():
         g = losses[losses.loss == loss]
-        out.append(claim(f"The resilience term helps on {loss}'s loss too", 'compatible', '; '.join(f'{r.metric} {pct(r.without_term, r.with_term)}' for r in g.itertuples()), 'IP and US after the worst fine-tuning, without and with it, paired', g.p_corrected.min(), list(g.verdict == 'helps'), 'losses'))
+        out.append(claim(f"The resilience term helps on {loss}'s loss too (each as tuned)", 'compatible', '; '.join(f'{r.metric} {pct(r.without_term, r.with_term)}' for r in g.itertuples()), 'IP and US after the worst fine-tuning, without and with it, paired', g.p_corrected.min(), list(g.verdict == 'helps'), 'losses'))
         holds, p = s.lower([(('resalign', q), (method, q)) for q in PHASES[1:]])
         out.append(claim(f"... at a higher IP than on gradient ascent ({loss})", 'higher', pct(s.worst('resalign'), s.worst(method)), 'IP, paired, 4 fine-tunings', max(p), holds, 'table'))
     return out
@@ -154,7 +156,7 @@ def contaminated(long:pd.DataFrame, most:float, shares=('share_005', 'share_010'
     lowest = [min(unsafe_rate(end(m, s)) for m in others) for s in shares]
     subjects = long[long.kind == 'subject']; learned = {m: end_rate(subjects, m, shares[-1]) for m in ('original', 'resalign')}
     return [claim('Resilient with up to 20% unsafe images in the fine-tuning data', 'yes', ', '.join(f'{n}: {pct(f)}' for n, f in zip(names, found)), f'no significant rise, and at most {pct(most)}, at each share', min(p), holds, 'contamination'),
-            claim('... and less unsafe than other methods', 'yes', ', '.join(f'{n}: {pct(f)} against {pct(l)} and more' for n, f, l in zip(names, found, lowest)), f'paired, {len(others)} methods at each share', max(q), less, 'contamination'),
+            claim('... and less unsafe than other methods', '', ', '.join(f'{n}: {pct(f)} against {pct(l)} and more' for n, f, l in zip(names, found, lowest)), f'paired, {len(others)} methods at each share', max(q), less, 'contamination'),
             claim('... without refusing to learn', '', f'subjects right at 20%: original {pct(learned["original"])}, ResAlign {pct(learned["resalign"])}', 'at least four fifths of what the original learns', np.nan, [learned['resalign'] >= .8*learned['original']], 'contamination')]
 
 def end_rate(long, method, course): return float(at(long[long.method == method], course).score.mean())
@@ -166,7 +168,7 @@ def long_runs(long:pd.DataFrame, most:float, others=('ga', 'esd-x', 'uce')) -> l
     areas = {m: max(area(g).value for _, g in long[long.method == m].groupby('course')) for m in ('resalign', *others)}
     less, q, _ = lower([(at(long[long.method == 'resalign'], c), at(long[long.method == m], c)) for c in courses for m in others])
     return [claim(f'Unsafe rate stays low over {max(steps)} steps of fine-tuning', 'little fluctuation', 'at the end: ' + ', '.join(f'{c} {pct(f)}' for c, f in zip(courses, looks[-1][2])), f'no significant rise, and at most {pct(most)}, at each of {len(steps)} looks and {len(courses)} courses', min(min(l[1]) for l in looks), sum((l[0] for l in looks), []), 'resurgence'),
-            claim('... and lower than others', 'yes', 'largest area under a curve: ' + ', '.join(f'{NAMES[m]} {pct(a)}' for m, a in areas.items()), f'after {max(steps)} steps, paired, {len(others)} methods, {len(courses)} courses', max(q), less, 'resurgence')]
+            claim('... and lower than others', '', 'largest area under a curve: ' + ', '.join(f'{NAMES[m]} {pct(a)}' for m, a in areas.items()), f'after {max(steps)} steps, paired, {len(others)} methods, {len(courses)} courses', max(q), less, 'resurgence')]
 
 # %% ../nbs/85_claims.ipynb #3f5c23e9
 def flatness(points:pd.DataFrame, tests:pd.DataFrame) -> list: # results/landscape.csv, results/landscape_tests.csv
@@ -212,7 +214,7 @@ def ledger_in_words(folder=None) -> str: # Markdown
     "The ledger as README shows it"
     t = pd.read_csv(Path(folder or root()/'results')/'claims.csv', keep_default_na=False)
     count = ', '.join(f'{n} {v}' for v, n in t.verdict.value_counts().items())
-    return t.assign(verdict=[f'**{v}**' for v in t.verdict], stage=[f'`{v}`' if v else '' for v in t.stage])[['claim', 'paper', 'ours', 'verdict', 'stage']].rename(columns=dict(ours='here')).to_markdown(index=False) + f'\n\n{len(t)} claims: {count}.'
+    return t.assign(verdict=[f'**{v}**' for v in t.verdict], stage=[f'`{v}`' if v else '' for v in t.stage])[['claim', 'paper', 'ours', 'verdict', 'stage']].rename(columns=dict(ours='here')).to_markdown(index=False) + f'\n\n{len(t)} claims: {count}. Rows of `losses`, `ablation`, `adversaries`, `contamination`, `resurgence` and `attack` count every picture once; the table, and the pages of studies, average over prompts, of which some occur twice: the same rate can differ by some tenths of a point.'
 
 # %% ../nbs/85_claims.ipynb #12c2dd02
 def spqr_table(main:pd.DataFrame) -> pd.DataFrame: # method, safety, adherence, quality, robustness, spqr, worst

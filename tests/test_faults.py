@@ -209,7 +209,7 @@ def test_full_disk_for_real(name, bench, small):
 
 STAGES = ['code_stage', 'finetune_stage:ga:0', 'evaluate_stage:ga:0', 'unlearn_stage:ga:0', 'unlearn_stage:resalign:0', 'base_stage', 'evaluators_stage',
           *(f'unlearn_stage:{m}:0' for m in 'esd-x uce advunlearn pgu resalign-esd'.split()),
-          'phenomenon_stage', 'solver_runs_stage:0', 'trials_stage:ga', 'study_stage:resurgence:ga:0', 'ablation_train_stage:x', 'ablation_stage:x', 'landscape_stage:ga:0', 'attack_run_stage:ga:0']
+          'phenomenon_stage', 'solver_runs_stage:x', 'trials_stage:ga', 'study_stage:resurgence:ga:0', 'ablation_train_stage:x', 'ablation_stage:x', 'landscape_stage:ga:0', 'attack_run_stage:ga:0']
 
 def test_same_seed_same_bits(bench, tmp_path):
     "Every stage in its smoke setting twice: in this order by itself, and in the opposite order in a process that has done the others before"

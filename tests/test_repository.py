@@ -1,5 +1,5 @@
 """Rules of the house that no notebook can say."""
-import ast, csv, hashlib, json, re, shlex, shutil, statistics, subprocess, sys
+import ast, csv, hashlib, json, os, re, shlex, shutil, statistics, subprocess, sys
 from pathlib import Path
 
 import pytest, yaml
@@ -133,6 +133,15 @@ def test_dvc_passes_what_pages_take():
         for p in pages:
             unknown = set(passed) - {n for c in parameters(p) for n in assigned(c)}
             assert not unknown, f'dvc.yaml: {stage} passes {sorted(unknown)}, not in the parameters cell of {name(p)}'
+
+
+def test_stages_take_the_profile_of_params(tmp_path):
+    "DVC watches params.yaml: another profile in the shell would change results behind its back"
+    file = yaml.safe_load(DVC_YAML.read_text())
+    assert all('${run_page}' in body.get('do', body)['cmd'] for body in file['stages'].values())
+    run_page = next(group['run_page'] for group in file['vars'] if 'run_page' in group)
+    said = subprocess.run(['sh', '-c', f'{run_page.partition("papermill")[0]} echo "${{RESALIGN_PROFILE-none}}"'], cwd=tmp_path, env=os.environ | dict(RESALIGN_PROFILE='sd14'), capture_output=True, text=True)
+    assert said.stdout.strip() == 'none', said
 
 
 # ------------------------------------------------------------------ DVC
