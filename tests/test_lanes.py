@@ -23,7 +23,7 @@ def lanes(project, *args): return subprocess.run([sys.executable, LANES, *args],
 def test_two_lanes(project):
     done = lanes(project, '--lanes', '2')
     order = (project/'order').read_text().split()
-    assert done.returncode == 1 and 'bad: failed' in done.stdout and 'after_bad: left out' in done.stdout
+    assert done.returncode == 1 and 'bad: failed' in done.stdout and 'after_bad: left out' in done.stdout and ' 6/6 ' in done.stdout # what is left out counts, too
     assert set(done.stdout.splitlines()[-1].partition(';')[0].split(', ')) == {'4 run', '1 failed', '1 left out'}, done.stdout
     assert sorted(order) == ['base.txt', 'end.txt', 'left.txt', 'right.txt'] and order[0] == 'base.txt' and order[-1] == 'end.txt'
     again = lanes(project, '--lanes', '2', 'end')
