@@ -451,6 +451,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'resalign.doctor.to_fetch': ('doctor.html#to_fetch', 'resalign/doctor.py'),
                                  'resalign.doctor.total_gb': ('doctor.html#total_gb', 'resalign/doctor.py')},
             'resalign.finetune': { 'resalign.finetune.FinetuneConfig': ('finetune.html#finetuneconfig', 'resalign/finetune.py'),
+                                   'resalign.finetune.FinetuneConfig.batches': ( 'finetune.html#finetuneconfig.batches',
+                                                                                 'resalign/finetune.py'),
                                    'resalign.finetune.FinetuneLoss': ('finetune.html#finetuneloss', 'resalign/finetune.py'),
                                    'resalign.finetune.FinetuneLoss.__init__': ( 'finetune.html#finetuneloss.__init__',
                                                                                 'resalign/finetune.py'),

@@ -34,6 +34,9 @@ class FinetuneConfig(Config):
     ema:float = Field(0., ge=0, lt=1)  # decay of the moving average that is kept in the end; 0: none
     token:str = '<new>'                # the word that textual inversion and Custom Diffusion learn
     seed:int = 0
+    def batches(self, step:int) -> range:
+        "Which batches make a step"
+        return range(step*self.accumulation, (step + 1)*self.accumulation)
 
 # %% ../nbs/40_finetune.ipynb #3d13d561
 class FinetuneLoss:
@@ -117,8 +120,8 @@ def finetune(pipe, bank:Bank, config:FinetuneConfig, prior:Bank=None, checkpoint
         def gradients(step):
             if watch: watch(step)
             total = 0.
-            for k in range(config.accumulation):
-                value = loss.frozen(step*config.accumulation + k)()/config.accumulation; value.backward(); total += value.item()
+            for k in config.batches(step):
+                value = loss.frozen(k)()/config.accumulation; value.backward(); total += value.item()
             return dict(loss=total)
         log = optimise(f'finetune {config.algorithm}', gradients, config.steps, params, optimizer(config.optimizer, params, config.lr, model.unet),
                        trained.modules | (dict(ema=mean) if mean else {}), max_norm=1., after=mean and (lambda: mean.update_parameters(torch.nn.ParameterList(params))), checkpoint=checkpoint)
@@ -138,7 +141,7 @@ def simulated(loss:FinetuneLoss, params:list, config:FinetuneConfig):
     opt = optimizer(config.optimizer, params, config.lr, loss.model.unet)
     try:
         for step in range(config.steps):
-            for p, g in zip(params, torch.autograd.grad(loss.frozen(step)(), params, materialize_grads=True)): p.grad = g
+            for p, g in zip(params, torch.autograd.grad(loss.frozen(*config.batches(step))(), params, materialize_grads=True)): p.grad = g
             opt.step()
         del opt # what follows needs no moments and no gradients
         for p in params: p.grad = None

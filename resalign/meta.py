@@ -26,6 +26,7 @@ from .training import Ranks, optimise
 class Simulation(FinetuneConfig):
     "A fine-tuning, and the folder it sees"
     algorithm:Literal['lora', 'full'] = 'lora'
+    ema:float = Field(0., ge=0, le=0) # where it ends is θ*, no average
     folder:str
 
 class Pool(Config):
@@ -139,7 +140,8 @@ def resilience_gradient(model, harmful, i, loss, params, where, ft:FinetuneConfi
     "∇_θ L_harm(θ*_FT) for one simulated fine-tuning"
     inner = list(params) if ft.algorithm == 'lora' else where['weights']
     gamma = ft.lr*ft.steps if config.gamma == 'matched' else config.gamma
-    samples = range(max(0, ft.steps + 1 - config.samples), ft.steps + 1)
+    seen = ft.steps*ft.accumulation # batches of the fine-tuning; the next one is new
+    samples = range(max(0, seen + 1 - config.samples), seen + 1)
     with simulated(loss, inner, ft) as start:
         harm = lambda: harmful(model, i, config.margin_after)
         x, report, value = hypergradient(harm, loss.frozen(*samples), inner, gamma, config.solver, start=start if stationarity else None,

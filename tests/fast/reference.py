@@ -1,0 +1,245 @@
+"""Algorithm 2 of the paper as plain loops: the yardstick for resalign.meta, written from the equations and from nothing else.
+
+    min over θ:  (1−β)·L_harm(θ) + α·R(θ) + β·(1/J)·Σⱼ L_harm(θ*ⱼ)
+
+θ are LoRA factors of three linear layers of a toy denoiser with 42 weights. Everything is float64. Hessians are dense
+matrices, optimizers are written out, a fine-tuning is a loop. What is shared with the package: which random numbers
+belong to which name (`generator`, `draw_sample`), for the engine promises the same draws to a run that goes on."""
+from types import SimpleNamespace
+
+import torch
+from diffusers import ConfigMixin, DDPMScheduler, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from torch import nn
+
+from resalign.core import generator
+from resalign.data import Bank, draw_sample
+
+TIMESTEPS = 1000
+WIDTH = 2 # of a caption's embedding
+LAYERS = ('to_q', 'to_k', 'to_v')
+
+
+class Toy(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    "ε(z, t, c) = gain · V·tanh(Q·z + K·c̄) · (1 + t/T) for latents of 1 × 2 × 2 numbers"
+    @register_to_config
+    def __init__(self, sample_size=2, in_channels=1, addition_embed_type=None):
+        super().__init__()
+        self.to_q, self.to_k, self.to_v = nn.Linear(4, 3), nn.Linear(WIDTH, 3), nn.Linear(3, 4)
+        self.gain = nn.Parameter(torch.tensor(.4))
+
+    def forward(self, z_t, t, text, return_dict=False):
+        hidden = torch.tanh(self.to_q(z_t.flatten(1)) + self.to_k(text.mean(1)))
+        out = self.gain*self.to_v(hidden)*(1 + t/TIMESTEPS)[:, None]
+        return out.view_as(z_t),
+
+
+def pipeline(prediction='epsilon', seed=0):
+    "What resalign() asks of a pipeline: a UNet and a scheduler"
+    unet = Toy().double().requires_grad_(False)
+    gen = torch.Generator().manual_seed(seed)
+    for p in unet.parameters():
+        if p.ndim: p.copy_(.5*torch.randn(p.shape, generator=gen, dtype=torch.float64))
+    scheduler = DDPMScheduler(num_train_timesteps=TIMESTEPS, beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear',
+                              prediction_type=prediction)
+    return SimpleNamespace(unet=unet, scheduler=scheduler)
+
+def bank(n, seed):
+    "n pictures, each with a caption of its own"
+    gen = torch.Generator().manual_seed(seed)
+    randn = lambda *shape: torch.randn(*shape, generator=gen, dtype=torch.float64)
+    return Bank(randn(n, 1, 2, 2), .1*randn(n, 1, 2, 2).abs(), randn(n, 3, WIDTH))
+
+
+# ------------------------------------------------------------------ the denoising loss
+
+class Net:
+    "The toy as a function of its weights: a dict name -> tensor"
+    def __init__(self, pipe):
+        self.names = [n for n, _ in pipe.unet.named_parameters()]
+        self.weights = {n: p.detach().clone() for n, p in pipe.unet.named_parameters()}
+        self.prediction = pipe.scheduler.config.prediction_type
+        self.alpha_bar = pipe.scheduler.alphas_cumprod.double()
+
+    def noised(self, s):
+        a = self.alpha_bar[s.t].view(-1, 1, 1, 1)
+        return a.sqrt()*s.z + (1 - a).sqrt()*s.noise
+
+    def predict(self, w, s):
+        z, c = self.noised(s).flatten(1), s.text.mean(1)
+        hidden = torch.tanh(z @ w['to_q.weight'].T + w['to_q.bias'] + c @ w['to_k.weight'].T + w['to_k.bias'])
+        out = w['gain']*(hidden @ w['to_v.weight'].T + w['to_v.bias'])*(1 + s.t/TIMESTEPS)[:, None]
+        return out.view_as(s.z)
+
+    def target(self, s):
+        if self.prediction == 'epsilon': return s.noise
+        a = self.alpha_bar[s.t].view(-1, 1, 1, 1)
+        return a.sqrt()*s.noise - (1 - a).sqrt()*s.z
+
+    def losses(self, w, s): # one number a picture
+        return ((self.predict(w, s) - self.target(s))**2).flatten(1).mean(1)
+
+    def loss(self, w, s): return self.losses(w, s).mean()
+
+def adapted(weights, theta):
+    "W + BA for every layer; θ = [A, B, A, B, A, B]"
+    out = dict(weights)
+    for k, layer in enumerate(LAYERS):
+        out[f'{layer}.weight'] = weights[f'{layer}.weight'] + theta[2*k + 1] @ theta[2*k]
+    return out
+
+
+# ------------------------------------------------------------------ optimizers, one step each
+
+class Plain:
+    "SGD, Adam and AdamW from their papers: β 0.9 and 0.999, ε 1e-8, weight decay 0.01 (AdamW alone)"
+    def __init__(self, kind, lr, n):
+        self.kind, self.lr, self.k = kind, lr, 0
+        self.m, self.v = [0.]*n, [0.]*n
+
+    def step(self, theta, grads):
+        self.k += 1
+        if self.kind == 'sgd': return [p - self.lr*g for p, g in zip(theta, grads)]
+        out = []
+        for i, (p, g) in enumerate(zip(theta, grads)):
+            self.m[i] = .9*self.m[i] + .1*g
+            self.v[i] = .999*self.v[i] + .001*g**2
+            m, v = self.m[i]/(1 - .9**self.k), self.v[i]/(1 - .999**self.k)
+            decay = self.lr*.01*p if self.kind == 'adamw' else 0.
+            out.append(p - decay - self.lr*m/(v.sqrt() + 1e-8))
+        return out
+
+
+def grads_of(f, theta):
+    theta = [p.detach().clone().requires_grad_() for p in theta]
+    return list(torch.autograd.grad(f(theta), theta, allow_unused=True, materialize_grads=True))
+
+def norm_of(x): return torch.sqrt(sum((v**2).sum() for v in x))
+def vector(x): return torch.cat([v.reshape(-1) for v in x])
+
+def like(x, theta):
+    out, at = [], 0
+    for p in theta:
+        out.append(x[at:at + p.numel()].view_as(p))
+        at += p.numel()
+    return out
+
+def hessian(f, theta):
+    "Dense, row by row"
+    return torch.autograd.functional.hessian(lambda x: f(like(x, theta)), vector(theta).detach())
+
+
+# ------------------------------------------------------------------ Algorithm 2
+
+def alpha_at(c, step):
+    "α, in the second half on its way to `alpha_end` along a logistic curve (steepness 12) that starts and ends exactly"
+    if c.alpha_end is None or c.steps == 1: return c.alpha
+    u = 2*step/(c.steps - 1) - 1
+    if u < 0: return c.alpha
+    s = lambda x: 1/(1 + torch.exp(torch.tensor(-12*(x - .5), dtype=torch.float64)).item())
+    return c.alpha + (c.alpha_end - c.alpha)*(s(u) - s(0))/(s(1) - s(0))
+
+def solved(H, g, gamma, c):
+    "(I + γH)⁻¹g: not at all, by K products of Richardson's iteration from x = g, or exactly"
+    if c.solver == 'identity': return g
+    if c.solver == 'richardson':
+        x = g
+        for _ in range(c.products): x = g - gamma*H @ x
+        return x
+    return torch.linalg.solve(torch.eye(len(g), dtype=g.dtype) + gamma*H, g)
+
+class Reference:
+    "A run of Algorithm 2; `configs[step][j]` are the fine-tunings that were drawn, as dicts"
+    def __init__(self, pipe, data, config, theta, configs):
+        self.net, self.data, self.c, self.configs = Net(pipe), data, config, configs
+        self.theta = [p.clone() for p in theta]
+        self.unsafe = draw_sample(data.unsafe, config.unsafe_bank, generator(config.seed, 'unsafe bank'), TIMESTEPS)
+        self.kept = draw_sample(data.retain, config.retain_bank, generator(config.seed, 'retain bank'), TIMESTEPS)
+        self.before = self.net.losses(self.net.weights, self.unsafe)
+        self.answers = self.net.predict(self.net.weights, self.kept)
+        self.outer = Plain('adamw', config.lr, len(theta))
+        self.rows = []
+
+    def harm(self, w, i, margin):
+        "L_harm: minus how far the loss on unsafe pairs has risen above the original's, at most `margin` each"
+        total = 0.
+        for k in i.tolist():
+            risen = self.net.losses(w, self.unsafe[[k]])[0] - self.before[k]
+            total = total - torch.minimum(risen, torch.tensor(margin, dtype=risen.dtype))
+        return total/len(i)
+
+    def retain(self, w, i):
+        return ((self.net.predict(w, self.kept[i]) - self.answers[i])**2).mean()
+
+    def ft_loss(self, ft, step, j, batches):
+        "L_FT as a function of weights: the mean over some of the fine-tuning's batches, prior preservation included"
+        samples = []
+        for k in batches:
+            own = draw_sample(self.data.pool[ft['folder']], ft['batch'], generator(self.c.seed, step, j, 'finetune', k), TIMESTEPS)
+            prior = draw_sample(self.data.retain, ft['batch'], generator(self.c.seed, step, j, 'prior', k), TIMESTEPS)
+            samples.append((own, prior))
+        return lambda w: sum(self.net.loss(w, own) + ft['prior_weight']*self.net.loss(w, prior) for own, prior in samples)/len(samples)
+
+    def hypergradient(self, i, step, j):
+        "Lines 4 to 6: fine-tune from θ, then the gradient of L_harm(θ*) with respect to θ"
+        c, ft, frozen = self.c, self.configs[step][j], self.theta
+        if ft['algorithm'] == 'lora':
+            start, at = frozen, lambda inner: adapted(self.net.weights, inner)
+        else: # all weights, beneath the adapter
+            start = [self.net.weights[n] for n in self.net.names]
+            at = lambda inner: adapted(dict(zip(self.net.names, inner)), frozen)
+        inner, opt = start, Plain(ft['optimizer'], ft['lr'], len(start))
+        for k in range(ft['steps']):
+            batches = range(k*ft['accumulation'], (k + 1)*ft['accumulation'])
+            loss = self.ft_loss(ft, step, j, batches)
+            inner = opt.step(inner, grads_of(lambda x: loss(at(x)), inner))
+        gamma = ft['lr']*ft['steps'] if c.gamma == 'matched' else c.gamma
+        seen = ft['steps']*ft['accumulation'] # batches; the next one is new
+        loss = self.ft_loss(ft, step, j, range(max(0, seen + 1 - c.samples), seen + 1))
+        on_inner = lambda x: loss(at(x))
+        g = vector(grads_of(lambda x: self.harm(at(x), i, c.margin_after), inner))
+        H = hessian(on_inner, inner)
+        if c.clamp and c.solver == 'richardson': gamma = min(gamma, c.clamp/((H @ g).norm()/g.norm()).item())
+        x = like(solved(H, g, gamma, c), inner)
+        moved = vector(inner) - vector(start)
+        stationarity = (vector(grads_of(on_inner, inner)) + moved/(ft['lr']*ft['steps'] if c.gamma == 'matched' else c.gamma)).norm()
+        self.notes[f'{j}/stationarity'] = stationarity.item()
+        self.notes[f'{j}/gamma_used'] = gamma
+        self.notes[f'{j}/depth_after'] = -self.harm(at(inner), i, c.margin_after).item()
+        if ft['algorithm'] == 'lora': return x
+        by_name, out = dict(zip(self.net.names, x)), []
+        for k, layer in enumerate(LAYERS): # dL/dA = BᵀG, dL/dB = GAᵀ
+            G, A, B = by_name[f'{layer}.weight'], frozen[2*k], frozen[2*k + 1]
+            out += [B.T @ G, G @ A.T]
+        return out
+
+    def gradient(self, step):
+        "∇[(1−β)·L_harm(θ) + α·R(θ)] + (β/J)·Σⱼ, each hypergradient at most `max_norm` long"
+        c = self.c
+        gen = generator(c.seed, 'outer', step)
+        i = torch.randint(c.unsafe_bank, (c.unsafe_batch,), generator=gen)
+        r = torch.randint(c.retain_bank, (c.retain_batch,), generator=gen)
+        alpha = alpha_at(c, step)
+        harm = lambda x: self.harm(adapted(self.net.weights, x), i, c.margin)
+        kept = lambda x: self.retain(adapted(self.net.weights, x), r)
+        direct = lambda x: (1 - c.beta)*harm(x) + alpha*kept(x)
+        self.notes = dict(depth=-harm(self.theta).item(), retain=kept(self.theta).item(), loss=direct(self.theta).item())
+        total = grads_of(direct, self.theta)
+        for j in range(c.J if c.beta else 0):
+            x = self.hypergradient(i, step, j)
+            length = norm_of(x)
+            self.notes[f'{j}/length'] = length.item()
+            if length > c.max_norm: x = [v*(c.max_norm/length if c.longer == 'shorten' else 0.) for v in x]
+            total = [t + c.beta/c.J*v for t, v in zip(total, x)]
+        return total
+
+    def run(self):
+        "The gradient of every step, clipped to length 1, and θ before it; AdamW moves θ"
+        for step in range(self.c.steps):
+            grads = self.gradient(step)
+            length = norm_of(grads)
+            if length > 1: grads = [g/(length + 1e-6) for g in grads] # as torch's clip_grad_norm_ does
+            self.rows.append(SimpleNamespace(theta=self.theta, grads=grads, grad_norm=length.item(), **{'notes': self.notes}))
+            self.theta = self.outer.step(self.theta, grads)
+        return self
