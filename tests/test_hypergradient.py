@@ -1,0 +1,125 @@
+"""The hypergradient over many systems: properties (hypothesis), torch's gradcheck through the argmin, curvlinops."""
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from resalign.hypergrad import *
+from resalign.hypergrad import flat, unflat
+from systems import *
+
+
+# ------------------------------------------------------------------ properties
+
+@st.composite
+def systems(draw):
+    "H symmetric of any signs, γ with γρ(H) ≤ 0.9, and a seed"
+    eigenvalues = draw(st.lists(st.floats(-1, 1, allow_subnormal=False), min_size=N, max_size=N))
+    scale, reach, seed = draw(st.floats(1e-3, 1e3)), draw(st.floats(.05, .9)), draw(st.integers(0, 10**6))
+    return scale * symmetric(eigenvalues, seed), reach / (scale * max(1e-3, *map(abs, eigenvalues))), seed
+
+@settings(max_examples=40)
+@given(systems())
+def test_solvers_agree_with_the_dense_solve(system):
+    H, gamma, seed = system
+    params, loss = quadratic(H)
+    g = like(params, seed)
+    for method in ITERATIVE:
+        x, report = solve(MoreauOperator(loss, params, gamma), g, **exactly(method))
+        assert rel(x, [oracle(H, gamma, g)]) < 1e-9 and not report.fallback, method
+
+@settings(max_examples=25)
+@given(systems(), st.floats(-3, 3), st.sampled_from(ITERATIVE))
+def test_solve_is_linear(system, a, method):
+    H, gamma, seed = system
+    params, loss = quadratic(H)
+    g, h = like(params, seed), like(params, seed + 50)
+    def x(rhs): return flat(solve(MoreauOperator(loss, params, gamma), rhs, **exactly(method))[0])
+    close(x([a * s + t for s, t in zip(g, h)]), a * x(g) + x(h), 1e-8)
+
+@settings(max_examples=40)
+@given(systems(), st.integers(1, 6), st.sampled_from(METHODS))
+def test_the_reported_residual_is_the_true_one(system, k, method):
+    H, gamma, seed = system
+    params, loss = quadratic(H)
+    g = like(params, seed)
+    x, report = solve(MoreauOperator(loss, params, gamma), g, method, k, check=True, bound=math.inf)
+    true = flat(g) - flat(x) - report.gamma_used * H @ flat(x)
+    assert report.residual == pytest.approx((true.norm() / flat(g).norm()).item(), rel=1e-6, abs=1e-12)
+    assert report.h_norm <= torch.linalg.matrix_norm(H, 2).item() * (1 + 1e-9)
+
+@settings(max_examples=40)
+@given(st.lists(st.floats(-1, 1, allow_subnormal=False), min_size=N, max_size=N), st.floats(.1, 50), st.sampled_from(('cg', 'minres')))
+def test_no_saddle_is_passed_on(eigenvalues, gamma, method):
+    "With any γ: either the system solved is that of a minimum, or the answer is x = g and says so"
+    H = symmetric(eigenvalues)
+    params, loss = quadratic(H)
+    g = like(params)
+    x, report = solve(MoreauOperator(loss, params, gamma), g, method, N)
+    if report.fallback: assert torch.equal(flat(x), flat(g)) and report.reason
+    else:
+        values = torch.linalg.eigvalsh(H)
+        assert 1 + report.gamma_used * values[0] > 0
+        assert report.residual <= .5 and (report.gamma_used == gamma or 'lowered' in report.reason)
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_curvlinops_agrees():
+    linop = pytest.importorskip('curvlinops')
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 2)).to(F64)
+    X, Y = randn(16, 4, seed=90), randn(16, 2, seed=91)
+    params, mse = list(net.parameters()), torch.nn.MSELoss()
+    H = linop.HessianLinearOperator(net, mse, params, [(X, Y)])
+    GGN = linop.GGNLinearOperator(net, mse, params, [(X, Y)])
+    for seed in range(3):
+        v = like(params, seed)
+        close(flat(MoreauOperator(lambda: mse(net(X), Y), params, 1.).hvp(v)), H @ flat(v))
+        close(flat(MoreauOperator(None, params, 1., 'gauss-newton', residuals=lambda: net(X) - Y).hvp(v)), GGN @ flat(v))
+
+def newton(theta, loss_at, gamma):
+    "argmin L(x) + ‖x − θ‖²/2γ"
+    x = theta.clone()
+    for _ in range(30):
+        grad = torch.autograd.functional.jacobian(loss_at, x) + (x - theta) / gamma
+        if grad.norm() < 1e-13: break
+        x = x - torch.linalg.solve(torch.autograd.functional.hessian(loss_at, x) + torch.eye(len(x), dtype=F64) / gamma, grad)
+    return x
+
+
+def through_the_argmin(gamma, **options):
+    "θ ↦ L_harm(θ*(θ)), with the hypergradient as its backward"
+    class End(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, theta):
+            params = leaves(newton(theta.detach(), fine_tuning, gamma))
+            ctx.x, ctx.report, value = hypergradient(lambda: harm(vector(params)), lambda: fine_tuning(vector(params)), params, gamma,
+                                                     start=unflat(theta.detach(), params), **options)
+            assert ctx.report.stationarity < 1e-10
+            return torch.tensor(value, dtype=F64)
+        @staticmethod
+        def backward(ctx, up): return up * flat(ctx.x)
+    return End.apply
+
+@pytest.mark.parametrize('method', ITERATIVE)
+def test_gradcheck_through_the_argmin(method):
+    "The start is moved, the proximal problem solved again: torch's own gradcheck, float64"
+    theta = (.4 * randn(N, seed=8)).requires_grad_()
+    assert torch.autograd.gradcheck(through_the_argmin(.2, **exactly(method)), theta, eps=1e-6, atol=1e-7, rtol=1e-6)
+
+def test_gradcheck_sees_a_wrong_answer():
+    theta = (.4 * randn(N, seed=8)).requires_grad_()
+    assert not torch.autograd.gradcheck(through_the_argmin(.2, method='identity'), theta, eps=1e-6, atol=1e-7, rtol=1e-6, raise_exception=False)
+
+def test_gradcheck_through_a_quadratics_argmin():
+    "In closed form, on an indefinite H: θ* = (I + γH)⁻¹(θ − γc)"
+    H, c, gamma = symmetric(SPECTRA['mirror']), randn(N, seed=3), .9
+    A = torch.eye(N, dtype=F64) + gamma * H
+    theta = randn(N, seed=8).requires_grad_()
+    end = torch.linalg.solve(A, theta - gamma * c)
+    direct, = torch.autograd.grad(harm(end), theta)
+    params, loss = quadratic(H, c, at=end.detach())
+    x, report, value = hypergradient(lambda: harm(vector(params)), loss, params, gamma, 'cg', max_products=N, start=unflat(theta.detach(), params))
+    close(flat(x), direct, 1e-10)
+    assert report.stationarity < 1e-12 and value == pytest.approx(harm(end).item())
+
+
