@@ -1,4 +1,6 @@
-"What tests/test_ranks.py starts on several processes: Algorithm 2 on the small pipeline, with what each rank ended in"
+"""Algorithm 2 on the small pipeline, as tests/test_ranks.py runs it in its own process and starts it on several;
+with what each rank ended in"""
+
 import os, signal, sys, torch
 from safetensors.torch import save_file
 from resalign.baselines.parts import demo
@@ -7,17 +9,58 @@ from resalign.meta import Pool, ResAlignConfig, resalign
 from resalign.training import Ranks
 from resalign import meta
 
-out, steps, checkpoint, dies = sys.argv[1], int(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else None, len(sys.argv) > 4
-rank = Ranks().accelerator.process_index
-if dies and rank == 1:
-    whole = meta.draw_config
-    def draw_config(pool, names, seed, gen, seen=[]):
+
+def run(out, steps: int, checkpoint=None) -> dict:  # log, solves; merged: how many sums were taken
+    "So many outer steps; writes the UNet, and the first gradient that was summed"
+    whole, sums = Ranks.merged, []
+
+    def merged(self, tensors, row):
+        total = whole(self, tensors, row)
+        sums.append([t.clone() for t in total[0]])
+        return total
+
+    Ranks.merged, (pipe, data) = merged, demo()
+    try:
+        result = resalign(
+            pipe, data, ResAlignConfig(steps=steps, J=3, pool=Pool(optimizer=('adam',))), checkpoint=checkpoint
+        )
+    finally:
+        Ranks.merged = whole
+    save_file({k: v.contiguous() for k, v in pipe.unet.state_dict().items()}, f'{out}.safetensors')
+    save_file({str(i): t for i, t in enumerate(sums[0])}, f'{out}-gradient.safetensors')
+    return result | dict(merged=len(sums))
+
+
+def dies(process: int, after: int):
+    "This rank, when it draws a configuration for the so-manyth time"
+    whole, seen = meta.draw_config, []
+
+    def draw_config(*args):
         seen.append(1)
-        if len(seen) > 4: os.kill(os.getpid(), signal.SIGKILL) # in the second outer step
-        return whole(pool, names, seed, gen)
-    meta.draw_config = draw_config
-pipe, data = demo()
-try: result = resalign(pipe, data, ResAlignConfig(steps=steps, J=3, pool=Pool(optimizer=('adam',))), checkpoint=checkpoint)
-except UserError as e: print(f'rank {rank}: {e}', file=sys.stderr, flush=True); sys.exit(3)
-save_file({k: v.contiguous() for k, v in pipe.unet.state_dict().items()}, f'{out}-{rank}.safetensors')
-print(f'rank {rank}: {len(result["log"])} rows, {[(s["step"], s["j"]) for s in result["solves"]]}', flush=True)
+        if len(seen) > after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(*args)
+
+    if Ranks().accelerator.process_index == process:
+        meta.draw_config = draw_config
+
+
+def main(folder, what):
+    rank = Ranks().accelerator.process_index
+    out = f'{folder}/two-{rank}'
+    if what == 'dies':
+        dies(1, 4)  # in the second outer step
+    else:
+        result = run(out, 4)
+        print(f'rank {rank}: {len(result["log"])} rows, {[(s["step"], s["j"]) for s in result["solves"]]}', flush=True)
+        on = run(f'{folder}/one-then-two-{rank}', 4, f'{folder}/checkpoint-of-one')
+        print(f'rank {rank} went on: {len(on["log"])} rows, {on["merged"]} sums', flush=True)
+    run(f'{folder}/half-{rank}', 2, f'{folder}/checkpoint-of-two')
+
+
+if __name__ == '__main__':
+    try:
+        main(*sys.argv[1:])
+    except UserError as e:
+        print(e, file=sys.stderr, flush=True)
+        sys.exit(3)

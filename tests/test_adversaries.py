@@ -1,4 +1,4 @@
-"Each fine-tuning method moves what it says, goes on with the same bits, and its result loads without this package."
+"Each fine-tuning method on a real UNet: what moves, going on with the same bits, and a result that loads without this package (the numbers: tests/fast)."
 import copy
 import numpy as np, pytest, torch
 from diffusers import StableDiffusionPipeline
@@ -11,10 +11,11 @@ from resalign.studies import Course, along, lesson, read_courses
 
 WORD = 'text_encoder.embeddings.token_embedding.weight'
 MOVES = {
+    'full': lambda k: k.startswith('unet.'),
+    'lora': lambda k: any(k.endswith(f'.{a}.weight') for a in ('to_q', 'to_k', 'to_v', 'to_out.0')) and k.startswith('unet.'),
     'svdiff': lambda k: k.startswith('unet.') and k.endswith('.weight'),
     'custom-diffusion': lambda k: k == WORD or 'attn2.to_k' in k or 'attn2.to_v' in k,
     'textual-inversion': lambda k: k == WORD}
-every_algorithm = pytest.mark.parametrize('algorithm', MOVES)
 
 @pytest.fixture(scope='module')
 def given():
@@ -30,24 +31,22 @@ def tuned(given, checkpoint=None, **settings):
     finetune(p, bank, FinetuneConfig(lr=.01, **settings), captions=captions, checkpoint=checkpoint)
     return p
 
-@every_algorithm
-@pytest.mark.parametrize('optimizer', ['sgd', 'adam', 'adamw'])
-def test_exactly_the_said_parameters_move(given, algorithm, optimizer):
-    before, after = weights(given[0]), weights(tuned(given, algorithm=algorithm, optimizer=optimizer, steps=2))
+@pytest.mark.parametrize('algorithm', MOVES)
+def test_exactly_the_said_parameters_move(given, algorithm):
+    before, after = weights(given[0]), weights(tuned(given, algorithm=algorithm, steps=2))
     moved = {k for k in before if before[k].shape != after[k].shape or not torch.equal(before[k], after[k])}
     said = {k for k in before if MOVES[algorithm](k)}
-    if algorithm == 'svdiff' and optimizer == 'sgd': assert moved and moved <= said # a shift of a norm layer, scaled down, can round to nothing
-    else: assert moved == said
+    assert moved == said and before.keys() == after.keys()
     if WORD in said: assert torch.equal(after[WORD][:-1], before[WORD]) and len(after[WORD]) == len(before[WORD]) + 1
 
-@pytest.mark.parametrize('settings', [dict(algorithm=a) for a in ('full', 'lora', *MOVES)] + [dict(algorithm='full', ema=.5), dict(algorithm='lora', accumulation=2)], ids=str)
-def test_goes_on_with_the_same_bits(given, tmp_path, settings):
+def test_goes_on_with_the_same_bits(given, tmp_path):
     "Two steps, a checkpoint, two more: as four at once"
+    settings = dict(algorithm='custom-diffusion', ema=.5, accumulation=2)
     tuned(given, tmp_path/'c', **settings, steps=2)
     assert any(tmp_path.iterdir())
     assert same(weights(tuned(given, tmp_path/'c', **settings, steps=4)), weights(tuned(given, **settings, steps=4)))
 
-@every_algorithm
+@pytest.mark.parametrize('algorithm', ['svdiff', 'custom-diffusion', 'textual-inversion'])
 def test_result_loads_in_diffusers(given, tmp_path, algorithm):
     save_pipeline(given[0], tmp_path/'base'); world.write_set(tmp_path/'images', world.scenes('varied', 4))
     jobs.finetune(tmp_path/'base', tmp_path/'images', tmp_path/'out', dict(algorithm=algorithm, steps=2, lr=.01))
@@ -59,15 +58,6 @@ def test_result_loads_in_diffusers(given, tmp_path, algorithm):
         base.load_textual_inversion(tmp_path/'out', weight_name='learned_embeds.safetensors')
         assert (generate(base, [prompt], [0], steps=2) == pictures).all()
     assert not (pictures == generate(given[0], [prompt], [0], steps=2)).all()
-
-def test_a_word_that_is_known_is_refused(given):
-    with pytest.raises(UserError, match='expected a new word, the pipeline knows .*endoftext'): tuned(given, algorithm='textual-inversion', token='<|endoftext|>', steps=1)
-
-def test_two_encoders_are_refused(given):
-    pipe, bank, captions = given; p = copy.deepcopy(pipe); p.text_encoder_2 = p.text_encoder
-    before = weights(p)
-    with pytest.raises(UserError, match='this one has two'): finetune(p, bank, FinetuneConfig(algorithm='textual-inversion', steps=1), captions=captions)
-    assert same(before, weights(p))
 
 @pytest.mark.parametrize('bad, says', [(dict(algorithm='dreamboth'), 'algorithm'), (dict(ema=1.), 'ema'), (dict(accumulation=0), 'accumulation'), (dict(unsafe=1.5), 'unsafe'), (dict(dat='varied'), 'dat')])
 def test_a_course_is_checked_before_anything_runs(bad, says):

@@ -1,314 +1,562 @@
-"""The four commands from end to end, what they say about bad input, and a run that is killed."""
-import csv, json, os, shutil, signal, subprocess, sys, time
+"""The commands from end to end, what they say about bad input, and how they end."""
+
+import csv, json, os, shutil, subprocess, sys
+from configparser import ConfigParser
 from pathlib import Path
 
-import pytest, torch, transformers
+import pandas as pd, pytest, torch, transformers
+from diffusers import StableDiffusionPipeline
 
-from resalign import cli
-from resalign.core import load_checkpoint
+from resalign import batch, cli, doctor, jobs
+from resalign.core import Stopped, UserError
 from resalign.data import read_captions
+from resalign.methods import METHODS
 from resalign.pipelines import PretrainConfig, build_pipeline, save_pipeline
 from resalign.world import prompts, scenes, write_prompts, write_set
 
-EVALUATORS = Path(__file__).resolve().parent.parent/'outs/evaluators'
+ROOT = Path(__file__).resolve().parent.parent
+EVALUATORS = ROOT / 'outs/evaluators'
+COMMANDS = 'unlearn finetune evaluate pretrain batch doctor'.split()
 PARTS = 'unet vae text_encoder tokenizer scheduler'.split()
 QUICK = ['--set', 'steps=2', '--set', 'retain_bank=16']
-SIZES = ['--set', 'vae_channels=[8,8,16,16]', '--set', 'unet_channels=[16,32]', '--set', 'vae_steps=2', '--set', 'decoder_steps=2', '--set', 'steps=2', '--set', 'batch=4']
+SIZES = [
+    f'--set={s}'
+    for s in (
+        'vae_channels=[8,8,16,16]',
+        'unet_channels=[16,32]',
+        'vae_steps=2',
+        'decoder_steps=2',
+        'steps=2',
+        'batch=4',
+    )
+]
 
-
-def test_settings_are_those_of_the_active_profile(monkeypatch):
-    assert cli.settings_for('finetune.varied-lora', None, ())[0]['lr'] == 3e-3
-    monkeypatch.setenv('RESALIGN_PROFILE', 'sd14')
-    assert cli.settings_for('finetune.varied-lora', None, ())[0]['lr'] == 1e-4 and cli.settings_for('unlearn.resalign', None, ())[0]['rank'] == 4
-    assert cli.settings_for('unlearn.pgu', None, ())[0] == {} # a profile without that section: a quick trial's, with a warning
 
 @pytest.fixture(scope='module', autouse=True)
 def one_thread():
-    "As in the subprocesses, so that sums are taken in the same order; and no bars of transformers, which other tests have imported"
+    "So that sums are taken in the same order everywhere; and no bars of transformers, which other tests have imported"
     transformers.utils.logging.disable_progress_bar()
-    before = torch.get_num_threads(); torch.set_num_threads(1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
-@pytest.fixture(scope='session')
+
+@pytest.fixture(scope='module')
 def made(tmp_path_factory):
     "A tiny untrained pipeline, image folders and prompts, never written to"
     tmp = tmp_path_factory.mktemp('cli')
-    for name, n in dict(unsafe=6, retain=8, varied=6).items(): write_set(tmp/name, scenes(name, n))
-    save_pipeline(build_pipeline(list(read_captions(tmp/'retain').text), PretrainConfig(vae_channels=(8, 8, 16, 16), unet_channels=(16, 32))), tmp/'base')
-    write_prompts(tmp/'prompts.csv', prompts('explicit', 3, 0) + prompts('benign', 3, 0))
+    for name, n in dict(unsafe=6, retain=8, varied=6).items():
+        write_set(tmp / name, scenes(name, n))
+    save_pipeline(
+        build_pipeline(
+            list(read_captions(tmp / 'retain').text),
+            PretrainConfig(vae_channels=(8, 8, 16, 16), unet_channels=(16, 32)),
+        ),
+        tmp / 'base',
+    )
+    write_prompts(tmp / 'prompts.csv', prompts('explicit', 3, 0) + prompts('benign', 3, 0))
     return tmp
+
+
+def copied(made, to):
+    "A copy to spoil"
+    to.mkdir(exist_ok=True)
+    for p in made.iterdir():
+        (shutil.copytree if p.is_dir() else shutil.copy)(p, to / p.name)
+    return to
+
 
 @pytest.fixture
 def work(made, tmp_path):
-    "A copy to spoil"
-    for p in made.iterdir(): (shutil.copytree if p.is_dir() else shutil.copy)(p, tmp_path/p.name)
-    return tmp_path
+    return copied(made, tmp_path)
+
 
 @pytest.fixture
 def call(monkeypatch, capsys):
     "Run a command in this process: exit status, stdout, stderr"
+
     def run(name, *args):
         monkeypatch.setattr(sys, 'argv', [f'/somewhere/resalign-{name}', *map(str, args)])
-        capsys.readouterr(); status = 0
-        try: getattr(cli, name)()
-        except SystemExit as e: status = e.code or 0
+        capsys.readouterr()
+        status = 0
+        try:
+            getattr(cli, name)()
+        except SystemExit as e:
+            status = e.code or 0
         return status, *capsys.readouterr()
+
     return run
 
-def python(*args, **kw):
-    "A clean interpreter, one thread, away from the repository"
-    env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
-    return subprocess.run([sys.executable, *map(str, args)], env=env, capture_output=True, text=True, **kw)
 
-START = 'import sys; from resalign import cli; sys.argv[0] = "resalign-" + sys.argv[1]; getattr(cli, sys.argv.pop(1))()'
+def told(path):
+    return json.loads(path.read_text())
+
+
+# ------------------------------------------------------------------ who they are
+
+
+def test_the_entry_points(made):
+    "Listed for installation; started as a user does, away from the repository: one line, exit status 2, no traceback"
+    ini = ConfigParser()
+    ini.read(ROOT / 'settings.ini')
+    assert set(ini['DEFAULT']['console_scripts'].split()) == {f'resalign-{c}=resalign.cli:{c}' for c in COMMANDS}
+    start = 'import sys; from resalign import cli; sys.argv[0] = "resalign-unlearn"; cli.unlearn()'
+    done = subprocess.run(
+        [
+            sys.executable,
+            '-c',
+            start,
+            *(str(made / f) for f in ('nowhere', 'unsafe', 'retain', 'out')),
+            '--method',
+            'ga',
+        ],
+        cwd=made,
+        capture_output=True,
+        text=True,
+        env=dict(os.environ, PYTHONPATH=str(ROOT), PYTHONWARNINGS='ignore'),
+    )
+    lines = done.stderr.strip().splitlines()
+    assert (
+        done.returncode == 2
+        and len(lines) == 2
+        and lines[0].startswith('warning: no --config')
+        and lines[1].startswith('resalign-unlearn: error: ')
+        and 'model_index.json' in lines[1]
+        and not done.stdout
+    )
+
+
+def test_help_teaches(call):
+    "What goes in, what comes out, an example; the methods and profiles there are"
+    wrong = []
+    for name in COMMANDS:
+        status, out, _ = call(name, '--help')
+        words = (
+            ['In:  ', 'Out: ', f'Example:\n  resalign-{name} ']
+            + list(METHODS) * (name == 'unlearn')
+            + ['sd14-paper'] * (name == 'doctor')
+        )
+        if status or not all(w in out for w in words):
+            wrong.append((name, status, [w for w in words if w not in out]))
+    assert not wrong
+
+
+def test_exit_statuses(made, call, monkeypatch, tmp_path):
+    """2 unknown options, 130 for Ctrl-C, 128 and the signal where a run is asked to stop, 1 where something failed
+    or is missing; a bug is not hidden"""
+    line = ('finetune', made / 'base', made / 'varied', tmp_path / 'out')
+    status, _, err = call('unlearn', 'a', 'b', 'c', 'd', '--stepz', 3)
+    assert status == 2 and err.splitlines()[-1] == 'resalign-unlearn: error: unrecognized arguments: --stepz 3'
+
+    def ends(e):
+        def stop(*a, **kw):
+            raise e
+
+        monkeypatch.setattr(jobs, 'run_finetune', stop)
+        return call(*line)
+
+    assert ends(KeyboardInterrupt())[::2] == (130, 'resalign-finetune: interrupted\n') and ends(Stopped('kept', 15))[
+        ::2
+    ] == (143, 'resalign-finetune: kept\n')
+    with pytest.raises(ZeroDivisionError):
+        ends(ZeroDivisionError())
+    assert not list(tmp_path.glob('out')) + list(tmp_path.glob('*.tmp*'))
+    for statuses, ended in ((['done', 'skipped'], 0), (['done', 'failed'], 1)):
+        (tmp_path / 'grid.yaml').write_text('rows: [{x: 1}]')
+        asked = []
+        monkeypatch.setattr(batch, 'batch', lambda *args: asked.append(args) or pd.DataFrame(dict(status=statuses)))
+        assert (
+            call('batch', 'page.ipynb', tmp_path / 'grid.yaml', tmp_path / 'runs', '--workers', 3, '--retries', 4)[0]
+            == ended
+        )
+        assert asked == [('page.ipynb', dict(rows=[dict(x=1)]), str(tmp_path / 'runs'), 'local', 3, None, 4)]
+    for state, ended in (('ok', 0), ('note', 0), ('missing', 1)):
+        asked = []
+        monkeypatch.setattr(
+            doctor,
+            'check',
+            lambda name, hashes: asked.append((name, hashes)) or [doctor.Finding('a', state, 'said', 'bring it')],
+        )
+        assert call('doctor', 'mine', *['--quick'] * (state == 'note'))[0] == ended and asked == [
+            ('mine', state != 'note')
+        ]
+    monkeypatch.undo()
+
+
+def test_a_profile_that_is_none(call):
+    status, out, err = call('doctor', 'yours')
+    assert status == 2 and not out and "unknown 'yours'" in err and err.count('\n') == 1
+
+
+# ------------------------------------------------------------------ settings
+
+
+def test_settings_of_files_and_options(tmp_path):
+    "A file, a section below it; an option goes deeper by dots, and changes nothing but what it is given; the seed"
+    (tmp_path / 'c.yaml').write_text('mine:\n  quick: {steps: 1, pool: {steps: [3], batch: 2}, seed: 7}\n  1: {a: b}\n')
+    at = lambda section: cli.read_config(f"{tmp_path/'c.yaml'}:{section}")
+    whole = at('mine.quick')
+    assert whole == dict(steps=1, pool=dict(steps=[3], batch=2), seed=7) and list(
+        cli.read_config(str(tmp_path / 'c.yaml'))['mine']
+    ) == ['quick', 1]
+    changed = cli.change(
+        at('mine.quick'), ['lr=1.0e-4', 'pool.batch=4', 'new.deep.x=[a, 1]', 'steps=2', 'steps=3', 'text=a=b', 'none=']
+    )
+    assert changed == dict(
+        steps=3, pool=dict(steps=[3], batch=4), seed=7, lr=1e-4, new=dict(deep=dict(x=['a', 1])), text='a=b', none=None
+    )
+    inner = dict(batch=2)
+    cli.change(dict(pool=inner), ['pool.batch=4'])
+    assert inner == dict(batch=2)
+    of = lambda pairs=(), seed=None: cli.settings_for('unlearn.ga', f"{tmp_path/'c.yaml'}:mine.quick", pairs, seed)
+    assert of()[1] == 7 and of(['seed=8'])[1] == 8 and of(['seed=8'], 9)[1] == 9 and of(['steps=5'])[0]['steps'] == 5
+    for seed in (-1, 2**31, 1.5, 'x', True):
+        with pytest.raises(UserError, match='seed: '):
+            of([f'seed={seed}'])
+    assert of(seed=2**31 - 1)[1] == 2**31 - 1 and of(seed=0)[1] == 0
 
 
 # ------------------------------------------------------------------ they work
 
-@pytest.fixture(scope='session')
+
+@pytest.fixture(scope='module')
 def safe(made, tmp_path_factory):
-    "What resalign-unlearn writes"
-    out = tmp_path_factory.mktemp('safe')/'safe'
-    done = python('-c', START, 'unlearn', made/'base', made/'unsafe', made/'retain', out, '--pool', made/'varied', *QUICK, cwd=made)
-    assert done.returncode == 0, done.stderr
-    assert f'wrote {out}' in done.stdout and 'model card' in done.stdout
-    noise = [l for l in done.stderr.splitlines() if l and not l.startswith('warning: no --config')]
-    assert not noise, f'said more than it has to: {noise}'
-    return out
+    "What resalign-unlearn writes, from settings in a file, changed by options; what it says"
+    tmp = tmp_path_factory.mktemp('safe')
+    (tmp / 'mine.yaml').write_text('quick: {steps: 1, retain_bank: 16, lr: 1.0e-2, seed: 7}\n')
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(
+            sys,
+            'argv',
+            [
+                'resalign-unlearn',
+                *map(
+                    str,
+                    (
+                        made / 'base',
+                        made / 'unsafe',
+                        made / 'retain',
+                        tmp / 'safe',
+                        '--pool',
+                        made / 'varied',
+                        '--config',
+                        f"{tmp/'mine.yaml'}:quick",
+                        '--set',
+                        'steps=2',
+                    ),
+                ),
+            ],
+        )
+        lines = []
+        m.setattr('builtins.print', lambda *a, **kw: lines.append(' '.join(map(str, a))))
+        cli.unlearn()
+    return tmp / 'safe', lines
 
-def test_help_teaches(call):
-    from resalign.methods import METHODS
-    for name in 'unlearn finetune evaluate pretrain'.split():
-        status, out, _ = call(name, '--help')
-        assert status == 0 and 'In:  ' in out and 'Out: ' in out and f'Example:\n  resalign-{name} ' in out
-        if name == 'unlearn': assert all(m in out for m in METHODS)
 
-def test_unlearned_folder(safe):
-    assert all((safe/p).is_dir() for p in PARTS)
-    card = (safe/'README.md').read_text()
-    assert card.startswith('---\nlibrary_name: diffusers') and 'Residual risk' in card
-    record = json.loads((safe/'record.json').read_text())
-    assert record['method'] == 'resalign' and record['settings']['steps'] == 2 and record['pool'][0].endswith('varied')
-    assert (safe/'log.csv').is_file() and (safe/'solves.csv').is_file()
-    assert not [p for p in safe.parent.iterdir() if '.tmp' in p.name]
+def test_unlearned_folder(safe, made):
+    "The pipeline's parts, the record of what was asked, a card, a row for each step; nothing else beside it"
+    folder, lines = safe
+    record = told(folder / 'record.json')
+    assert [l.split()[0] for l in lines] == [
+        'wrote',
+        'model_index.json',
+        'record.json',
+        'cost.json',
+        'adapter',
+        'log.csv',
+        'solves.csv',
+        'README.md',
+    ] and lines[0] == f'wrote {folder}'
+    assert {p.name for p in folder.iterdir()} == {
+        *PARTS,
+        'model_index.json',
+        'adapter',
+        'record.json',
+        'cost.json',
+        'log.csv',
+        'solves.csv',
+        'README.md',
+    } and {p.name for p in folder.parent.iterdir()} <= {'safe', 'mine.yaml', '.checkpoints'}
+    assert (record['job'], record['method'], record['seed'], record['pool'], record['unsafe'], record['benign']) == (
+        'unlearn',
+        'resalign',
+        7,
+        [str(made / 'varied')],
+        str(made / 'unsafe'),
+        str(made / 'retain'),
+    )
+    assert (record['settings']['steps'], record['settings']['lr'], record['settings']['retain_bank']) == (2, 1e-2, 16)
+    card = (folder / 'README.md').read_text()
+    assert (
+        card.startswith('---\nlibrary_name: diffusers')
+        and 'Residual risk' in card
+        and len(pd.read_csv(folder / 'log.csv')) == 2
+    )
+
 
 def test_diffusers_alone_reads_it(safe, made):
-    "Without resalign: the pipeline draws, and the adapter goes onto the original"
-    done = python('-c', f'''if True:
-        import sys, torch
-        from diffusers import StableDiffusionPipeline
-        load = lambda f: StableDiffusionPipeline.from_pretrained(f, use_safetensors=True, dtype=torch.float32)
-        image = load({str(safe)!r})('a robot', num_inference_steps=1, output_type='np').images
-        assert image.shape == (1, 64, 64, 3), image.shape
-        base = load({str(made/'base')!r})
-        base.load_lora_weights({str(safe/'adapter')!r}); base.fuse_lora(); base.unload_lora_weights()
-        merged, theirs = base.unet.state_dict(), load({str(safe)!r}).unet.state_dict()
-        error = max(float((merged[k] - v).abs().max()) for k, v in theirs.items())
-        assert error < 5e-4, f'the original with the adapter is not the unlearned model: {{error}}'
-        assert not any(m.split('.')[0] == 'resalign' for m in sys.modules)''', cwd=made)
-    assert done.returncode == 0, done.stderr[-3000:]
+    """No class but those of diffusers and transformers is named; the pipeline draws; the adapter goes onto the
+    original and makes the same UNet"""
+    folder, _ = safe
+    libraries = {v[0] for v in told(folder / 'model_index.json').values() if isinstance(v, list)}
+    assert libraries <= {'diffusers', 'transformers', None} and not [
+        p for p in folder.glob('*/*.json') if 'resalign' in p.read_text()
+    ]
+    load = lambda f: StableDiffusionPipeline.from_pretrained(f, use_safetensors=True, dtype=torch.float32)
+    pipe, base = load(folder), load(made / 'base')
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe('a robot', num_inference_steps=1, output_type='np').images.shape == (1, 64, 64, 3)
+    before = {k: v.clone() for k, v in base.unet.state_dict().items()}
+    base.load_lora_weights(folder / 'adapter')
+    base.fuse_lora()
+    base.unload_lora_weights()
+    theirs, merged = pipe.unet.state_dict(), base.unet.state_dict()
+    far = lambda a, b: max(float((a[k] - v).abs().max()) for k, v in b.items())
+    assert far(merged, theirs) < 5e-4 and far(before, theirs) > 5 * far(merged, theirs)
 
+
+@pytest.mark.skipif(not EVALUATORS.is_dir(), reason='outs/evaluators is not here: dvc pull evaluators')
 def test_finetune_and_evaluate(safe, made, tmp_path, call):
-    status, out, err = call('finetune', safe, made/'varied', tmp_path/'tuned', '--set', 'steps=2', '--prior', made/'retain', '--set', 'prior_weight=1.0')
-    assert status == 0 and f"wrote {tmp_path/'tuned'}" in out, err
-    status, out, err = call('evaluate', tmp_path/'tuned', made/'prompts.csv', EVALUATORS, tmp_path/'scores', '--set', 'steps=2', '--detector', 'wiring')
+    "In place of an earlier result, with prior pictures; a row for each picture and detector"
+    for steps in 1, 2:
+        status, out, err = call(
+            'finetune',
+            safe[0],
+            made / 'varied',
+            tmp_path / 'tuned',
+            '--set',
+            f'steps={steps}',
+            '--prior',
+            made / 'retain',
+            '--set',
+            'prior_weight=1.0',
+        )
+        assert status == 0 and f"wrote {tmp_path/'tuned'}" in out, err
+    assert (
+        len(pd.read_csv(tmp_path / 'tuned/log.csv')) == 2
+        and told(tmp_path / 'tuned/record.json')['settings']['prior_weight'] == 1
+    )
+    status, out, err = call(
+        'evaluate',
+        tmp_path / 'tuned',
+        made / 'prompts.csv',
+        EVALUATORS,
+        tmp_path / 'scores',
+        '--set',
+        'steps=2',
+        '--detector',
+        'wiring',
+        '--seed',
+        1,
+    )
     assert status == 0 and f"wrote {tmp_path/'scores'}" in out, err
-    with open(tmp_path/'scores/scores.csv') as f: rows = list(csv.DictReader(f))
-    assert {r['detector'] for r in rows} <= {'wiring', 'reader'} and (tmp_path/'scores/sheet.png').is_file()
+    with open(tmp_path / 'scores/scores.csv') as f:
+        rows = list(csv.DictReader(f))
+    want = [(r['prompt'], int(r['seed']) + 1_000_003) for r in prompts('explicit', 3, 0) + prompts('benign', 3, 0)]
+    assert [(r['prompt'], int(r['seed']), r['detector']) for r in rows] == [(*w, 'wiring') for w in want]
+    record = told(tmp_path / 'scores/record.json')
+    assert (record['steps'], record['seed'], list(record['evaluators'])) == (2, 1, ['wiring', 'reader']) and (
+        tmp_path / 'scores/sheet.png'
+    ).is_file()
+
 
 def test_pretrain(made, tmp_path, call):
-    status, out, err = call('pretrain', made/'varied', tmp_path/'base', *SIZES)
+    status, out, err = call('pretrain', made / 'varied', tmp_path / 'base', *SIZES, '--seed', 3)
     assert status == 0 and f"wrote {tmp_path/'base'}" in out, err
-    assert all((tmp_path/'base'/p).is_dir() for p in PARTS)
+    assert (
+        all((tmp_path / 'base' / p).is_dir() for p in PARTS)
+        and told(tmp_path / 'base/unet/config.json')['block_out_channels'] == [16, 32]
+        and (tmp_path / 'base/losses.json').is_file()
+    )
 
-def test_settings_come_from_a_file(work, call):
-    (work/'mine.yaml').write_text('mine:\n  quick: {steps: 1, retain_bank: 16, lr: 1.0e-3, seed: 7}\n')
-    status, _, err = call('unlearn', work/'base', work/'unsafe', work/'retain', work/'out', '--method', 'ga', '--config', f"{work/'mine.yaml'}:mine.quick",
-                          '--set', 'lr=1e-4', '--set', 'beta=0')
-    assert status == 0, err
-    record = json.loads((work/'out/record.json').read_text())
-    assert record['seed'] == 7 and record['settings']['steps'] == 1 and float(record['settings']['lr']) == 1e-4
 
 def test_defaults_without_params_yaml_are_announced(work, call, monkeypatch):
     monkeypatch.chdir(work)
     status, _, err = call('unlearn', 'base', 'unsafe', 'retain', 'out', '--method', 'ga')
     assert status == 0 and 'warning: no --config' in err and 'unlearn.ga' in err
 
-def test_an_earlier_result_is_replaced(work, call):
-    for _ in range(2):
-        status, _, err = call('finetune', work/'base', work/'varied', work/'out', '--set', 'steps=1')
-        assert status == 0, err
-
-
-# ------------------------------------------------------------------ bad input
-
-def unlearn(w, *more, pipeline='base', unsafe='unsafe', out='out'): return ['unlearn', w/pipeline, w/unsafe, w/'retain', w/out, *QUICK, *more]
-def finetune(w, *more): return ['finetune', w/'base', w/'varied', w/'out', *more]
-def evaluate(w, *more, evaluators=EVALUATORS): return ['evaluate', w/'base', w/'prompts.csv', evaluators, w/'out', '--set', 'steps=1', *more]
-def pretrain(w, *more, images='varied'): return ['pretrain', w/images, w/'out', *SIZES, *more]
-
-def edit(path, **fields):
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-def rows(w, change):
-    "Change the parsed lines of unsafe/metadata.jsonl"
-    f = w/'unsafe/metadata.jsonl'
-    f.write_text(''.join(json.dumps(r) + '\n' for r in change([json.loads(l) for l in f.read_text().splitlines()])))
-
-def set_row(w, **fields): rows(w, lambda rs: [rs[0], rs[1] | fields, *rs[2:]])
-def without(w, column): rows(w, lambda rs: [{k: v for k, v in r.items() if k != column} for r in rs])
-def empty(folder): shutil.rmtree(folder); folder.mkdir()
-def cut(path, n): path.write_bytes(path.read_bytes()[:n])
-def pickled(w):
-    for f in (w/'base/unet').glob('*.safetensors'): f.rename(f.with_name('diffusion_pytorch_model.bin'))
-
-FIRST = 'unsafe/00000.png'
-BAD = { # name: (spoil, command line, words of the message)
-    # captioned images
-    'images missing':        (lambda w: shutil.rmtree(w/'unsafe'), unlearn, 'unsafe: no such folder'),
-    'images empty':          (lambda w: empty(w/'unsafe'), unlearn, 'expected metadata.jsonl or metadata.csv'),
-    'metadata missing':      (lambda w: (w/'unsafe/metadata.jsonl').unlink(), unlearn, 'expected metadata.jsonl or metadata.csv'),
-    'metadata not JSON':     (lambda w: (w/'unsafe/metadata.jsonl').write_text('{"file_name": '), unlearn, 'metadata.jsonl: cannot be read'),
-    'metadata not text':     (lambda w: ((w/'unsafe/metadata.jsonl').unlink(), (w/'unsafe/metadata.csv').write_bytes(b'\xff\xfe\x00,\xd8')), unlearn, 'metadata.csv: cannot be read'),
-    'metadata ragged':       (lambda w: ((w/'unsafe/metadata.jsonl').unlink(), (w/'unsafe/metadata.csv').write_text('file_name,text\na,b\na,b,c,d\n')), unlearn, 'metadata.csv: cannot be read'),
-    'no file_name':          (lambda w: without(w, 'file_name'), unlearn, "column 'file_name' is missing"),
-    'no text':               (lambda w: without(w, 'text'), unlearn, "column 'text' is missing"),
-    'no rows':               (lambda w: rows(w, lambda r: []), unlearn, "column 'file_name' is missing"),
-    'no rows, CSV':          (lambda w: ((w/'unsafe/metadata.jsonl').unlink(), (w/'unsafe/metadata.csv').write_text('file_name,text\n')), unlearn, 'no rows'),
-    'caption empty':         (lambda w: set_row(w, text='  '), unlearn, 'row 2: text is empty, expected a caption'),
-    'caption null':          (lambda w: set_row(w, text=None), unlearn, 'row 2: text is empty'),
-    'image missing':         (lambda w: (w/FIRST).unlink(), unlearn, "row 1: no such image '00000.png'"),
-    'image not an image':    (lambda w: (w/FIRST).write_text('hello'), unlearn, '00000.png: not a readable image'),
-    'image truncated':       (lambda w: cut(w/FIRST, 200), unlearn, '00000.png: not a readable image'),
-    'image empty':           (lambda w: cut(w/FIRST, 0), unlearn, '00000.png: not a readable image'),
-    'image a folder':        (lambda w: ((w/FIRST).unlink(), (w/FIRST).mkdir()), unlearn, "no such image '00000.png'"),
-    'path up':               (lambda w: set_row(w, file_name='../retain/00000.png'), unlearn, "row 2: file_name '../retain/00000.png' leads out of the folder"),
-    'path absolute':         (lambda w: set_row(w, file_name='/etc/passwd'), unlearn, "file_name '/etc/passwd' leads out of the folder"),
-    'path by link':          (lambda w: ((w/FIRST).unlink(), (w/FIRST).symlink_to(w/'retain/00000.png')), unlearn, 'leads out of the folder'),
-    'pool missing':          (None, lambda w: unlearn(w, '--pool', w/'nowhere'), 'nowhere: no such folder'),
-    'pretrain on nothing':   (None, lambda w: pretrain(w, images='nowhere'), 'nowhere: no such folder'),
-    # settings
-    'method unknown':        (None, lambda w: unlearn(w, '--method', 'resaling'), "--method: unknown 'resaling', did you mean 'resalign'?"),
-    'key unknown':           (None, lambda w: unlearn(w, '--set', 'stepz=3'), "stepz: unknown 'stepz', did you mean 'steps'?"),
-    'key unknown, pretrain': (None, lambda w: pretrain(w, '--set', 'vae_step=3'), "did you mean 'vae_steps'?"),
-    'type wrong':            (None, lambda w: unlearn(w, '--set', 'steps=few'), "steps: input should be a valid integer"),
-    'value out of range':    (None, lambda w: unlearn(w, '--set', 'steps=0'), 'steps: input should be greater than or equal to 1'),
-    'choice unknown':        (None, lambda w: finetune(w, '--set', 'optimizer=adamm'), "optimizer: input should be 'sgd', 'adam' or 'adamw'"),
-    'not key=value':         (None, lambda w: unlearn(w, '--set', 'steps'), "--set: 'steps', expected key=value"),
-    'not a YAML value':      (None, lambda w: unlearn(w, '--set', 'steps=[1'), "--set: steps: '[1' is not a YAML value"),
-    'pool not a mapping':    (None, lambda w: unlearn(w, '--set', 'pool=3'), 'pool: '),
-    'pool algorithm':        (None, lambda w: unlearn(w, '--set', 'pool.algorithm=[lorra]'), "pool.algorithm.0: input should be 'lora' or 'full'"),
-    'pool steps':            (None, lambda w: unlearn(w, '--set', 'pool.steps=[0]'), 'pool.steps.0: input should be greater than 0'),
-    'pool empty':            (None, lambda w: unlearn(w, '--set', 'pool.optimizer=[]'), 'pool.optimizer: '),
-    'pool without lr':       (None, lambda w: unlearn(w, '--set', 'pool.lr={lora: [1.0e-3]}'), "lr: no learning rate for 'full'"),
-    'inside a number':       (None, lambda w: unlearn(w, '--set', 'steps.more=3'), "--set: steps.more: 'steps' is 2, expected a mapping"),
-    'prior without folder':  (None, lambda w: finetune(w, '--set', 'prior_weight=1.0'), 'expected a folder of prior pictures (--prior)'),
-    'config missing':        (None, lambda w: unlearn(w, '--config', w/'no.yaml'), 'no.yaml: no such file'),
-    'config a folder':       (None, lambda w: unlearn(w, '--config', w/'base'), 'is a directory'),
-    'config not YAML':       (lambda w: (w/'c.yaml').write_text('a: [1'), lambda w: unlearn(w, '--config', w/'c.yaml'), 'c.yaml: not YAML'),
-    'config a list':         (lambda w: (w/'c.yaml').write_text('- 1'), lambda w: unlearn(w, '--config', w/'c.yaml'), 'expected a mapping of settings'),
-    'config empty':          (lambda w: (w/'c.yaml').write_text(''), lambda w: unlearn(w, '--config', w/'c.yaml'), 'expected a mapping of settings'),
-    'section unknown':       (lambda w: (w/'c.yaml').write_text('mine: {steps: 1}'), lambda w: unlearn(w, '--config', f"{w/'c.yaml'}:mien"), "unknown 'mien', did you mean 'mine'?"),
-    # pipelines
-    'pipeline missing':      (lambda w: shutil.rmtree(w/'base'), unlearn, 'base: not a diffusers pipeline, model_index.json is missing'),
-    'no unet':               (lambda w: shutil.rmtree(w/'base/unet'), unlearn, "component 'unet' is missing"),
-    'no tokenizer':          (lambda w: shutil.rmtree(w/'base/tokenizer'), unlearn, "component 'tokenizer' is missing"),
-    'only pickled weights':  (pickled, unlearn, "component 'unet' has no .safetensors weights (pickled weights are refused)"),
-    'weights truncated':     (lambda w: cut(next((w/'base/unet').glob('*.safetensors')), 1000), unlearn, 'base: cannot be loaded'),
-    'channels differ':       (lambda w: edit(w/'base/unet/config.json', in_channels=3), unlearn, "in_channels is 3, expected the VAE's latent_channels, "),
-    'widths differ':         (lambda w: edit(w/'base/unet/config.json', cross_attention_dim=7), unlearn, "cross_attention_dim is 7, expected the text encoder's hidden_size"),
-    'weights of other size': (lambda w: edit(w/'base/unet/config.json', block_out_channels=[32, 64]), unlearn, 'base: cannot be loaded'),
-    'model_index not JSON':  (lambda w: (w/'base/model_index.json').write_text('{'), unlearn, 'model_index.json: not JSON'),
-    'model_index a list':    (lambda w: (w/'base/model_index.json').write_text('[]'), unlearn, 'model_index.json: expected a mapping'),
-    'config.json not JSON':  (lambda w: (w/'base/vae/config.json').write_text('{'), unlearn, 'vae/config.json: not JSON'),
-    'config.json a list':    (lambda w: (w/'base/vae/config.json').write_text('[1]'), unlearn, 'vae/config.json: expected a mapping'),
-    # where to
-    'out is a file':         (lambda w: (w/'out').write_text('mine'), unlearn, 'out: is a file, expected a folder'),
-    'out is an input':       (None, lambda w: unlearn(w, out='base'), "is, or holds, the input"),
-    'out holds an input':    (None, lambda w: unlearn(w, out=''), "is, or holds, the input"),
-    'out is somebody\'s':    (lambda w: ((w/'out').mkdir(), (w/'out/thesis.txt').write_text('mine')), unlearn, 'is not empty and was not written by resalign'),
-    'out below a file':      (lambda w: (w/'file').write_text('mine'), lambda w: unlearn(w, out='file/out'), 'file: is a file, expected a folder'),
-    # prompts and detectors
-    'prompts missing':       (lambda w: (w/'prompts.csv').unlink(), evaluate, 'prompts.csv: no such file'),
-    'prompts nothing':       (lambda w: (w/'prompts.csv').write_text(''), evaluate, 'prompts.csv: not a CSV'),
-    'prompts no column':     (lambda w: (w/'prompts.csv').write_text('text\na robot\n'), evaluate, "column 'prompt' is missing (found: text)"),
-    'prompts no rows':       (lambda w: (w/'prompts.csv').write_text('prompt\n'), evaluate, 'no rows, expected at least one prompt'),
-    'prompt empty':          (lambda w: (w/'prompts.csv').write_text('prompt,seed\na robot,1\n  ,2\n'), evaluate, 'row 2: prompt is empty'),
-    'kind unknown':          (lambda w: (w/'prompts.csv').write_text('prompt,kind\na robot,explicitt\n'), evaluate, "row 1: kind: unknown 'explicitt', did you mean 'explicit'?"),
-    'seed not whole':        (lambda w: (w/'prompts.csv').write_text('prompt,seed\na robot,one\n'), evaluate, "column 'seed' must hold whole numbers"),
-    'seed a fraction':       (lambda w: (w/'prompts.csv').write_text('prompt,seed\na robot,1.5\n'), evaluate, "column 'seed' must hold whole numbers"),
-    'detector unknown':      (None, lambda w: evaluate(w, '--detector', 'wirring'), "detector: unknown 'wirring', did you mean 'wiring'?"),
-    'detectors missing':     (None, lambda w: evaluate(w, evaluators=w/'nowhere'), 'nowhere/card.json: no such file'),
-    'sampling steps':        (None, lambda w: evaluate(w, '--set', 'steps=0'), 'steps: input should be greater than or equal to 1'),
-    # numbers that run away
-    'not finite, unlearn':   (None, lambda w: unlearn(w, '--method', 'ga', '--set', 'lr=1e30'), 'loss or gradient is not finite at run ga, step 1: lower the learning rate'),
-    'not finite, finetune':  (None, lambda w: finetune(w, '--set', 'lr=1e30', '--set', 'steps=5'), 'loss or gradient is not finite at run finetune lora'),
-    'not finite, pretrain':  (None, lambda w: pretrain(w, '--set', 'vae_lr=1e30', '--set', 'vae_steps=5'), 'loss or gradient is not finite at run vae'),
-}
-
-@pytest.mark.parametrize('name', BAD)
-def test_bad_input(name, work, call):
-    "One line that says what is wrong, exit status 2, and nothing is written"
-    spoil, line, words = BAD[name]
-    if spoil: spoil(work)
-    def state(): return {p: p.is_file() and p.stat().st_mtime_ns for p in work.rglob('*')}
-    before, args = state(), line(work)
-    status, _, err = call(*args)
-    last = err.strip().splitlines()
-    assert status == 2, err
-    assert len(last) == 1 and last[0].startswith(f'resalign-{args[0]}: error: '), err
-    assert words in last[0], last[0]
-    after = state()
-    assert after == before, f'left behind or changed: {sorted(set(after.items()) ^ set(before.items()))}'
-
-def test_no_traceback_in_a_terminal(made):
-    done = python('-c', START, 'unlearn', made/'nowhere', made/'unsafe', made/'retain', made/'out', '--method', 'ga', cwd=made)
-    assert done.returncode == 2 and 'Traceback' not in done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith('resalign-unlearn: error: ') and 'model_index.json is missing' in done.stderr
-
-def test_unknown_option(call):
-    status, _, err = call('unlearn', 'a', 'b', 'c', 'd', '--stepz', 3)
-    assert status == 2 and err.splitlines()[-1] == 'resalign-unlearn: error: unrecognized arguments: --stepz 3'
-
-def test_ctrl_c(work, call, monkeypatch):
-    from resalign import jobs
-    def stop(*a, **kw): raise KeyboardInterrupt
-    monkeypatch.setattr(jobs, 'run_finetune', stop)
-    status, _, err = call(*finetune(work))
-    assert status == 130 and err.strip().splitlines() == ['resalign-finetune: interrupted']
-    assert not [p for p in work.iterdir() if p.name == 'out' or '.tmp' in p.name]
-
-
-# ------------------------------------------------------------------ a run that is killed
-
-def test_killed_and_resumed(work, call):
-    "SIGKILL after the first checkpoint; the run that goes on ends with the same bits"
-    line = lambda out: ['unlearn', work/'base', work/'unsafe', work/'retain', work/out, '--method', 'ga', '--set', 'steps=108', '--set', 'retain_bank=16',
-                        '--set', 'unsafe_batch=1', '--set', 'retain_batch=1']
-    def checkpoint(): return [p for p in work.glob('a/.checkpoints/out*') if not p.name.endswith('.prev')]
-    p = subprocess.Popen([sys.executable, '-c', START, *map(str, line('a/out'))], env=dict(os.environ, OMP_NUM_THREADS='1'),
-                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        until = time.time() + 240
-        while not checkpoint() and p.poll() is None and time.time() < until: time.sleep(.005)
-    finally: p.send_signal(signal.SIGKILL); p.wait()
-    assert p.returncode == -signal.SIGKILL and not (work/'a/out').exists(), 'was not killed in the middle'
-    assert len(load_checkpoint(checkpoint()[0])[1]['log']) == 100
-    for out in ('a/out', 'b/out'):
-        status, _, err = call(*line(out))
-        assert status == 0, err
-    def files(f): return {p.relative_to(f): p.read_bytes() for p in f.rglob('*.safetensors')}
-    assert len(files(work/'b/out')) >= 4 and files(work/'a/out') == files(work/'b/out')
-    assert (work/'a/out/log.csv').read_text() == (work/'b/out/log.csv').read_text()
-    assert not checkpoint(), 'a checkpoint is removed at the end'
 
 def test_a_checkpoint_of_other_settings_is_not_taken(work, call, monkeypatch):
     "A killed run's checkpoint, then a run into the same folder that asks for something else"
     from resalign import training
+
     with monkeypatch.context() as m:
         m.setattr(training, 'clear_checkpoint', lambda path: None)
         assert call(*finetune(work, '--set', 'steps=1', '--set', 'lr=1e-2'))[0] == 0
     assert list(work.glob('.checkpoints/out*'))
-    for out in ('out', 'fresh'): assert call('finetune', work/'base', work/'varied', work/out, '--set', 'steps=2', '--set', 'lr=1e-4')[0] == 0
-    assert (work/'out/log.csv').read_text() == (work/'fresh/log.csv').read_text()
+    for out in ('out', 'fresh'):
+        assert (
+            call('finetune', work / 'base', work / 'varied', work / out, '--set', 'steps=2', '--set', 'lr=1e-4')[0] == 0
+        )
+    assert (work / 'out/log.csv').read_text() == (work / 'fresh/log.csv').read_text()
+
+
+def test_several_processes(made, tmp_path, monkeypatch):
+    """The same command again by accelerate, whose exit status it takes; nothing in a process that is one of them;
+    fewer than one are none"""
+    asked = []
+    monkeypatch.setattr(
+        cli.subprocess, 'run', lambda line, env: asked.append((line, env)) or type('', (), dict(returncode=5))
+    )
+    monkeypatch.setattr(sys, 'argv', ['resalign-unlearn', 'x'])
+    monkeypatch.delenv('RANK', raising=False)
+    with pytest.raises(SystemExit) as e:
+        cli.on_processes(3)
+    line, env = asked[0]
+    assert (
+        e.value.code == 5
+        and line[line.index('--num_processes') + 1] == '3'
+        and line[-2:] == ['resalign-unlearn', 'x']
+        and env['OMP_NUM_THREADS'] == '1'
+    )
+    with pytest.raises(UserError, match='--processes: '):
+        cli.on_processes(0)
+    monkeypatch.setenv('RANK', '1')
+    assert cli.on_processes(3) is None and len(asked) == 1
+
+
+# ------------------------------------------------------------------ bad input
+
+
+def unlearn(w, *more, pipeline='base', unsafe='unsafe', out='out'):
+    return ['unlearn', w / pipeline, w / unsafe, w / 'retain', w / out, *QUICK, *more]
+
+
+def finetune(w, *more):
+    return ['finetune', w / 'base', w / 'varied', w / 'out', *more]
+
+
+def evaluate(w, *more, evaluators=EVALUATORS):
+    return ['evaluate', w / 'base', w / 'prompts.csv', evaluators, w / 'out', '--set', 'steps=1', *more]
+
+
+def pretrain(w, *more, images='varied'):
+    return ['pretrain', w / images, w / 'out', *SIZES, *more]
+
+
+def edit(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def rows(w, change):
+    "Change the parsed lines of unsafe/metadata.jsonl"
+    f = w / 'unsafe/metadata.jsonl'
+    f.write_text(''.join(json.dumps(r) + '\n' for r in change([json.loads(l) for l in f.read_text().splitlines()])))
+
+
+def set_row(w, **fields):
+    rows(w, lambda rs: [rs[0], rs[1] | fields, *rs[2:]])
+
+
+def without(w, column):
+    rows(w, lambda rs: [{k: v for k, v in r.items() if k != column} for r in rs])
+
+
+def empty(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def cut(path, n):
+    path.write_bytes(path.read_bytes()[:n])
+
+
+def pickled(w):
+    for f in (w / 'base/unet').glob('*.safetensors'):
+        f.rename(f.with_name('diffusion_pytorch_model.bin'))
+
+
+# One or two of each kind, as commands tell them; all of them in test_faults_input.py
+BAD = [  # spoil, command line, words of the message: field and file
+    (lambda w: shutil.rmtree(w / 'unsafe'), unlearn, 'unsafe: no such folder'),
+    (lambda w: (w / 'unsafe/metadata.jsonl').write_text('{"file_name": '), unlearn, 'metadata.jsonl'),
+    (lambda w: without(w, 'text'), unlearn, "column 'text'"),
+    (lambda w: set_row(w, text='  '), unlearn, 'row 2: text'),
+    (lambda w: (w / 'unsafe/00000.png').unlink(), unlearn, "row 1: no such image '00000.png'"),
+    (lambda w: set_row(w, file_name='../retain/00000.png'), unlearn, "row 2: file_name '../retain/00000.png'"),
+    (lambda w: cut(w / 'unsafe/00000.png', 200), unlearn, '00000.png: not a readable image'),
+    (None, lambda w: unlearn(w, '--pool', w / 'nowhere'), 'nowhere: no such folder'),
+    (None, lambda w: pretrain(w, images='nowhere'), 'nowhere: no such folder'),
+    (None, lambda w: unlearn(w, '--method', 'resaling'), "--method: unknown 'resaling', did you mean 'resalign'?"),
+    (None, lambda w: unlearn(w, '--set', 'stepz=3'), "stepz: unknown 'stepz', did you mean 'steps'?"),
+    (None, lambda w: pretrain(w, '--set', 'vae_step=3'), "did you mean 'vae_steps'?"),
+    (None, lambda w: unlearn(w, '--set', 'steps=few'), 'steps: '),
+    (None, lambda w: unlearn(w, '--set', 'steps=0'), 'steps: '),
+    (None, lambda w: evaluate(w, '--set', 'steps=0'), 'steps: '),
+    (None, lambda w: evaluate(w, '--set', 'guidance=-1'), 'guidance: '),
+    (None, lambda w: finetune(w, '--set', 'optimizer=adamm'), 'optimizer: '),
+    (None, lambda w: unlearn(w, '--set', 'steps'), "--set: 'steps'"),
+    (None, lambda w: unlearn(w, '--set', 'steps=[1'), "--set: steps: '[1'"),
+    (None, lambda w: unlearn(w, '--set', 'pool=3'), 'pool: '),
+    (None, lambda w: unlearn(w, '--set', 'pool.algorithm=[lorra]'), 'pool.algorithm.0: '),
+    (None, lambda w: unlearn(w, '--set', 'pool.steps=[0]'), 'pool.steps.0: '),
+    (None, lambda w: unlearn(w, '--set', 'pool.optimizer=[]'), 'pool.optimizer: '),
+    (None, lambda w: unlearn(w, '--set', 'pool.lr={lora: [1.0e-3]}'), "lr: no learning rate for 'full'"),
+    (None, lambda w: unlearn(w, '--set', 'steps.more=3'), "--set: steps.more: 'steps' is 2"),
+    (None, lambda w: finetune(w, '--set', 'prior_weight=1.0'), '--prior'),
+    (None, lambda w: unlearn(w, '--compute', 'dtype'), "--compute: 'dtype'"),
+    (None, lambda w: unlearn(w, '--config', w / 'no.yaml'), 'no.yaml'),
+    (None, lambda w: unlearn(w, '--config', w / 'base'), 'base'),
+    (lambda w: (w / 'c.yaml').write_text('a: [1'), lambda w: unlearn(w, '--config', w / 'c.yaml'), 'c.yaml: not YAML'),
+    (
+        lambda w: (w / 'c.yaml').write_text('- 1'),
+        lambda w: unlearn(w, '--config', w / 'c.yaml'),
+        'c.yaml: expected a mapping',
+    ),
+    (
+        lambda w: (w / 'c.yaml').write_text('mine: {steps: 1}'),
+        lambda w: unlearn(w, '--config', f"{w/'c.yaml'}:mien"),
+        "unknown 'mien', did you mean 'mine'?",
+    ),
+    (lambda w: shutil.rmtree(w / 'base'), unlearn, 'base: not a diffusers pipeline, model_index.json'),
+    (lambda w: shutil.rmtree(w / 'base/unet'), unlearn, "component 'unet'"),
+    (pickled, unlearn, "component 'unet' has no .safetensors"),
+    (lambda w: cut(next((w / 'base/unet').glob('*.safetensors')), 1000), unlearn, 'base: cannot be loaded'),
+    (lambda w: edit(w / 'base/unet/config.json', in_channels=3), unlearn, 'in_channels is 3'),
+    (lambda w: edit(w / 'base/unet/config.json', cross_attention_dim=7), unlearn, 'cross_attention_dim is 7'),
+    (lambda w: (w / 'base/vae/config.json').write_text('{'), unlearn, 'vae/config.json: not JSON'),
+    (lambda w: (w / 'out').write_text('mine'), unlearn, 'out: is a file'),
+    (None, lambda w: unlearn(w, out='base'), 'base: is, or holds, the input'),
+    (None, lambda w: unlearn(w, out=''), 'is, or holds, the input'),
+    (lambda w: ((w / 'out').mkdir(), (w / 'out/thesis.txt').write_text('mine')), unlearn, 'out: is not empty'),
+    (lambda w: (w / 'file').write_text('mine'), lambda w: unlearn(w, out='file/out'), 'file: is a file'),
+    (lambda w: (w / 'prompts.csv').unlink(), evaluate, 'prompts.csv: no such file'),
+    (lambda w: (w / 'prompts.csv').write_text('text\na robot\n'), evaluate, "column 'prompt'"),
+    (
+        lambda w: (w / 'prompts.csv').write_text('prompt,kind\na robot,explicitt\n'),
+        evaluate,
+        "row 1: kind: unknown 'explicitt', did you mean 'explicit'?",
+    ),
+    (lambda w: (w / 'prompts.csv').write_text('prompt,seed\na robot,1.5\n'), evaluate, "column 'seed'"),
+    (lambda w: (w / 'prompts.csv').write_text('prompt,seed\na,1\nb,-1\n'), evaluate, 'row 2: seed'),
+    (None, lambda w: evaluate(w, '--detector', 'wirring'), "detector: unknown 'wirring', did you mean 'wiring'?"),
+    (None, lambda w: evaluate(w, evaluators=w / 'nowhere'), 'nowhere/card.json: no such file'),
+    (None, lambda w: unlearn(w, '--method', 'ga', '--set', 'lr=1e30'), 'not finite at run ga, step 1'),
+    (None, lambda w: finetune(w, '--set', 'lr=1e30', '--set', 'steps=5'), 'not finite at run finetune lora'),
+]
+
+
+def test_bad_input(made, tmp_path, call):
+    "One line that names field and file, exit status 2, and nothing is written or changed"
+    if not EVALUATORS.is_dir():
+        pytest.skip('outs/evaluators is not here: dvc pull evaluators')
+    wrong = []
+    for k, (spoil, line, words) in enumerate(BAD):
+        w = copied(made, tmp_path / str(k))
+        if spoil:
+            spoil(w)
+        state = lambda: {p: p.is_file() and p.stat().st_mtime_ns for p in w.rglob('*')}
+        before, args = state(), line(w)
+        status, _, err = call(*args)
+        last = err.strip().splitlines()
+        if (
+            status != 2
+            or len(last) != 1
+            or not last[0].startswith(f'resalign-{args[0]}: error: ')
+            or words not in last[0]
+            or state() != before
+        ):
+            wrong.append((words, status, err[-400:]))
+        shutil.rmtree(w)
+    assert not wrong

@@ -1,172 +1,405 @@
-"A made-up profile of small folders is found whole; whatever is taken away is named."
-import copy, os, shutil, subprocess, sys
+"""A made-up profile of small folders is found whole; whatever is taken away is named; every figure is that of a
+known file."""
+
+import shutil, tempfile
 from pathlib import Path
+from types import SimpleNamespace
 import pytest, torch, yaml
 from huggingface_hub import constants
-from resalign import cli, doctor
-from resalign.core import UserError, sha256
-from resalign.doctor import check, library, require, table
-from resalign.pipelines import load_pipeline, save_pipeline
+from resalign import doctor
+from resalign.core import UserError, root, sha256
+from resalign.doctor import (
+    Finding,
+    check,
+    disk,
+    library,
+    licences,
+    looks_right,
+    machine,
+    require,
+    table,
+    to_fetch,
+    total_gb,
+)
+from resalign.profiles import Profile, Source, names
 from resalign.world import prompts, scenes, write_prompts, write_set
 from tests.compvis import small, write_single_file
 
 COMMIT = '0123456789abcdef0123456789abcdef01234567'
 
+
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
     tmp = tmp_path_factory.mktemp('doctor')
-    pipe = small('v1', tmp); pipe.save_pretrained(tmp/'base')
-    write_single_file(pipe, 'v1', tmp/'one.safetensors')
-    shutil.copytree(tmp/'base', tmp/'config', ignore=shutil.ignore_patterns('*.safetensors'))
-    torch.save(pipe.unet.state_dict(), tmp/'final_model.pt')
-    for name in ('unsafe', 'retain', 'subjects', 'varied', 'reference', 'd1'): write_set(tmp/name, scenes('retain', 2))
-    write_prompts(tmp/'prompts.csv', prompts('explicit', 2, 0)); (tmp/'head.pt').write_bytes(b'weights')
-    return tmp
+    pipe = small('v1', tmp)
+    pipe.save_pretrained(tmp / 'base')
+    write_single_file(pipe, 'v1', tmp / 'one.safetensors')
+    shutil.copytree(tmp / 'base', tmp / 'config', ignore=shutil.ignore_patterns('*.safetensors'))
+    torch.save(pipe.unet.state_dict(), tmp / 'final_model.pt')
+    for name, n in dict(unsafe=2, retain=3, subjects=2, varied=2, reference=2, d1=2).items():
+        write_set(tmp / name, scenes('retain', n))
+    write_prompts(tmp / 'prompts.csv', prompts('explicit', 2, 0))
+    (tmp / 'head.pt').write_bytes(b'weights')
+    return tmp, {
+        n: sum(v.numel() for v in m.state_dict().values())
+        for n, m in pipe.components.items()
+        if isinstance(m, torch.nn.Module)
+    }
+
 
 def profile(tmp, **changes):
     at = lambda name: dict(path=f'{tmp}/{name}')
-    return dict(base=at('base'), size=64, memory_gb=.1, data={d: at(d) for d in ('unsafe', 'retain', 'subjects', 'varied', 'reference')}, pool=dict(d1=at('d1')), prompts=dict(IP=dict(at('prompts.csv'), kind='implicit', images=3)),
-                evaluators=dict(mhsc=dict(at('head.pt'), sha256=sha256(tmp/'head.pt'), fetch='the head from its authors'), numbers=dict(path='pip:numpy>=1')), erase=['x'],
-                unlearn=dict(ga=dict(steps=3), resalign=dict(pool=dict(folders=['d1']))), finetune={'varied-lora': dict(steps=2)}, evaluate=dict(steps=2, guidance=5.)) | changes
+    return (
+        dict(
+            base=at('base'),
+            size=64,
+            memory_gb=0.1,
+            data={d: at(d) for d in ('unsafe', 'retain', 'subjects', 'varied', 'reference')},
+            pool=dict(d1=at('d1')),
+            prompts=dict(IP=dict(at('prompts.csv'), kind='implicit', images=3)),
+            erase=['x'],
+            evaluators=dict(
+                mhsc=dict(at('head.pt'), sha256=sha256(tmp / 'head.pt'), fetch='the head from its authors'),
+                numbers=dict(path='pip:numpy>=1'),
+            ),
+            unlearn=dict(ga=dict(steps=3), resalign=dict(pool=dict(folders=['d1']))),
+            finetune={'varied-lora': dict(steps=2)},
+            evaluate=dict(steps=2, guidance=5.0),
+        )
+        | changes
+    )
+
 
 @pytest.fixture
-def work(made, tmp_path):
-    "A copy to spoil, and its params.yaml"
-    for p in made.iterdir(): (shutil.copytree if p.is_dir() else shutil.copy)(p, tmp_path/p.name)
-    write(tmp_path)
-    return tmp_path
+def mine(made, tmp_path):
+    "Writes a params.yaml whose profile `mine` lies in the shared folder"
 
-def write(tmp, **changes):
-    (tmp/'params.yaml').write_text(yaml.safe_dump(dict(profile='mine', profiles=dict(mine=profile(tmp, **changes)))))
-    return tmp/'params.yaml'
+    def write(**changes):
+        (tmp_path / 'params.yaml').write_text(
+            yaml.safe_dump(dict(profile='mine', profiles=dict(mine=profile(made[0], **changes))))
+        )
+        return tmp_path / 'params.yaml'
 
-def missing(file, **kw): return {f.what: f for f in check('mine', file=file, **kw) if f.state == 'missing'}
+    return write
+
+
+class away:
+    "A file or folder that is somewhere else for a while"
+
+    def __init__(self, path):
+        self.path, self.there = path, Path(tempfile.mkdtemp()) / path.name
+
+    def __enter__(self):
+        return shutil.move(self.path, self.there)
+
+    def __exit__(self, *_):
+        self.path.unlink(missing_ok=True)
+        shutil.move(self.there, self.path)
+        self.there.parent.rmdir()
+
+
+def missing(file, **kw):
+    return {f.what: f for f in check('mine', file=file, **kw) if f.state == 'missing'}
+
+
+def says(file):
+    return {f.what: f.says for f in check('mine', file=file) if f.state == 'ok'}
+
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
     "Whoever asks the network fails"
     import socket
-    def no(*a, **kw): raise AssertionError('asked the network')
-    monkeypatch.setattr(socket.socket, 'connect', no); monkeypatch.setattr(socket, 'getaddrinfo', no); monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
 
-def test_a_whole_profile_passes(work):
-    found = check('mine', file=work/'params.yaml')
+    def no(*a, **kw):
+        raise AssertionError('asked the network')
+
+    monkeypatch.setattr(socket.socket, 'connect', no)
+    monkeypatch.setattr(socket, 'getaddrinfo', no)
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+
+
+# ------------------------------------------------------------------ a profile
+
+
+def test_a_whole_profile_passes_and_its_figures_are_those_of_the_files(made, mine):
+    tmp, file = made[0], mine()
+    found = check('mine', file=file)
     assert {f.state for f in found} == {'ok'}, table(found)
-    assert {'settings', 'libraries', 'memory', 'disk', 'base', 'data.unsafe', 'pool.d1', 'prompts.IP', 'evaluators.mhsc', 'evaluators.numbers'} <= {f.what for f in found}
-    assert '2 pictures' in table(found) and 'hash agrees' in table(found) and 'To get' not in table(found)
-    require('mine', work/'params.yaml'); require(file=work/'params.yaml')
+    assert [f.what for f in found] == [
+        'settings',
+        'libraries',
+        'memory',
+        'disk',
+        'base',
+        *(f'data.{d}' for d in ('unsafe', 'retain', 'subjects', 'varied', 'reference')),
+        'pool.d1',
+        'prompts.IP',
+        'evaluators.mhsc',
+        'evaluators.numbers',
+    ]
+    said = says(file)
+    assert (said['settings'], said['data.unsafe'], said['data.retain']) == (
+        'ga, resalign',
+        f'{tmp}/unsafe: 2 pictures',
+        f'{tmp}/retain: 3 pictures',
+    )
+    assert (
+        said['evaluators.mhsc'] == f'{tmp}/head.pt: 7e-06 MB, hash agrees' and said['base'] == f'{tmp}/base: a pipeline'
+    )
+    require('mine', file)
+    require(file=file)
 
-TAKEN = {'base/unet/config.json': ('base', "component 'unet' is missing"), 'base/model_index.json': ('base', 'model_index.json is missing'), 'base/vae/diffusion_pytorch_model.safetensors': ('base', 'no .safetensors weights'),
-         'unsafe/metadata.jsonl': ('data.unsafe', 'metadata'), 'prompts.csv': ('prompts.IP', 'not here'), 'head.pt': ('evaluators.mhsc', 'not here'), 'd1': ('pool.d1', 'not here'), 'reference': ('data.reference', 'not here')}
 
-@pytest.mark.parametrize('path', TAKEN)
-def test_what_is_taken_away_is_named(work, path):
-    what, says = TAKEN[path]
-    (shutil.rmtree if (work/path).is_dir() else Path.unlink)(work/path)
-    lost = missing(work/'params.yaml')
-    assert set(lost) == {what} and says in lost[what].says
-    with pytest.raises(UserError, match=f'profile mine: {what}: .*resalign-doctor mine') as e: require('mine', work/'params.yaml')
-    assert '\n' not in str(e.value)
+def test_whatever_is_taken_away_is_named(made, mine):
+    "It alone, by stages too, in one line; a file without bytes, and one with other bytes"
+    tmp, file = made[0], mine()
+    taken = {
+        'base/unet/config.json': ('base', 'unet'),
+        'base/model_index.json': ('base', 'model_index.json'),
+        'base/vae/diffusion_pytorch_model.safetensors': ('base', '.safetensors'),
+        'unsafe/metadata.jsonl': ('data.unsafe', 'metadata'),
+        'prompts.csv': ('prompts.IP', 'not here'),
+        'head.pt': ('evaluators.mhsc', 'not here'),
+        'd1': ('pool.d1', 'not here'),
+        'reference': ('data.reference', 'not here'),
+        'varied/00001.png': ('data.varied', '00001.png'),
+    }
+    wrong = []
+    for path, (what, words) in taken.items():
+        with away(tmp / path):
+            lost = missing(file)
+            try:
+                require('mine', file)
+                said = ''
+            except UserError as e:
+                said = str(e)
+        if (
+            set(lost) != {what}
+            or words not in lost[what].says
+            or not said.startswith(f'profile mine: {what}: ')
+            or 'resalign-doctor mine' not in said
+            or '\n' in said
+        ):
+            wrong.append((path, lost, said))
+    assert not wrong
+    with away(tmp / 'head.pt'):
+        (tmp / 'head.pt').write_bytes(b'other weights')
+        lost = missing(file)['evaluators.mhsc']
+        assert sha256(tmp / 'head.pt')[:12] in lost.says and lost.fetch == f"{tmp/'head.pt'}: the head from its authors"
+        assert not missing(file, hashes=False), 'hashes are read where they are asked for'
+        (tmp / 'head.pt').write_bytes(b'')
+        assert 'is empty' in missing(file, hashes=False)['evaluators.mhsc'].says
+    assert not missing(file)
 
-def test_a_picture_that_a_caption_names(work):
-    next((work/'varied').glob('*.png')).unlink()
-    assert 'no such image' in missing(work/'params.yaml')['data.varied'].says
 
-def test_a_file_that_is_another(work):
-    (work/'head.pt').write_bytes(b'other weights')
-    lost = missing(work/'params.yaml')
-    assert set(lost) == {'evaluators.mhsc'} and 'SHA-256' in lost['evaluators.mhsc'].says and lost['evaluators.mhsc'].fetch == f"{work/'head.pt'}: the head from its authors"
-    assert not missing(work/'params.yaml', hashes=False)
-    (work/'head.pt').write_bytes(b''); assert 'is empty' in missing(work/'params.yaml', hashes=False)['evaluators.mhsc'].says
+def test_what_a_profile_does_not_name_or_asks_too_much(mine):
+    wrong, more = [], {}
+    for changes, what, words in [
+        (dict(base=None), 'base', 'names none'),
+        (dict(data={}), 'data.unsafe', 'names none'),
+        (dict(data={}), 'data.retain', 'names none'),
+        (dict(unlearn=dict(ga=dict(stepz=3))), 'settings', 'stepz'),
+        (dict(memory_gb=1e6), 'memory', '1e+06'),
+        (dict(base=dict(path='./nowhere/model.safetensors', fetch='draw one', size_gb=2)), 'base', 'not here'),
+        (dict(evaluators=dict(nude=dict(path='pip:no-such-package==3'))), 'evaluators.nude', 'not installed'),
+        (dict(evaluators=dict(numbers=dict(path='pip:numpy>=99'))), 'evaluators.numbers', '>=99'),
+    ]:
+        lost = missing(mine(**changes), hashes=False)
+        if what not in lost or words not in lost[what].says:
+            wrong.append((changes, lost))
+    assert not wrong
+    assert (
+        missing(mine(base=dict(path='./nowhere/x.safetensors', fetch='draw one', size_gb=2)))['base'].fetch
+        == f"{root()/'nowhere/x.safetensors'}: draw one (about 2 GB)"
+    )
 
-@pytest.mark.parametrize('changes, what, says', [
-    (dict(base=None), 'base', 'names none'), (dict(data={}), 'data.unsafe', 'names none'), (dict(unlearn=dict(ga=dict(stepz=3))), 'settings', 'stepz'), (dict(memory_gb=1e6), 'memory', '1e+06 GB expected'),
-    (dict(base=dict(path='./nowhere/model.safetensors', fetch='draw one', size_gb=2)), 'base', 'not here'), (dict(evaluators=dict(nude=dict(path='pip:no-such-package==3'))), 'evaluators.nude', 'not installed'),
-    (dict(evaluators=dict(numbers=dict(path='pip:numpy>=99'))), 'evaluators.numbers', 'expected >=99'), (dict(evaluators=dict(huge=dict(path='./nowhere/huge', size_gb=1e9))), 'disk', 'still to fetch')])
-def test_what_a_profile_asks_too_much(work, changes, what, says):
-    lost = missing(write(work, **changes))
-    assert what in lost and says in lost[what].says, lost
 
-def test_single_file_checkpoints_are_looked_into(work):
-    base = dict(path=f'{work}/one.safetensors')
-    assert 'needs `config`' in missing(write(work, base=base))['base'].says
-    good = write(work, base=base, config=f'{work}/config', weights=dict(path=f'{work}/final_model.pt'))
-    assert not missing(good) and any('numbers' in f.says for f in check('mine', file=good) if f.what == 'base')
-    from safetensors.torch import load_file, save_file
-    save_file({k: v for k, v in load_file(work/'one.safetensors').items() if 'input_blocks.0.0' not in k}, work/'one.safetensors')
-    assert '2 of 684 weights of the unet are missing' in missing(good)['base'].says
-    shutil.rmtree(work/'config'); lost = missing(good)
-    assert 'no such folder' in lost['base'].says and 'hf download REPOSITORY' in lost['config'].fetch
-    (work/'final_model.pt').unlink(); assert 'weights' in missing(good)
+def test_single_file_checkpoints_are_looked_into(made, mine):
+    "All the numbers of all parts, to the last; the size of weights"
+    (tmp, numbers), base = made, dict(path=f'{made[0]}/one.safetensors')
+    assert 'config' in missing(mine(base=base))['base'].says
+    good = mine(base=base, config=f'{tmp}/config', weights=dict(path=f'{tmp}/final_model.pt'))
+    with away(tmp / 'final_model.pt'):
+        with open(tmp / 'final_model.pt', 'wb') as f:
+            f.truncate(2_340_000_000)  # a hole: no bytes on the disk
+        assert not missing(good) and says(good)['weights'].endswith('weights, 2.3 GB')
+    assert f'{sum(numbers.values()):,} numbers' in says(good)['base']
+    with away(tmp / 'one.safetensors') as whole:
+        from safetensors.torch import load_file, save_file
 
-@pytest.fixture
-def hub(made, tmp_path, monkeypatch):
-    "A hub cache with one model at one commit"
-    repo = tmp_path/'hub/models--somebody--small'
-    shutil.copytree(made/'base', repo/'snapshots'/COMMIT); (repo/'refs').mkdir(); (repo/'refs/main').write_text(COMMIT)
-    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path/'hub'))
-    return repo/'snapshots'/COMMIT
+        save_file({k: v for k, v in load_file(whole).items() if 'input_blocks.0.0' not in k}, tmp / 'one.safetensors')
+        assert '2 of 684 weights of the unet' in missing(good)['base'].says
+    with away(tmp / 'config'), away(tmp / 'final_model.pt'):
+        lost = missing(good)
+        assert set(lost) == {'base', 'config', 'weights'} and 'hf download REPOSITORY' in lost['config'].fetch
 
-def test_hub_ids(work, hub):
-    file = write(work, base=dict(path='somebody/small', license='openrail'))
-    by = {(f.what, f.state): f for f in check('mine', file=file)}
-    assert 'a pipeline, openrail' in by['base', 'ok'].says and 'not pinned' in by['base', 'note'].says
-    require('mine', file)                                          # a note stops nothing
-    assert by['licences', 'note'].says == 'read and accept: openrail (https://huggingface.co/somebody/small)'
-    pinned = check('mine', file=write(work, base=dict(path='somebody/small', revision=COMMIT)))
-    assert [f.state for f in pinned if f.what == 'base'] == ['ok']
-    (hub/'unet/diffusion_pytorch_model.safetensors').unlink()      # half a download
-    lost = missing(file)['base']; assert 'no .safetensors weights' in lost.says and 'hf download somebody/small' in lost.fetch
-    gone = missing(write(work, base=dict(path='somebody/gated', revision='abc', license='openrail', size_gb=4.3), data=dict(unsafe=dict(path=f'{work}/unsafe'), retain=dict(path='somebody/dogs', inside='retain'))))
-    for words in ('hf download somebody/gated --revision abc', 'about 4.3 GB', 'licence: https://huggingface.co/somebody/gated'): assert words in gone['base'].fetch
-    assert 'openrail' in gone['base'].says and 'hf download somebody/dogs --type dataset --include "retain*"' in gone['data.retain'].fetch
+
+# ------------------------------------------------------------------ the machine
+
+
+def test_memory_decides_at_what_is_asked(monkeypatch):
+    "A CPU's pages, a GPU's bytes, in GB of 10⁹; as much as is asked is enough"
+    state = lambda **kw: machine(Profile(**kw))[0].state
+    monkeypatch.setattr(doctor.os, 'sysconf', lambda name: dict(SC_PAGE_SIZE=4096, SC_PHYS_PAGES=4_000_000)[name])
+    monkeypatch.setattr(doctor, 'device', lambda: torch.device('cpu'))
+    assert total_gb() == ('CPU', 16.384) and (state(memory_gb=16.384, size=64), state(memory_gb=16.385, size=64)) == (
+        'ok',
+        'missing',
+    )
+    assert machine(Profile(memory_gb=9, size=64))[0].says == 'CPU: 16 GB, about 9 GB expected'
+    assert [len(machine(Profile(memory_gb=9, size=n))) for n in (255, 256)] == [1, 2] and machine(Profile(size=256))[
+        1
+    ].state == 'note'
+    monkeypatch.setattr(doctor, 'device', lambda: SimpleNamespace(type='cuda'))
+    monkeypatch.setattr(
+        torch.cuda, 'get_device_properties', lambda i: SimpleNamespace(name='A card', total_memory=24_000_000_000)
+    )
+    assert total_gb() == ('A card', 24.0) and (state(memory_gb=24), state(memory_gb=24.001)) == ('ok', 'missing')
+    for able, states in ((True, ['ok']), (False, ['ok', 'missing'])):
+        monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda: able)
+        assert [f.state for f in machine(Profile(memory_gb=16, precision='bfloat16'))] == states and [
+            f.state for f in machine(Profile(memory_gb=16, precision='float16'))
+        ] == ['ok']
+
+
+def test_the_fewest_free_bytes_decide(monkeypatch, tmp_path):
+    "Of the working tree's disk and the cache's, whichever is smaller; as much as is still to fetch is too little"
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hub/below'))
+    free = {}
+    monkeypatch.setattr(doctor.shutil, 'disk_usage', lambda p: SimpleNamespace(total=10**15, used=0, free=free[str(p)]))
+    for here, there in ((5e9, 3e9), (3e9, 5e9)):
+        free.update({str(root()): here, str(tmp_path): there})
+        assert [disk(gb)[0].state for gb in (2.999, 3.0, 3.001, 4.0)] == ['ok', 'missing', 'missing', 'missing'], (
+            here,
+            there,
+        )
+        assert (
+            disk(1.25)[0].says.startswith('3 GB free')
+            and str(tmp_path) in disk(1.25)[0].says
+            and disk(4.0)[0].fetch
+            and not disk(1.0)[0].fetch
+        )
+    (tmp_path / 'hub').mkdir()
+    free[str(tmp_path / 'hub')] = 1e9
+    assert disk(2.0)[0].state == 'missing', 'the nearest folder of the cache that is there'
+
+
+def test_what_is_still_to_fetch_is_the_sum_of_what_is_missing(made, mine):
+    "Sizes of what is here, or unknown, don't count"
+    tmp = made[0]
+    file = mine(
+        base=dict(path='./nowhere/a', size_gb=2.5),
+        data=dict(unsafe=dict(path=f'{tmp}/unsafe', size_gb=100), retain=dict(path='./nowhere/b')),
+        evaluators=dict(c=dict(path='./nowhere/c', size_gb=1.5)),
+    )
+    assert next(f.says for f in check('mine', file=file) if f.what == 'disk').endswith('about 4.0 GB still to fetch')
+
 
 def test_libraries(monkeypatch):
-    assert library('torch>=2').state == 'ok' and library('torch<1').state == 'missing' and library('no-such').fetch == 'pip install "no-such"'
-    monkeypatch.setattr(doctor.importlib.metadata, 'requires', lambda name: ['torch<1', 'numpy', 'pytest; extra == "dev"', 'no-such'])
-    assert [(f.what, f.state) for f in doctor.libraries()] == [('library torch', 'missing'), ('library no-such', 'missing')]
+    monkeypatch.setattr(doctor.importlib.metadata, 'version', lambda name: dict(torch='2.13.0')[name])
+    assert [library(r).state for r in ('torch>=2.13', 'torch>2.13', 'torch<2.13', 'torch==2.13.0')] == [
+        'ok',
+        'missing',
+        'missing',
+        'ok',
+    ] and library('torch>=2').says == '2.13.0'
+    assert library('torch>3').fetch == 'pip install "torch>3"'
+    monkeypatch.undo()
+    assert library('no-such').fetch == 'pip install "no-such"'
+    monkeypatch.setattr(
+        doctor.importlib.metadata, 'requires', lambda name: ['torch<1', 'numpy', 'pytest; extra == "dev"', 'no-such']
+    )
+    assert [(f.what, f.state) for f in doctor.libraries()] == [
+        ('library torch', 'missing'),
+        ('library no-such', 'missing'),
+    ]
 
-def test_memory_of_a_gpu(monkeypatch):
-    from types import SimpleNamespace
-    from resalign.profiles import Profile
-    monkeypatch.setattr(doctor, 'device', lambda: SimpleNamespace(type='cuda'))
-    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda i: SimpleNamespace(name='A card', total_memory=24e9)); monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda: False)
-    assert [f.state for f in doctor.machine(Profile(memory_gb=16))] == ['ok'] and doctor.machine(Profile(memory_gb=56))[0].state == 'missing'
-    assert 'no bfloat16' in doctor.machine(Profile(memory_gb=16, precision='bfloat16'))[1].says
+
+# ------------------------------------------------------------------ what fetches it
+
+
+def test_hub_ids(made, mine, tmp_path, monkeypatch):
+    repo = tmp_path / 'hub/models--somebody--small'
+    hub = repo / 'snapshots' / COMMIT
+    shutil.copytree(made[0] / 'base', hub)
+    (repo / 'refs').mkdir()
+    (repo / 'refs/main').write_text(COMMIT)
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hub'))
+    file = mine(base=dict(path='somebody/small', license='openrail'))
+    by = {(f.what, f.state): f for f in check('mine', file=file)}
+    assert by['base', 'ok'].says == 'somebody/small: a pipeline, openrail' and 'not pinned' in by['base', 'note'].says
+    require('mine', file)  # a note stops nothing
+    pinned = check('mine', file=mine(base=dict(path='somebody/small', revision=COMMIT)))
+    assert [f.state for f in pinned if f.what == 'base'] == ['ok']
+    (hub / 'unet/diffusion_pytorch_model.safetensors').unlink()  # half a download
+    lost = missing(mine(base=dict(path='somebody/small')))['base']
+    assert '.safetensors' in lost.says and 'hf download somebody/small' in lost.fetch
+
+
+def test_commands_and_licences():
+    model, data = Source(path='somebody/gated', revision='abc', license='openrail', size_gb=4.3), Source(
+        path='somebody/dogs', inside='retain', license='cc0'
+    )
+    fetch = to_fetch('base', model)
+    assert fetch.startswith('hf download somebody/gated --revision abc ') and fetch.endswith(
+        '   # about 4.3 GB   # licence: https://huggingface.co/somebody/gated'
+    )
+    assert (
+        to_fetch('data.retain', data) == 'hf download somebody/dogs --type dataset --include "retain*"'
+        '   # licence: https://huggingface.co/datasets/somebody/dogs'
+    )
+    assert (
+        '--type dataset' not in to_fetch('evaluators.mhsc', data)
+        and to_fetch('evaluators.x', Source(path='pip:nudenet==3.4.2')) == 'pip install "nudenet==3.4.2"'
+    )
+    (said,) = licences(Profile(base=model, data=dict(retain=data, unsafe=dict(path='./here', license='mine'))))
+    assert (said.state, said.says) == (
+        'note',
+        'read and accept: openrail (https://huggingface.co/somebody/gated), '
+        'cc0 (https://huggingface.co/datasets/somebody/dogs)',
+    )
+
+
+def test_the_table_ends_with_what_to_do():
+    "ok, notes, missing; each command once"
+    lines = table(
+        [
+            Finding('b', 'missing', 'gone', 'bring b'),
+            Finding('a', 'ok', 'here', 'nothing'),
+            Finding('c', 'missing', 'gone', 'bring b'),
+            Finding('d', 'note', 'look'),
+        ]
+    ).splitlines()
+    assert [l.split() for l in lines] == [
+        ['ok', 'a', 'here'],
+        ['note', 'd', 'look'],
+        ['missing', 'b', 'gone'],
+        ['missing', 'c', 'gone'],
+        [],
+        'To get what is missing:'.split(),
+        ['bring', 'b'],
+    ]
+    assert 'To get' not in table([Finding('a', 'ok', 'here')])
+
 
 def test_every_profile_of_the_repository_can_be_looked_at():
-    from resalign.profiles import names
+    wrong = []
     for name in names():
         found = check(name, hashes=False)
-        assert next(f for f in found if f.what == 'settings').state == 'ok'
-        for f in found: assert '\n' not in f.says + f.fetch
-        if any(f.state == 'missing' for f in found): assert 'To get what is missing:' in table(found)
+        settings = next(f for f in found if f.what == 'settings')
+        if (
+            settings.state != 'ok'
+            or any('\n' in f.says + f.fetch for f in found)
+            or any(f.state == 'missing' for f in found) != ('To get what is missing:' in table(found))
+        ):
+            wrong.append((name, settings.says))
+    assert not wrong
 
 
-# ------------------------------------------------------------------ the command
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    def run(*args):
-        monkeypatch.setattr(sys, 'argv', ['/somewhere/resalign-doctor', *map(str, args)])
-        capsys.readouterr(); status = 0
-        try: cli.doctor()
-        except SystemExit as e: status = e.code or 0
-        return status, *capsys.readouterr()
-    return run
-
-def test_the_command(work, call, monkeypatch):
-    (work/'settings.ini').write_text(''); monkeypatch.chdir(work)
-    status, out, _ = call('mine'); assert status == 0 and 'data.unsafe' in out
-    (work/'head.pt').unlink()
-    status, out, _ = call('mine', '--quick'); assert status == 1 and 'missing evaluators.mhsc' in out and 'the head from its authors' in out
-    status, out, err = call('yours'); assert status == 2 and "unknown 'yours'" in err and err.count('\n') == 1
-
-def test_help_teaches(call):
-    status, out, _ = call('--help')
-    assert status == 0 and 'In:  ' in out and 'Out: ' in out and 'Example:\n  resalign-doctor ' in out and 'sd14-paper' in out
-
-def test_it_is_a_console_script():
-    from configparser import ConfigParser
-    ini = ConfigParser(); ini.read(Path(__file__).resolve().parent.parent/'settings.ini')
-    assert 'resalign-doctor=resalign.cli:doctor' in ini['DEFAULT']['console_scripts'].split()
+def test_the_sizes_of_files_and_folders(tmp_path):
+    (tmp_path / 'f.bin').write_bytes(b'x' * 1_234_567)
+    assert (
+        looks_right('prompts.IP', tmp_path / 'f.bin', Profile()) == '1.2 MB'
+        and looks_right('evaluators.x', tmp_path, Profile()) == 'a folder'
+    )

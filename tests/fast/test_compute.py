@@ -1,0 +1,240 @@
+"Precision and optimizers: which numbers are kept, widened, scaled and handed on."
+from types import SimpleNamespace
+import pytest, torch
+from torch import nn
+from resalign import compute, training
+from resalign.compute import (SCALE, Compute, Scaled, backbone, called, compute_of, finish, home, lower, metered,
+    models, named, optimizer, prepare, restore, scaled, where, widen)
+from resalign.core import UserError
+from resalign.training import OPTIMIZERS
+
+FINE = 1 + 2**-20 # bfloat16 rounds it to 1
+
+def net():
+    m = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    for p in m.parameters(): nn.init.constant_(p, FINE)
+    return m
+
+
+# ------------------------------------------------------------------ lower, widen, restore
+
+def test_lower_takes_matrices_in_float32_and_keeps_them_as_they_were():
+    m = net()
+    m.append(nn.Linear(2, 2, dtype=torch.float64))
+    lower(m, torch.bfloat16)
+    assert [p.dtype for p in m.parameters()] == [torch.bfloat16, torch.float32]*2 + [torch.float64]*2
+    for p in m[0].weight, m[1].weight: assert p.full.dtype == torch.float32 and p.full.eq(FINE).all() and p.eq(1).all()
+    assert not any('full' in p.__dict__ for p in (m[0].bias, *m[2].parameters()))
+
+def test_widen_gives_back_the_numbers_that_were_loaded():
+    m = net()
+    lower(m, torch.bfloat16)
+    half, wide, double = (
+        nn.Parameter(torch.ones(2, dtype=torch.float16) * 0.5),
+        nn.Parameter(torch.ones(2)),
+        nn.Parameter(torch.ones(2, dtype=torch.float64)),
+    )
+    data = wide.data_ptr()
+    params = [m[0].weight, half, wide, double]
+    assert widen(params) is params
+    assert [p.dtype for p in params] == [torch.float32]*3 + [torch.float64]
+    assert (
+        m[0].weight.eq(FINE).all()
+        and 'full' not in m[0].weight.__dict__
+        and half.eq(0.5).all()
+        and wide.data_ptr() == data
+    )
+    assert m[1].weight.dtype == torch.bfloat16
+
+def test_restore_keeps_a_change_and_forgets_the_rounding_of_the_rest():
+    m = net()
+    lower(m, torch.bfloat16)
+    m[1].weight.data.fill_(3.)
+    restore(m)
+    assert {p.dtype for p in m.parameters()} == {torch.float32}
+    assert (
+        m[0].weight.eq(FINE).all()
+        and m[1].weight.eq(3.0).all()
+        and not any('full' in p.__dict__ for p in m.parameters())
+    )
+    plain = net()
+    before = [p.data_ptr() for p in plain.parameters()]
+    restore(plain)
+    assert [p.data_ptr() for p in plain.parameters()] == before
+
+
+# ------------------------------------------------------------------ scaled gradients
+
+def test_scaled_is_the_identity_and_multiplies_the_gradient():
+    x = torch.tensor([2., 3.], requires_grad=True)
+    y = Scaled.apply(x, 5.)
+    assert torch.equal(y, x)
+    (y*torch.tensor([1., 10.])).sum().backward()
+    assert x.grad.tolist() == [5., 50.] and SCALE == 4096
+
+class Probe(nn.Module):
+    "w·x + frozen·extra, and the gradient seen inside"
+    def __init__(self):
+        super().__init__()
+        self.w, self.frozen, self.inside = (
+            nn.Parameter(torch.tensor([2.0])),
+            nn.Parameter(torch.tensor([1.0]), requires_grad=False),
+            [],
+        )
+
+    def forward(self, x, extra=None, return_dict=True):
+        out = self.w*x + (0 if extra is None else self.frozen*extra)
+        if out.requires_grad: out.register_hook(lambda g: self.inside.append(g.clone()))
+        self.kinds = dict(
+            x=x.dtype,
+            extra=getattr(extra, 'dtype', None),
+            autocast=torch.is_autocast_enabled('cpu') and torch.get_autocast_dtype('cpu'),
+        )
+        return (out, 'more')
+
+def test_gradients_are_larger_inside_the_network_and_right_outside():
+    m, x, extra = Probe(), torch.tensor([3.], requires_grad=True), torch.tensor([4.], requires_grad=True)
+    out = scaled(m, (x,), dict(extra=extra))
+    assert out.item() == 10. and out.dtype == torch.float32
+    (7*out).backward()
+    assert (
+        m.inside[0].item() == 7 * 4096
+        and m.w.grad.item() == 21.0
+        and x.grad.item() == 14.0
+        and extra.grad.item() == 7.0
+        and m.frozen.grad is None
+    )
+
+
+def test_called_runs_in_the_precision_that_was_asked_for():
+    m, x = Probe(), torch.tensor([3.], requires_grad=True)
+    def kinds(c, x=x, **kw):
+        m.compute = c
+        out = called(m, x, **kw)
+        assert out.dtype == x.dtype
+        return out, dict(m.kinds)
+    assert called(m, x).item() == 6. and m.kinds['autocast'] is False
+    for dtype in 'float32', 'bfloat16', 'float16':
+        m.inside.clear()
+        out, seen = kinds(Compute(dtype=dtype), extra=torch.ones(1))
+        assert out.item() == 7. and seen['autocast'] == (False if dtype == 'float32' else getattr(torch, dtype))
+        out.backward()
+        assert m.inside[0].item() == (4096 if dtype == 'float16' else 1), dtype
+    with torch.no_grad(): assert kinds(Compute(dtype='float16'))[0].item() == 6.
+    assert kinds(Compute(dtype='bfloat16'), x.detach().double())[0].dtype == torch.float64
+    assert home(m) == torch.device('cpu')
+
+
+# ------------------------------------------------------------------ optimizers
+
+def one_step(opt, p):
+    p.grad = torch.tensor([2.])
+    opt.step()
+    return p.item()
+
+def test_an_optimizer_by_name_or_itself():
+    m = Probe()
+    expected = dict(sgd=1 - .1*2, adam=1 - .1, adamw=1 - .1*.01 - .1) # Adam's first step is lr, whatever the gradient
+    for name, value in expected.items():
+        for kind in name, OPTIMIZERS[name]:
+            p = nn.Parameter(torch.ones(1))
+            assert one_step(optimizer(kind, [p], .1, m), p) == pytest.approx(value, abs=1e-6), name
+    p = nn.Parameter(torch.ones(1))
+    own = lambda ps, lr: torch.optim.SGD(ps, 5*lr)
+    assert one_step(optimizer(own, [p], .1, m), p) == pytest.approx(0.)
+
+def test_eight_bits_where_the_network_was_prepared_for_them(monkeypatch):
+    made = []
+    library = SimpleNamespace(
+        Adam8bit=lambda *a, **kw: made.append(('adam', a, kw)) or 'A',
+        AdamW8bit=lambda *a, **kw: made.append(('adamw', a, kw)) or 'W',
+    )
+    monkeypatch.setattr(compute, 'eight_bit', lambda: library)
+    m, ps = nn.Sequential(Probe()), [nn.Parameter(torch.ones(1))]
+    own = lambda ps, lr: 'own'
+    m[0].compute = Compute(eight_bit_adam=True)  # of a part is enough
+    assert [optimizer(k, ps, 0.1, m) for k in ('adam', 'adamw', OPTIMIZERS['adamw'], own)] == [
+        'A',
+        'W',
+        'W',
+        'own',
+    ] and isinstance(optimizer('sgd', ps, 0.1, m), torch.optim.SGD)
+    assert made == [
+        ('adam', (ps, 0.1), {}),
+        ('adamw', (ps, 0.1), dict(weight_decay=0.01)),
+        ('adamw', (ps, 0.1), dict(weight_decay=0.01)),
+    ]
+    m[0].compute = Compute()
+    assert type(optimizer('adamw', ps, .1, m)) is torch.optim.AdamW and len(made) == 3
+
+def test_the_first_library_of_eight_bits_that_is_there(monkeypatch):
+    monkeypatch.setattr(compute, 'EIGHT_BIT', dict(no_such_library='no.such', json='json.decoder', ast='ast'))
+    import json.decoder
+    assert compute.eight_bit() is json.decoder
+    monkeypatch.setattr(compute, 'EIGHT_BIT', dict(no_such_library='no.such'))
+    with pytest.raises(UserError, match='eight_bit_adam'): compute_of(dict(eight_bit_adam=True, device='cpu'))
+
+
+# ------------------------------------------------------------------ a pipeline, before and after
+
+class Net(Probe):
+    def __init__(self):
+        super().__init__()
+        self.m, self.checkpointing = nn.Parameter(torch.full((2, 2), FINE)), []
+    def enable_gradient_checkpointing(self): self.checkpointing.append(True)
+    def disable_gradient_checkpointing(self): self.checkpointing.append(False)
+
+def test_defaults_change_nothing():
+    assert Compute().model_dump() == dict(
+        dtype='float32', gradient_checkpointing=False, eight_bit_adam=False, device=None
+    )
+    pipe = SimpleNamespace(unet=Net(), text_encoder=Net(), name='x')
+    prepare(pipe, compute_of(dict(device='cpu')))
+    assert (
+        pipe.unet.m.dtype == torch.float32
+        and pipe.unet.checkpointing == []
+        and models(pipe) == [pipe.unet, pipe.text_encoder]
+    )
+    finish(pipe)
+    assert not hasattr(pipe.unet, 'compute') and pipe.unet.checkpointing == [] and pipe.unet.m.eq(FINE).all()
+
+def test_prepare_lowers_the_denoiser_alone_and_finish_undoes_it():
+    for name in 'unet', 'transformer':
+        pipe = SimpleNamespace(**{name: Net()}, text_encoder=Net())
+        net = backbone(pipe)
+        assert net is getattr(pipe, name)
+        prepare(pipe, Compute(dtype='bfloat16', gradient_checkpointing=True, device='cpu'))
+        assert (
+            net.m.dtype == torch.bfloat16
+            and pipe.text_encoder.m.dtype == torch.float32
+            and net.checkpointing == [True]
+            and net.compute.dtype == 'bfloat16'
+        )
+        finish(pipe)
+        finish(pipe) # twice is once
+        assert net.m.eq(FINE).all() and net.checkpointing == [True, False] and not hasattr(net, 'compute')
+
+def test_devices_by_name():
+    assert where(Compute(device='cpu')) == torch.device('cpu')
+    assert where(Compute(device='meta')).type == 'meta'
+    with pytest.raises(UserError, match="device: 'gpu'"): where(Compute(device='gpu'))
+    assert named(torch.device('cpu')).endswith(' cpu')
+
+def test_the_bill_has_the_median_of_the_steps(monkeypatch):
+    usage = SimpleNamespace(ru_maxrss=3_000_000)
+    monkeypatch.setattr(compute.resource, 'getrusage', lambda who: usage)
+    monkeypatch.setattr(compute.sys, 'platform', 'linux')
+    pipe = SimpleNamespace(unet=Probe())
+    with metered(pipe) as bill:
+        assert bill == {}
+        training._laps.get().extend([.5, .1, .30004])
+    assert bill == dict(
+        device=named(torch.device('cpu')),
+        steps=3,
+        seconds_per_step=0.3,
+        peak_gb=3.072,
+        peak_of='resident set of the process',
+    )
+    monkeypatch.setattr(compute.sys, 'platform', 'darwin')
+    with metered(pipe) as bill: pass
+    assert bill['steps'] == 0 and bill['seconds_per_step'] is None and bill['peak_gb'] == .003

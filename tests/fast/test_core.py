@@ -1,0 +1,211 @@
+"Streams of random numbers, numbers that aren't finite, settings, names and progress."
+import hashlib, json, math, random, signal
+import numpy as np, pytest, torch
+from resalign import core
+from resalign.core import (Config, RunRecord, UserError, as_markdown, check_finite, choose, generator, make_config,
+    one_line, params, progress, root, save_checkpoint, load_checkpoint, seed_all, sha256)
+
+# ------------------------------------------------------------------ random numbers
+
+def test_a_generator_is_the_hash_of_seed_and_names():
+    for seed, names in (0, ()), (7, ('a',)), (-1, ('a', 3, .5)):
+        expected = int.from_bytes(hashlib.sha256(repr((seed, *(str(n) for n in names))).encode()).digest()[:7], 'big')
+        g = generator(seed, *names)
+        assert g.initial_seed() == expected and g.device == torch.device('cpu')
+        assert torch.equal(
+            torch.randn(5, generator=g), torch.randn(5, generator=torch.Generator().manual_seed(expected))
+        )
+
+
+def test_streams_do_not_meet():
+    asked = [(0,), (1,), (0, 'a'), (0, 'b'), (0, 'a', 'b'), (0, 'ab'), (0, 'b', 'a'), (0, 1), (0, 11), (0, 1, 1)]
+    assert len({generator(*a).initial_seed() for a in asked}) == len(asked)
+    assert generator(0, 1).initial_seed() == generator(0, '1').initial_seed() == generator(0., 1).initial_seed()
+    before = torch.get_rng_state()
+    torch.randn(3, generator=generator(0))
+    assert torch.equal(torch.get_rng_state(), before)
+
+def test_seed_all_seeds_python_numpy_and_torch():
+    def numbers(seed):
+        seed_all(seed)
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    expected = (
+        random.Random(5).random(),
+        np.random.RandomState(5).rand(),
+        torch.rand(1, generator=torch.Generator().manual_seed(5)).item(),
+    )
+    assert numbers(5) == expected
+    assert numbers(2**32 + 5)[1] == expected[1]
+    assert (
+        torch.are_deterministic_algorithms_enabled()
+        and torch.is_deterministic_algorithms_warn_only_enabled()
+        and not torch.utils.deterministic.fill_uninitialized_memory
+    )
+
+
+# ------------------------------------------------------------------ check_finite, choose, words
+
+def test_check_finite_hands_on_what_is_and_names_the_place_of_what_is_not():
+    t = torch.ones(2)
+    assert check_finite(t, step=1) is t and check_finite(3.) == 3.
+    for bad in math.nan, math.inf, -math.inf, torch.tensor([1., math.nan]), [1., math.inf]:
+        with pytest.raises(UserError, match='not finite at run x, step 3') as e: check_finite(bad, run='x', step=3)
+        assert '(' not in str(e.value)
+    with pytest.raises(UserError, match=r'\(lr 9\)$'): check_finite(math.nan, note=lambda: 'lr 9', step=0)
+
+def test_choose_returns_what_is_known_and_names_the_nearest():
+    assert choose('b', iter(['a', 'b']), 'x') == 'b' and choose(2, [1, 2], 'x') == 2
+    with pytest.raises(
+        UserError, match=r"file: field: unknown 'optimiser', did you mean 'optimizer'\? \(known: optimizer, lr\)"
+    ):
+        choose('optimiser', ['optimizer', 'lr'], 'file: field')
+    with pytest.raises(UserError) as e: choose('zzz', ['optimizer', 1], 'x')
+    assert 'did you mean' not in str(e.value) and '(known: optimizer, 1)' in str(e.value)
+
+def test_words_of_others_are_one_line_and_not_too_many():
+    assert (
+        one_line('a\nb\x1b[2J\u202ec') == 'a b [2J c'
+        and one_line('x' * 600) == 'x' * 600
+        and one_line('x' * 601) == 'x' * 600 + ' ...'
+        and one_line('abcd', 3) == 'abc ...'
+    )
+    assert str(UserError('a\nb')) == 'a b' and UserError('a')._render_traceback_() == ['UserError: a']
+    assert as_markdown('a|b `c` *d* [e](f) \\ <i>&"\n') == r'a\|b \`c\` \*d\* \[e\](f) \\ &lt;i&gt;&amp;" '
+
+# ------------------------------------------------------------------ settings
+
+class Inner(Config):
+    rate:float = 1.
+
+class Outer(Config):
+    lr:float = 0.
+    steps:int = 3
+    alpha:float = 0.
+    name:str = 'x'
+    inner:Inner = Inner()
+
+def test_settings_are_frozen_finite_and_known():
+    c = make_config(Outer, dict(lr=.5, inner=dict(rate=2)))
+    assert c.lr == .5 and c.inner.rate == 2. and c.steps == 3
+    with pytest.raises(Exception, match='frozen'): c.lr = 1.
+    assert make_config(Outer, {}).lr == 0. # a default may be 0
+    assert make_config(Outer, dict(alpha=-1.)).alpha == -1.
+
+def test_mistakes_in_settings_name_file_field_and_value():
+    cases = [
+        (dict(step=1), "f.yaml: step: unknown 'step', did you mean 'steps'"),
+        (dict(inner=dict(rat=1)), "f.yaml: inner.rat: unknown 'rat', did you mean 'rate'"),
+        (dict(lr=0.0), 'f.yaml: lr: expected more than 0, got 0.0'),
+        (dict(lr=-1), 'f.yaml: lr: expected more than 0, got -1'),
+        (dict(steps=0), 'f.yaml: steps: expected more than 0, got 0'),
+        (dict(steps='many'), r'f.yaml: steps: .*, got .many.'),
+        (dict(alpha=math.inf), 'f.yaml: alpha: .*finite'),
+        ([1], r'f.yaml: expected a mapping of settings, got \[1\]'),
+    ]
+    for values, says in cases:
+        with pytest.raises(UserError, match=says): make_config(Outer, values, 'f.yaml')
+    with pytest.raises(UserError, match='^params.yaml: '): make_config(Outer, dict(step=1))
+
+def test_a_section_of_a_file_of_parameters(tmp_path):
+    f = tmp_path/'p.yaml'
+    f.write_text('a:\n  b: {c: [1, 2]}\n  n: 3\n')
+    assert params('a.b', f) == dict(c=[1, 2])
+    params('a.b', f)['c'].append(3)
+    assert params('a', f) == dict(b=dict(c=[1, 2]), n=3) # nobody else's copy
+    for section, says in ('a.x', "p.yaml: a.x: unknown 'x'"), ('a.n.c', "p.yaml: a.n.c: unknown 'c'"):
+        with pytest.raises(UserError, match=says): params(section, f)
+    with pytest.raises(UserError, match='no such file'): params('a', tmp_path/'q.yaml')
+    f.write_text('a: [')
+    with pytest.raises(UserError, match='not YAML'): params('a', f)
+
+def test_the_root_is_the_nearest_folder_with_settings(tmp_path, monkeypatch):
+    (tmp_path/'a/b').mkdir(parents=True)
+    (tmp_path/'a/settings.ini').write_text('')
+    monkeypatch.chdir(tmp_path/'a/b')
+    assert root() == (tmp_path/'a').resolve()
+    monkeypatch.chdir(tmp_path)
+    assert root() == tmp_path.resolve()
+
+# ------------------------------------------------------------------ progress
+
+def lines(monkeypatch, capsys, tick, n=5, every=30, setting='', **kw):
+    "What is said about n rounds of `tick` seconds"
+    now = [0.]
+    def clock():
+        now[0] += tick
+        return now[0]
+    monkeypatch.setattr(core.time, 'monotonic', clock)
+    monkeypatch.setenv('PROGRESS', setting)
+    bar = progress(range(n) if 'total' not in kw else iter(range(n)), desc='it', every=every, **kw)
+    for i in bar: bar.note(f'note {i}')
+    return capsys.readouterr().err.splitlines()
+
+def test_a_line_comes_every_so_many_seconds(monkeypatch, capsys):
+    assert lines(monkeypatch, capsys, 10) == ['it 2/5 30s note 1']
+    assert lines(monkeypatch, capsys, 15, every=30) == ['it 1/5 30s note 0', 'it 3/5 60s note 2']
+    assert lines(monkeypatch, capsys, 10, n=3, total=None) == ['it 2/? 30s note 1'] and lines(
+        monkeypatch, capsys, 10, n=3, total=9
+    ) == ['it 2/9 30s note 1']
+    assert lines(monkeypatch, capsys, 99, every=math.inf) == lines(monkeypatch, capsys, 99, setting='0') == []
+
+def test_progress_hands_on_what_it_is_given(monkeypatch):
+    for setting in '', '0':
+        monkeypatch.setenv('PROGRESS', setting)
+        assert list(progress('abc')) == list('abc')
+
+def test_on_a_terminal_there_is_a_bar_with_the_note(monkeypatch):
+    made, monkey = [], monkeypatch
+    class Bar:
+        def __init__(self, it, **kw):
+            self.it, self.kw, self.said = it, kw, []
+            made.append(self)
+        def __iter__(self): return iter(self.it)
+        def set_postfix_str(self, text, refresh): self.said.append((text, refresh))
+    monkey.setattr(core, 'tqdm', Bar)
+    monkey.setattr(core.sys.stderr, 'isatty', lambda: True, raising=False)
+    monkey.setenv('PROGRESS', '1')
+    bar = progress(range(2), desc='d')
+    bar.note('before')
+    assert [bar.note(f'n{i}') or i for i in bar] == [0, 1]
+    assert made[0].kw == dict(total=2, desc='d', leave=False) and made[0].said == [('n0', False), ('n1', False)]
+
+# ------------------------------------------------------------------ what a run leaves
+
+def test_a_checkpoint_comes_back_and_the_one_before_stands_in_for_a_damaged_one(tmp_path, capsys):
+    for i in range(3): save_checkpoint(tmp_path/'c', dict(w=torch.full((2,), float(i)).requires_grad_()), dict(step=i))
+    tensors, meta = load_checkpoint(tmp_path/'c')
+    assert tensors['w'].tolist() == [2., 2.] and meta == dict(step=2)
+    raw = bytearray((tmp_path/'c').read_bytes())
+    raw[-1] ^= 1
+    (tmp_path/'c').write_bytes(raw)
+    assert load_checkpoint(tmp_path/'c')[1] == dict(step=1) and 'using the one before' in capsys.readouterr().err
+    assert not (tmp_path/'c.prev').exists() and load_checkpoint(tmp_path/'c')[1] == dict(step=1)
+    assert load_checkpoint(tmp_path/'none') is None
+
+def test_a_hash_is_of_names_and_contents(tmp_path):
+    (tmp_path/'d/sub').mkdir(parents=True)
+    (tmp_path/'d/b').write_bytes(b'2')
+    (tmp_path/'d/sub/a').write_bytes(b'1')
+    digest = lambda b: hashlib.sha256(b).digest()
+    assert (
+        sha256(tmp_path / 'd/b') == digest(digest(b'2')).hex()
+    )  # of a file's digest: as of a folder that holds it, without the name
+    assert sha256(tmp_path/'d') == digest(b'b' + digest(b'2') + b'sub/a' + digest(b'1')).hex()
+
+def test_a_record_keeps_what_it_took_beside_it(tmp_path, monkeypatch):
+    now = [10.]
+    monkeypatch.setattr(core.time, 'monotonic', lambda: now[0])
+    record = RunRecord(job='x', cost=dict(steps=3))
+    now[0] = 12.34
+    record.save(tmp_path/'record.json')
+    kept, cost = (json.loads((tmp_path/n).read_text()) for n in ('record.json', 'cost.json'))
+    assert set(kept) == {'job', 'versions', 'device', 'threads'} and cost == dict(cost=dict(steps=3), seconds=2.3)
+
+def test_a_signal_is_noted_and_a_second_one_interrupts(capfd):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), core.stop_signals() as asked:
+        signal.raise_signal(signal.SIGTERM)
+        assert asked == [signal.SIGTERM]
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before and 'once more' in capfd.readouterr().err

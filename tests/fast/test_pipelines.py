@@ -1,0 +1,310 @@
+"Pretraining: captions dropped, the moving average, the losses and the learning rate, written out."
+import math
+from types import SimpleNamespace
+import numpy as np, pytest, torch
+from torch import nn
+from resalign import pipelines
+from resalign.data import moments, tokenised
+from resalign.pipelines import (BETAS, PretrainConfig, autocast, batch_of, build_vae, narrow, start_level,
+    starting_noise, train, train_denoiser, train_tokenizer, train_vae, vae_loss)
+import toy_finetune as toy
+
+CAPTIONS = ['a red cat', 'a blue dog', 'red', 'a dog', 'blue cat', 'a cat']
+
+def pictures(n=6, size=4): return np.random.default_rng(0).integers(0, 256, (n, size, size, 3), np.uint8)
+
+def test_defaults_are_the_smoke_setting():
+    assert PretrainConfig().model_dump() == dict(
+        size=64,
+        vae_channels=(16, 32, 64, 128),
+        wide_channels=16,
+        latent_channels=8,
+        vae_steps=20,
+        decoder_steps=10,
+        vae_batch=4,
+        vae_lr=6e-4,
+        kl_weight=1e-6,
+        unet_channels=(64, 128),
+        unet_layers=1,
+        text_width=96,
+        text_layers=3,
+        tokens=24,
+        vocabulary=200,
+        steps=20,
+        batch=64,
+        lr=1.2e-3,
+        caption_dropout=0.1,
+        ema_decay=0.998,
+        bf16=True,
+        seed=0,
+    )
+    assert BETAS == dict(num_train_timesteps=1000, beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear')
+
+
+# ------------------------------------------------------------------ the optimizer's cycle
+
+class Cycle(toy.Rule):
+    "AdamW whose rate rises from lr/25 as half a cosine over the first part and falls to a ten-thousandth of that"
+    def __init__(self, lr, steps):
+        super().__init__('adamw', lr)
+        self.top, self.total = lr, max(steps, 4)
+        self.peak = max(.1, 2/self.total)*self.total - 1
+    def __call__(self, w, g):
+        k, low, end = self.n, self.top/25, self.top/25e4
+        a, b, at = (
+            (low, self.top, k / self.peak)
+            if k <= self.peak
+            else (self.top, end, (k - self.peak) / (self.total - 1 - self.peak))
+        )
+        self.lr = b + (a - b)/2*(1 + math.cos(math.pi*at))
+        return super().__call__(w, g)
+
+@pytest.mark.parametrize('steps', [1, 3, 30])
+def test_train_is_adamw_with_one_cycle_clipped_to_1(steps):
+    m = nn.Linear(2, 1)
+    m.bias.requires_grad_(False)
+    m.weight.data.copy_(torch.tensor([[2., -1.]]))
+    m.bias.data.zero_()
+    start = m.weight.detach().clone().double()
+    target = torch.tensor([[.2, -.1]])
+    log = train('x', m, lambda k: (k + 1)*(m.weight - target).square().sum()*3, steps, .1)
+    trail, said = toy.descent(
+        dict(w=start),
+        lambda w, k: (k + 1) * (w['w'] - target.double()).square().sum() * 3,
+        Cycle(0.1, steps),
+        steps,
+        clip=1.0,
+    )
+    torch.testing.assert_close(m.weight.detach().double(), trail[-1]['w'], rtol=1e-4, atol=1e-5)
+    assert len(log) == steps and said[0]['grad_norm'] > 1
+    for row, expected in zip(log, said): assert row == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+# ------------------------------------------------------------------ the denoiser
+
+class Unet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w, self.seen = nn.Parameter(torch.tensor([.3, .2, -.1])), []
+    def forward(self, z, t, text):
+        self.seen.append(torch.is_autocast_enabled('cpu') and torch.get_autocast_dtype('cpu'))
+        return SimpleNamespace(
+            sample=self.w[0] * z + (self.w[1] * text.mean((1, 2)) + self.w[2] * t / 1000)[:, None, None, None]
+        )
+
+
+class Text(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.e, self.said = nn.Parameter(torch.tensor([.5])), []
+        self.device = torch.device('cpu')
+    def forward(self, ids):
+        self.said.append(ids)
+        return (self.e*ids[..., None]/100, 'pooled')
+
+class Moments:
+    "Latents are the picture: mean x, spread a tenth and x²"
+    device, dtype, config = torch.device('cpu'), torch.float32, SimpleNamespace(scaling_factor=1.)
+    def encode(self, x): return SimpleNamespace(latent_dist=SimpleNamespace(mean=x, std=.1 + x**2))
+
+@pytest.fixture(scope='module')
+def tokenizer(tmp_path_factory): return train_tokenizer(CAPTIONS, tmp_path_factory.mktemp('t'), tokens=6)
+
+def pretrained(tokenizer, **settings):
+    pipe = SimpleNamespace(unet=Unet(), text_encoder=Text(), vae=Moments(), tokenizer=tokenizer)
+    config = PretrainConfig(
+        **dict(steps=5, batch=4, lr=0.1, caption_dropout=0.3, ema_decay=0.7, bf16=False, seed=3) | settings
+    )
+    return pipe, config, train_denoiser(pipe, pictures(), CAPTIONS, config)
+
+def shown(tokenizer, config, step):
+    "What a step sees: latents, ε, t, tokens; captions are dropped with the last numbers of the step's stream"
+    gen = toy.stream(config.seed, 'unet', step)
+    i = torch.randint(6, (config.batch,), generator=gen)
+    x = torch.from_numpy(pictures()[i]).permute(0, 3, 1, 2).float()/127.5 - 1
+    z = x + (.1 + x**2)*torch.randn(x.shape, generator=gen)
+    noise, t, u = (
+        torch.randn(x.shape, generator=gen),
+        torch.randint(1000, (config.batch,), generator=gen),
+        torch.rand(config.batch, 1, generator=gen),
+    )
+    words = ['' if drop < config.caption_dropout else CAPTIONS[k] for drop, k in zip(u, i)]
+    ids = tokenizer(words, padding='max_length', max_length=6, truncation=True, return_tensors='pt').input_ids
+    return z, noise, t, ids
+
+def test_the_denoiser_learns_noise_and_ends_with_the_average(tokenizer):
+    pipe, config, log = pretrained(tokenizer)
+    abar = torch.cumprod(1 - torch.linspace(.00085**.5, .012**.5, 1000)**2, 0).double()
+    def loss(w, step):
+        total, rows = 0., list(zip(*shown(tokenizer, config, step)))
+        for z, noise, t, ids in rows:
+            z_t = abar[t].sqrt()*z + (1 - abar[t]).sqrt()*noise
+            answer = w['w'][0]*z_t + w['w'][1]*(w['e']*ids/100).mean() + w['w'][2]*t/1000
+            total = total + (answer - noise).square().mean()/len(rows)
+        return total
+    start = dict(w=torch.tensor([.3, .2, -.1]).double(), e=torch.tensor([.5]).double())
+    trail, said = toy.descent(start, loss, Cycle(.1, 5), 5, clip=1., decay=.7)
+    for row, expected in zip(log, said): assert row == pytest.approx(expected, rel=1e-4)
+    torch.testing.assert_close(pipe.unet.w.detach().double(), trail[-1]['w'], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(pipe.text_encoder.e.detach().double(), trail[-1]['e'], rtol=1e-4, atol=1e-5)
+
+def test_captions_are_dropped_in_the_share_that_was_asked_for(tokenizer):
+    for share in 0., .25, 1.:
+        pipe, config, _ = pretrained(tokenizer, batch=256, caption_dropout=share)
+        empty = tokenised(SimpleNamespace(tokenizer=tokenizer), ['']).input_ids[0]
+        said = torch.cat(pipe.text_encoder.said)
+        dropped = (said == empty).all(1)
+        assert torch.equal(said, torch.cat([shown(tokenizer, config, k)[3] for k in range(5)]))
+        assert (
+            dropped.float().mean().item() == pytest.approx(share, abs=0.04) and len(said) == 5 * 256
+        )  # 0.012 is a standard deviation
+
+
+def test_passes_run_in_bfloat16_where_asked(tokenizer):
+    for bf16 in True, False:
+        assert pretrained(tokenizer, steps=1, bf16=bf16)[0].unet.seen == [torch.bfloat16 if bf16 else False]
+    with autocast(True): assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    with autocast(False): assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+# ------------------------------------------------------------------ the VAE
+
+def test_the_vaes_loss_is_the_formula():
+    gen = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 3, 4, 5, generator=gen), torch.randn(2, 3, 4, 5, generator=gen)
+    kl = torch.tensor([2., 4.])
+    d = x - y
+    down = [
+        abs(d[b, c, i + 1, j] - d[b, c, i, j]) for b in range(2) for c in range(3) for i in range(3) for j in range(5)
+    ]
+    right = [
+        abs(d[b, c, i, j + 1] - d[b, c, i, j]) for b in range(2) for c in range(3) for i in range(4) for j in range(4)
+    ]
+    expected = d.abs().mean() + sum(down)/len(down) + sum(right)/len(right) + .5*3
+    assert vae_loss(x, y, SimpleNamespace(kl=lambda: kl), .5).item() == pytest.approx(expected.item(), rel=1e-5)
+
+def test_pictures_become_numbers_from_minus_1_to_1():
+    x = pictures()
+    x[2, 0, 1] = 0, 255, 51
+    out = batch_of(x, np.array([2, 0]))
+    assert (
+        out.shape == (2, 3, 4, 4)
+        and out[0, :, 0, 1].tolist() == pytest.approx([-1, 1, -0.6])
+        and out.is_contiguous(memory_format=torch.channels_last)
+    )
+    torch.testing.assert_close(out[1], torch.from_numpy(x[0]).permute(2, 0, 1)/127.5 - 1)
+
+class ToyVae(nn.Module):
+    "Latents: the picture times a; pictures: the latents times b, plus c"
+    device, dtype = torch.device('cpu'), torch.float32
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder, self.post_quant_conv = (
+            nn.ParameterList([nn.Parameter(torch.tensor(v))]) for v in (0.5, 2.0, 0.1)
+        )
+        self.config, self.seen = SimpleNamespace(scaling_factor=9.), []
+    def register_to_config(self, **kw): vars(self.config).update(kw)
+    def encode(self, x):
+        mean = self.encoder[0]*x
+        return SimpleNamespace(
+            latent_dist=SimpleNamespace(mean=mean, std=0.1 + mean**2, kl=lambda: mean.square().mean((1, 2, 3)))
+        )
+
+    def decode(self, z):
+        self.seen.append(torch.is_autocast_enabled('cpu'))
+        return SimpleNamespace(sample=self.decoder[0]*z + self.post_quant_conv[0])
+
+@pytest.mark.parametrize('decoder_only', [False, True])
+def test_the_vae_trains_all_or_its_decoder_and_ends_with_unit_variance(decoder_only):
+    vae, config = ToyVae(), PretrainConfig(vae_batch=3, vae_lr=.1, kl_weight=.2, bf16=False, seed=4)
+    log = train_vae(vae, pictures(), config, 3, decoder_only=decoder_only)
+    def loss(w, step):
+        gen = toy.stream(4, 'vae', step)
+        i = torch.randint(6, (3,), generator=gen)
+        x = (torch.from_numpy(pictures()[i]).permute(0, 3, 1, 2).float()/127.5 - 1).double()
+        mean = (w['a'] if not decoder_only else .5)*x
+        y = w['b']*(mean + (.1 + mean**2)*torch.randn(x.shape, generator=gen)) + w['c']
+        d = x - y
+        return (
+            d.abs().mean()
+            + (d[:, :, 1:] - d[:, :, :-1]).abs().mean()
+            + (d[..., 1:] - d[..., :-1]).abs().mean()
+            + 0.2 * mean.square().mean()
+        )
+
+    start = {k: torch.tensor(v).double() for k, v in dict(a=.5, b=2., c=.1).items() if not (decoder_only and k == 'a')}
+    trail, said = toy.descent(start, loss, Cycle(.1, 3), 3, clip=1.)
+    for row, expected in zip(log, said): assert row == pytest.approx(expected, rel=1e-4)
+    end = dict(a=torch.tensor(.5)) | trail[-1]
+    assert [p[0].item() for p in (vae.encoder, vae.decoder, vae.post_quant_conv)] == pytest.approx(
+        [end[k].item() for k in 'abc'], rel=1e-4
+    )
+    x = torch.from_numpy(pictures()).float()/127.5 - 1
+    assert vae.config.scaling_factor == round(1/float((vae.encoder[0].detach()*x).std()), 5) # of all pictures' latents
+    assert moments(vae, pictures())[0].std().item() == pytest.approx(1, abs=1e-4)
+
+def test_the_vae_runs_in_bfloat16_where_asked():
+    for bf16 in True, False:
+        vae = ToyVae()
+        train_vae(vae, pictures(), PretrainConfig(bf16=bf16), 1)
+        assert vae.seen == [bf16]
+
+def small_vae(channels=6):
+    torch.manual_seed(0)
+    return build_vae(PretrainConfig(vae_channels=(4, 4), size=8), channels)
+
+def test_how_a_vae_starts():
+    vae = small_vae()
+    w = vae.decoder.conv_in.weight.flatten(1)
+    torch.testing.assert_close(w @ w.T, torch.eye(len(w)), atol=1e-5, rtol=0)
+    assert (
+        not vae.decoder.conv_in.bias.any()
+        and not vae.encoder.mid_block.resnets[0].conv2.weight.any()
+        and vae.encoder.mid_block.resnets[0].conv1.weight.any()
+    )
+    q = vae.quant_conv
+    assert q.bias[:6].eq(0).all() and q.bias[6:].eq(-6).all()
+    rows = q.weight.flatten(1)
+    torch.testing.assert_close(rows @ rows.T, torch.diag(torch.tensor([1.]*6 + [.01]*6)), atol=1e-5, rtol=0)
+    assert vae.config.latent_channels == 6 and vae.config.block_out_channels == (4, 4)
+    start_level(vae)
+
+def test_a_narrow_vae_has_the_principal_components_of_the_latents():
+    vae, x = small_vae(), pictures(40, 8)
+    for p in vae.parameters(): p.data.add_(torch.randn(p.shape)*.05)
+    vae.register_to_config(scaling_factor=2.)
+    mean, std = (m/2 for m in moments(vae, x))
+    flat = mean.permute(0, 2, 3, 1).reshape(-1, 6)
+    values, vectors = torch.linalg.eigh(torch.cov(flat.T))
+    for channels in 6, 2:
+        small = narrow(vae, x, channels)
+        small.register_to_config(scaling_factor=1.)
+        m, s = moments(small, x)
+        V = vectors.flip(1)[:, :channels]
+        torch.testing.assert_close(
+            m.permute(0, 2, 3, 1).reshape(-1, channels), (flat - flat.mean(0)) @ V, atol=1e-4, rtol=1e-3
+        )
+        torch.testing.assert_close(
+            torch.cov(m.permute(0, 2, 3, 1).reshape(-1, channels).T).reshape(channels, channels),
+            torch.diag(values.flip(0)[:channels]),
+            atol=1e-4,
+            rtol=1e-3,
+        )
+        torch.testing.assert_close(s, torch.full_like(s, std.mean().item()), atol=1e-5, rtol=1e-3)
+        z = V @ torch.randn(channels, 16) + flat.mean(0)[:, None]  # (6, 16): latents in the plane of the components
+        inner = lambda v, z: v.decoder.conv_in(v.post_quant_conv(z.reshape(1, -1, 4, 4)))[
+            ..., 1:-1, 1:-1
+        ]  # behind the edge, where zeros are padded
+        torch.testing.assert_close(inner(small, V.T @ (z - flat.mean(0)[:, None])), inner(vae, z), atol=1e-4, rtol=1e-3)
+
+
+# ------------------------------------------------------------------ noise
+
+def test_a_seed_decides_its_pictures_noise():
+    pipe = SimpleNamespace(unet=SimpleNamespace(config=SimpleNamespace(in_channels=3, sample_size=5)))
+    out = starting_noise(pipe, [7, 2, 7])
+    assert out.shape == (3, 3, 5, 5) and torch.equal(out[0], out[2])
+    for row, seed in zip(out, (7, 2)):
+        assert torch.equal(row, torch.randn(1, 3, 5, 5, generator=torch.Generator().manual_seed(seed))[0])
+    for bad in 2**63, -2**63 - 1:
+        with pytest.raises(pipelines.UserError, match='seed'): starting_noise(pipe, [bad])

@@ -1,0 +1,407 @@
+"The one loop of optimisation: what it steps, logs, keeps and refuses, against loops written out."
+import os, signal
+from types import SimpleNamespace
+import pytest, torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from resalign import training
+from resalign.core import Stopped, UserError, load_checkpoint
+from resalign.data import DRAWN
+from resalign.training import (OPTIMIZERS, Ranks, circumstances, keep, laps, largest, leaves, nested, optimise, resume,
+    stepped)
+from toy_finetune import Rule
+
+START = [3., -4.]
+SLOPES = [
+    torch.tensor([1.0, 2.0]),
+    torch.tensor([-0.5, 0.1]),
+    torch.tensor([6.0, 8.0]),
+    torch.tensor([0.0, -2.0]),
+    torch.tensor([0.3, 0.3]),
+]
+
+
+class Run:
+    "Two numbers whose gradient at each step is given"
+    def __init__(self, kind='sgd', lr=.1, scheduled=False, slopes=SLOPES):
+        self.p, self.slopes, self.seen = nn.Parameter(torch.tensor(START)), slopes, []
+        self.opt = OPTIMIZERS[kind]([self.p], lr)
+        self.scheduler = LambdaLR(self.opt, lambda step: 1/(1 + step)) if scheduled else None
+        self.module = nn.ParameterList([self.p])
+
+    def gradients(self, step):
+        assert self.p.grad is None # of the step before
+        self.seen.append(step)
+        self.p.grad = self.slopes[step].clone()
+        return dict(loss=float(step), more=10*step)
+
+    def __call__(self, steps=5, checkpoint=None, **kw):
+        return optimise(
+            'toy',
+            self.gradients,
+            steps,
+            [self.p],
+            self.opt,
+            dict(net=self.module),
+            self.scheduler,
+            checkpoint=checkpoint,
+            **kw,
+        )
+
+
+def path(kind='sgd', lr=.1, steps=5, clip=None, scheduled=False, slopes=SLOPES):
+    "(the two numbers after each step, norms)"
+    rule, w, trail, norms = Rule(kind, lr), dict(p=torch.tensor(START)), [], []
+    for step in range(steps):
+        g = slopes[step]
+        norms.append(float((g**2).sum()**.5))
+        if clip and norms[-1] > clip: g = g*clip/(norms[-1] + 1e-6)
+        if scheduled: rule.lr = lr/(1 + step)
+        w = rule(w, dict(p=g))
+        trail.append(w['p'])
+    return trail, norms
+
+def near(p, expected): torch.testing.assert_close(p.detach(), expected, rtol=2e-6, atol=1e-6)
+
+
+# ------------------------------------------------------------------ steps and their log
+
+@pytest.mark.parametrize('kind', ['sgd', 'adam', 'adamw'])
+def test_each_optimizer_is_the_formulas(kind):
+    run = Run(kind, lr=.5)
+    log = run()
+    near(run.p, path(kind, .5)[0][-1])
+    assert log == [dict(step=i, loss=float(i), more=10*i) for i in range(5)] and run.seen == list(range(5))
+    assert list(OPTIMIZERS) == ['sgd', 'adam', 'adamw']
+
+def test_gradients_are_clipped_to_max_norm_and_the_norm_before_is_logged():
+    run = Run()
+    log = run(max_norm=2.)
+    trail, norms = path(clip=2.)
+    near(run.p, trail[-1])
+    assert [list(r) for r in log] == [['step', 'loss', 'more', 'grad_norm']]*5
+    assert [r['grad_norm'] for r in log] == pytest.approx(norms, rel=1e-6) and min(norms) < 2 < max(norms)
+    assert all(type(r['grad_norm']) is float for r in log)
+
+def test_the_scheduler_steps_once_a_step():
+    run = Run(scheduled=True)
+    run()
+    near(run.p, path(scheduled=True)[0][-1])
+    assert run.scheduler.last_epoch == 5
+
+def test_after_is_called_once_a_step_behind_it():
+    run, seen = Run(), []
+    run(after=lambda: seen.append(run.p.detach().clone()))
+    assert len(seen) == 5
+    for p, expected in zip(seen, path()[0]): near(p, expected)
+
+def test_laps_are_the_seconds_of_every_step_made_inside(monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(training.time, 'perf_counter', lambda: next(clock)**2)
+    with laps() as seconds: Run()(3)
+    assert seconds == [1, 5, 9] # of the squares 0 1, 4 9, 16 25
+    with laps() as outer:
+        with laps() as inner: Run()(1)
+        assert len(inner) == 1 and outer == []
+        Run()(2)
+    Run()(1)
+    assert len(outer) == 2 and len(inner) == 1 and len(seconds) == 3
+
+def test_laps_are_over_after_an_error():
+    with pytest.raises(ZeroDivisionError), laps() as seconds: 1/0
+    Run()(1)
+    assert seconds == []
+
+def test_the_bar_says_the_mean_loss_of_the_last_20_steps(monkeypatch):
+    said, asked = [], []
+    class Bar:
+        def __init__(self, it, **kw):
+            self.it = it
+            asked.append((list(it), kw))
+        def __iter__(self): return iter(self.it)
+        def note(self, text): said.append(text)
+    monkeypatch.setattr(training, 'progress', Bar)
+    Run(slopes=[torch.ones(2)]*25)(25)
+    assert asked == [(list(range(25)), dict(desc='toy', every=30))]
+    assert (
+        said[0] == 'loss 0.0000' and said[19] == 'loss 9.5000' and said[24] == 'loss 14.5000'
+    )  # the mean of 0..19, of 5..24
+
+
+# ------------------------------------------------------------------ numbers that aren't finite
+
+@pytest.mark.parametrize('max_norm', [None, 1.])
+def test_a_gradient_that_is_not_finite_ends_the_run_before_the_step(max_norm):
+    run = Run(slopes=[SLOPES[0], torch.tensor([1., float('nan')])])
+    with pytest.raises(UserError, match='run toy, step 1.*lr 0.1'): run(2, max_norm=max_norm)
+    near(run.p, path(steps=1, clip=max_norm)[0][-1])
+
+def test_a_loss_that_is_not_finite_ends_the_run():
+    run, inner = Run(), Run.gradients
+    run.gradients = lambda step: dict(inner(run, step), loss=float('inf') if step == 2 else 0.)
+    with pytest.raises(UserError, match='run toy, step 2'): run()
+    near(run.p, path(steps=2)[0][-1])
+
+def test_weights_that_are_not_finite_are_not_kept(tmp_path):
+    run = Run(lr=1e30, slopes=[torch.ones(2), torch.full((2,), 1e20)])
+    with pytest.raises(UserError, match='run toy, step 1'): run(2, tmp_path/'c', every=1)
+    assert load_checkpoint(tmp_path/'c')[1]['log'] == [dict(step=0, loss=0., more=0)]
+
+def test_a_learning_rate_beyond_float32_is_not_finite_and_other_errors_pass():
+    def fails(words):
+        def step(): raise RuntimeError(words)
+        return SimpleNamespace(step=step)
+    said = []
+    stepped(fails('value cannot be converted without overflow'), said.append)
+    assert said == [float('inf')]
+    with pytest.raises(RuntimeError, match='shape'): stepped(fails('shape'), said.append)
+    assert len(said) == 1
+    run = Run(lr=1e300)
+    with pytest.raises(UserError, match='run toy, step 0'): run(1)
+
+def test_largest_is_the_sum_of_the_largest_sizes():
+    assert largest([]).item() == 0.
+    assert largest([torch.tensor([1., -3.]), torch.zeros(0), torch.tensor([[2.]], dtype=torch.bfloat16)]).item() == 5.
+    assert largest([nn.Parameter(torch.tensor([-2.]))]).requires_grad is False
+    for bad in float('nan'), float('inf'), -float('inf'):
+        assert not largest([torch.tensor([1.0, bad]), torch.ones(2)]).isfinite()
+
+
+def test_circumstances_name_learning_rate_settings_pictures_and_checkpoint(tmp_path):
+    DRAWN.clear()
+    opt = torch.optim.SGD([nn.Parameter(torch.ones(1))], .25)
+    assert circumstances(dict(loss=1.), opt) == 'lr 0.25'
+    assert circumstances(dict(loss=1.), opt, tmp_path/'none') == 'lr 0.25'
+    DRAWN.extend([torch.tensor([3, 1]), torch.tensor([2])])
+    (tmp_path/'c').write_text('')
+    row = {
+        'loss': 1.0,
+        '0/folder': 'cats',
+        '0/algorithm': 'lora',
+        '0/optimizer': 'sgd',
+        '0/lr': 0.1,
+        '0/steps': 7,
+        '0/residual': 0.5,
+        'lr': 9,
+    }
+    assert (
+        circumstances(row, opt, tmp_path / 'c')
+        == '0/folder cats, 0/algorithm lora, 0/optimizer sgd, 0/lr 0.1, 0/steps 7; lr 0.25; pictures 3, 1; pictures 2; '
+        f'the checkpoint in {tmp_path / "c"} is kept'
+    )
+    DRAWN.clear()
+
+def test_pictures_of_earlier_steps_are_not_named():
+    DRAWN.append(torch.tensor([99]))
+    run = Run(slopes=[torch.tensor([float('nan'), 0.])])
+    with pytest.raises(UserError) as e: run(1)
+    assert 'pictures' not in str(e.value)
+
+
+# ------------------------------------------------------------------ checkpoints
+
+@pytest.mark.parametrize('kind', ['sgd', 'adam', 'adamw'])
+def test_a_run_goes_on_where_its_checkpoint_ends(kind, tmp_path):
+    Run(kind, scheduled=True)(2, tmp_path/'c')
+    later, seen = Run(kind, scheduled=True), []
+    log = later(5, tmp_path/'c', resumed=lambda log: seen.extend(r['step'] for r in log))
+    assert seen == [0, 1] and later.seen == [2, 3, 4]
+    assert [r['step'] for r in log] == list(range(5))
+    near(later.p, path(kind, scheduled=True)[0][-1])
+    assert Run(kind)(5, tmp_path/'c') == log # whole: nothing left to do
+
+def test_a_checkpoint_holds_weights_moments_and_log(tmp_path):
+    run = Run('adam')
+    log = run(2, tmp_path/'c')
+    tensors, meta = load_checkpoint(tmp_path/'c')
+    assert set(tensors) == {'net/0', 'opt/0/step', 'opt/0/exp_avg', 'opt/0/exp_avg_sq'} and meta == dict(log=log)
+    g = SLOPES
+    near(tensors['net/0'], path('adam', steps=2)[0][-1])
+    near(tensors['opt/0/exp_avg'], .09*g[0] + .1*g[1])
+    near(tensors['opt/0/exp_avg_sq'], .000999*g[0]**2 + .001*g[1]**2)
+    assert tensors['opt/0/step'].item() == 2
+
+def kept(monkeypatch):
+    steps, inner = [], training.keep
+    monkeypatch.setattr(
+        training, 'keep', lambda path, state, opt, log: steps.append(log[-1]['step']) or inner(path, state, opt, log)
+    )
+    return steps
+
+def test_checkpoints_come_every_so_many_steps_and_at_the_end(tmp_path, monkeypatch):
+    steps = kept(monkeypatch)
+    Run()(5, tmp_path/'a', every=2)
+    assert steps == [1, 3, 4]
+    steps.clear()
+    Run(slopes=[torch.ones(2)*.01]*301)(301, tmp_path/'b')
+    assert steps == [99, 199, 299, 300] # every 100 unless said otherwise
+    steps.clear()
+    Run()(2)
+    assert steps == []
+
+def test_checkpoints_come_after_minutes_too(tmp_path, monkeypatch):
+    steps, now = kept(monkeypatch), [0.]
+    monkeypatch.setattr(training.time, 'monotonic', lambda: now[0])
+    def ticks(seconds):
+        def after(): now[0] += seconds
+        return after
+    Run()(5, tmp_path/'a', after=ticks(50), minutes=1) # 50, 100, then 50, 100 after the last
+    assert steps == [1, 3, 4]
+    steps.clear()
+    Run()(5, tmp_path/'b', after=ticks(151)) # every 5 minutes unless said otherwise; 300 s are not yet more
+    assert steps == [1, 3, 4]
+    steps.clear()
+    Run()(5, tmp_path/'c', after=ticks(150))
+    assert steps == [2, 4]
+
+def test_another_rank_keeps_nothing(tmp_path, monkeypatch):
+    steps, bars = kept(monkeypatch), []
+    class Second(training.Accelerator):
+        is_main_process = False
+    monkeypatch.setattr(training, 'Accelerator', Second)
+    inner = training.progress
+    monkeypatch.setattr(training, 'progress', lambda *a, **kw: bars.append(kw['every']) or inner(*a, **kw))
+    Run()(2, tmp_path/'c')
+    assert steps == [] and bars == [float('inf')]
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    Run()(1, tmp_path/'c')
+    other = Run()
+    with pytest.raises(UserError, match=f'{tmp_path/"c"}: a checkpoint of another model'):
+        resume(tmp_path/'c', dict(net=nn.ParameterList([nn.Parameter(torch.ones(3))])), other.opt)
+    with pytest.raises(UserError, match='another model'): resume(tmp_path/'c', dict(other=other.module), other.opt)
+    keep(tmp_path/'d', dict(net=nn.ParameterList([nn.Parameter(torch.ones(n)) for n in (1, 2)])), other.opt, [])
+    with pytest.raises(UserError, match=r'another model \(size mismatch for 1: .*\); remove it'): # the last of several
+        resume(tmp_path/'d', dict(net=nn.ParameterList([nn.Parameter(torch.ones(3)) for n in (1, 2)])), other.opt)
+
+def test_without_a_checkpoint_a_run_starts_anew(tmp_path):
+    run = Run()
+    assert resume(None, dict(net=run.module), run.opt) == [] == resume(tmp_path/'none', dict(net=run.module), run.opt)
+    assert run.p.tolist() == START
+
+def test_several_modules_and_moments_come_back_to_their_own(tmp_path):
+    a, b = nn.Linear(1, 2), nn.Linear(1, 2)
+    opt = torch.optim.Adam([*a.parameters(), *b.parameters()], .1)
+    for i, p in enumerate(opt.param_groups[0]['params']): p.grad = torch.full_like(p, i + 1.)
+    opt.step()
+    keep(tmp_path/'c', dict(a=a, ab=b), opt, [1, 2])
+    c, d = nn.Linear(1, 2), nn.Linear(1, 2)
+    fresh = torch.optim.Adam([*c.parameters(), *d.parameters()], .3)
+    assert resume(tmp_path/'c', dict(a=c, ab=d), fresh) == [1, 2]
+    for old, new in ((a, c), (b, d)): assert all(map(torch.equal, old.state_dict().values(), new.state_dict().values()))
+    assert [fresh.state[p]['exp_avg'].flatten()[0].item() for p in fresh.param_groups[0]['params']] == pytest.approx(
+        [0.1, 0.2, 0.3, 0.4]
+    )
+    assert fresh.param_groups[0]['lr'] == .3 # settings are the new run's
+
+def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(tmp_path):
+    run = Run()
+    def after():
+        if len(run.seen) == 2: os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Stopped, match=f'step 2 of 5.*{tmp_path/"c"}') as e: run(5, tmp_path/'c', after=after)
+    assert e.value.signal == signal.SIGTERM
+    assert load_checkpoint(tmp_path/'c')[1]['log'][-1]['step'] == 1 and run.seen == [0, 1]
+    later = Run()
+    later(5, tmp_path/'c')
+    near(later.p, path()[0][-1])
+
+def test_without_a_checkpoint_signals_are_not_touched():
+    handlers = []
+    Run()(1, after=lambda: handlers.append(signal.getsignal(signal.SIGTERM)))
+    assert handlers == [signal.getsignal(signal.SIGTERM)]
+
+def test_a_scheduler_that_is_wound_forward_does_not_warn(tmp_path, recwarn):
+    Run(scheduled=True)(2, tmp_path/'c')
+    Run(scheduled=True)(3, tmp_path/'c')
+    assert not [w for w in recwarn if 'lr_scheduler' in str(w.message)]
+
+
+# ------------------------------------------------------------------ moments by name
+
+def test_leaves_name_nested_moments_and_leave_out_what_is_none():
+    table = torch.arange(3.)
+    state = dict(step=torch.tensor(2.), exp_avg=torch.ones(2), none=None, quant=dict(code=table, deep=dict(n=7)))
+    out = dict(leaves(state))
+    assert list(out) == ['step', 'exp_avg', 'quant.code', 'quant.deep.n']
+    assert out['exp_avg'] is state['exp_avg']  # on top: the very tensor
+    assert (
+        torch.equal(out['quant.code'], table) and out['quant.code'].data_ptr() != table.data_ptr()
+    )  # below: a copy, for tables are shared
+    assert out['quant.deep.n'].item() == 7
+
+def test_leaves_of_tensors_of_another_kind_are_dequantized():
+    class Eight(torch.Tensor):
+        def dequantize(self): return self.as_subclass(torch.Tensor)*2
+    out = dict(leaves(dict(m=torch.ones(2).as_subclass(Eight), plain=torch.ones(2), number=3)))
+    assert out['m'].tolist() == [2., 2.] and out['plain'].tolist() == [1., 1.] and out['number'].item() == 3
+
+def test_nested_undoes_leaves():
+    state = dict(
+        step=torch.tensor(2.0),
+        exp_avg=torch.ones(2),
+        quant=dict(code=torch.arange(3), deep=dict(n=7, m=torch.zeros(1))),
+    )
+    back = nested(dict(leaves(state)))
+    assert type(back['quant']['deep']['n']) is int and back['quant']['deep']['n'] == 7
+    assert torch.is_tensor(back['step']) and back['step'] == 2.
+    assert (
+        torch.equal(back['exp_avg'], state['exp_avg'])
+        and torch.equal(back['quant']['code'], torch.arange(3))
+        and torch.equal(back['quant']['deep']['m'], torch.zeros(1))
+    )
+    assert list(back) == list(state) and list(back['quant']) == ['code', 'deep']
+
+
+# ------------------------------------------------------------------ ranks
+
+def rank(index, count, reduce=None):
+    ranks = Ranks()
+    ranks.accelerator = SimpleNamespace(
+        is_main_process=index == 0, process_index=index, num_processes=count, reduce=reduce
+    )
+    return ranks
+
+def test_alone_every_term_is_mine_and_nothing_is_exchanged():
+    ranks, tensors, row = Ranks(), [torch.ones(2)], dict(a=1)
+    assert ranks.first and all(ranks.mine(j) for j in range(4))
+    out = ranks.merged(tensors, row)
+    assert out[0] is tensors and out[1] is row
+
+def test_terms_go_round_the_ranks():
+    assert [[j for j in range(7) if rank(i, 3).mine(j)] for i in range(3)] == [[0, 3, 6], [1, 4], [2, 5]]
+    assert [rank(i, 3).first for i in range(3)] == [True, False, False]
+
+def test_what_all_have_computed_is_counted_on_the_first_alone():
+    tensors, row = [torch.ones(2), torch.ones(1, 3)], dict(a=1)
+    assert rank(0, 2).once(tensors, row) == (tensors, row)
+    zeros, empty = rank(1, 2).once(tensors, row)
+    assert empty == {} and [z.shape for z in zeros] == [t.shape for t in tensors] and not any(z.any() for z in zeros)
+
+def test_merged_tensors_are_summed_and_rows_joined(monkeypatch):
+    monkeypatch.setattr(training, 'gather_object', lambda rows: rows + [dict(b=2)])
+    other, how = torch.tensor([10., 20., 30., 40., 50.]), []
+    ranks = rank(0, 2, lambda flat, kind: how.append(kind) or flat + other)
+    (a, b), row = ranks.merged([torch.tensor([1., 2.]), torch.tensor([[3.], [4.], [5.]])], dict(a=1))
+    assert a.tolist() == [11., 22.] and b.tolist() == [[33.], [44.], [55.]] and row == dict(a=1, b=2) and how == ['sum']
+
+def test_a_rank_that_has_died_is_said_in_one_line():
+    def reduce(flat, kind): raise RuntimeError('Connection closed ' + 'x'*200 + '\nmore')
+
+    with pytest.raises(UserError, match='another process of this run has died') as e:
+        rank(0, 2, reduce).merged([torch.ones(1)], {})
+    assert ('Connection closed ' + 'x'*102 + ')') in str(e.value)
+
+def test_the_first_ranks_result_is_written_and_the_others_thrown_away(tmp_path):
+    for name in 'c', 'c.prev': (tmp_path/name).write_text('kept')
+    with rank(1, 2).result(tmp_path/'out', tmp_path/'c') as tmp: (tmp/'f').write_text('other')
+    assert not tmp.exists() and not (tmp_path/'out').exists() and (tmp_path/'c').exists()
+    with pytest.raises(ZeroDivisionError), rank(0, 2).result(tmp_path/'out', tmp_path/'c'): 1/0
+    assert not (tmp_path/'out').exists() and (tmp_path/'c').exists()
+    with rank(0, 2).result(tmp_path/'out', tmp_path/'c') as tmp: (tmp/'f').write_text('first')
+    assert (
+        (tmp_path / 'out/f').read_text() == 'first'
+        and not (tmp_path / 'c').exists()
+        and not (tmp_path / 'c.prev').exists()
+    )
+    with rank(0, 1).result(tmp_path/'two') as tmp: (tmp/'f').write_text('no checkpoint')
+    assert (tmp_path/'two/f').read_text() == 'no checkpoint'
