@@ -33,12 +33,12 @@ export DVC_NO_ANALYTICS := 1
 unexport PYTHONPATH PYTHONHOME JUPYTER_PATH
 
 # Nothing here asks a model hub for anything; real profiles do, and are run by `dvc` directly
-OFFLINE := test test-faults reproduce table figures reproduce-all bench bench-gpu readme
+OFFLINE := test test-faults mutants reproduce table figures reproduce-all bench bench-gpu readme
 $(OFFLINE): export HF_HUB_OFFLINE := 1
 $(OFFLINE): export TRANSFORMERS_OFFLINE := 1
 $(OFFLINE): export MPLBACKEND := agg
 
-.PHONY: help env sources restore reproduce table figures reproduce-all bench bench-gpu test test-faults readme lab clean
+.PHONY: help env sources restore reproduce table figures reproduce-all bench bench-gpu test test-faults mutants readme lab clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -110,6 +110,9 @@ test: restore ## the gate: rules of the house, unit tests, every page from top t
 
 test-faults: restore ## kills, full disks, bad input, hostile files, 10,000 prompts: all cases; writes results/survival.csv
 	@FAULTS=full $(BIN)/python -m pytest tests/test_faults.py tests/test_faults_input.py $(PYTEST)
+
+mutants: restore ## small faults, one at a time: do the fast tests notice? (under an hour; resumable; results/tables/mutants.csv)
+	@OMP_NUM_THREADS=1 $(BIN)/python tools/mutants.py --lanes $(LANES)
 
 readme: env ## README.md from nbs/index.ipynb
 	@$(BIN)/python tools/readme.py

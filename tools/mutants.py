@@ -1,0 +1,324 @@
+"""Mutation testing: small faults, one at a time, in the modules that hold the mathematics; do the fast tests notice?
+
+`make mutants` runs all of them, resumable; `--sample N` runs N drawn at random. The tool is cosmic-ray: its operators,
+and three more (a dropped operand, a dropped method call, a dropped statement). Starting Python with torch and diffusers
+takes ten seconds, so each mutant's tests run in a fork of a process that has imported the libraries, never resalign."""
+import argparse
+import contextlib
+import csv
+import hashlib
+import importlib
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import parso
+import pytest
+from cosmic_ray.ast import ast_nodes, get_ast_from_path
+from cosmic_ray.ast.ast_query import ASTQuery
+from cosmic_ray.mutating import mutate_code
+from cosmic_ray.operators.operator import Operator
+from cosmic_ray.plugins import get_operator
+from cosmic_ray.work_db import use_db
+from cosmic_ray.work_item import MutationSpec, TestOutcome, WorkItem, WorkerOutcome, WorkResult
+
+ROOT = Path(__file__).resolve().parent.parent
+SESSIONS = ROOT/'outs'/'mutants'
+TABLES = ROOT/'results'/'tables'
+FAST = 'tests/fast'
+MEMORY = 12*2**30 # bytes that a mutant may ask for
+
+# module -> its fast tests; a baseline's are called like the baseline
+MODULES = {name: f'test_{name}.py' for name in 'hypergrad meta finetune training losses data metrics claims'.split()}
+MODULES |= {f'baselines/{p.stem}': f'test_{p.stem}.py' for p in sorted((ROOT/'resalign'/'baselines').glob('*.py'))
+            if p.stem != '__init__'}
+
+BINARY = 'Add_Sub Sub_Add Mul_Div Div_Mul FloorDiv_Mul Mod_FloorDiv Pow_Mul BitOr_BitAnd BitAnd_BitOr'.split()
+COMPARE = ('Eq_NotEq NotEq_Eq Lt_LtE Lt_GtE LtE_Lt LtE_Gt Gt_GtE Gt_LtE GtE_Gt GtE_Lt Is_IsNot IsNot_Is').split()
+UNARY = 'USub_UAdd Delete_USub Delete_Not Delete_Invert'.split()
+OTHERS = ('AddNot ReplaceTrueWithFalse ReplaceFalseWithTrue ReplaceAndWithOr ReplaceOrWithAnd ReplaceBreakWithContinue '
+          'ReplaceContinueWithBreak NumberReplacer RemoveDecorator ZeroIterationForLoop').split()
+
+
+# ------------------------------------------------------------------ operators
+
+class DropOperand(Operator):
+    "a + b → a, a * b → b: an operand of a sum or product, and the operator before it"
+    def mutation_positions(self, node):
+        if node.type not in ('arith_expr', 'term'): return
+        for _ in list(self.droppable(node)): yield node.start_pos, node.end_pos
+
+    def droppable(self, node):
+        "Index ranges of children that may go: each operand with its operator; the first one where nothing hangs on it"
+        if node.children[1].value in '*+@': yield 0, 2
+        for i in range(1, len(node.children), 2): yield i, i + 2
+
+    def mutate(self, node, index):
+        first, last = list(self.droppable(node))[index]
+        del node.children[first:last]
+        return node
+
+    @classmethod
+    def examples(cls): return ()
+
+
+class DropCall(Operator):
+    "x.detach() → x: a method call, where the chain goes on from the value before it"
+    modules = 'torch np pd os re json math stats shutil time hashlib random F plt sns contextlib'.split()
+
+    def mutation_positions(self, node):
+        for _ in list(self.droppable(node)): yield node.start_pos, node.end_pos
+
+    def droppable(self, node):
+        if node.type not in ('atom_expr', 'power'): return
+        parts = node.children
+        for i in range(1, len(parts) - 1):
+            if i == 1 and getattr(parts[0], 'value', '') in self.modules: continue
+            if self.is_call(parts[i], parts[i + 1]): yield i
+
+    def is_call(self, name, call):
+        return name.type == call.type == 'trailer' and name.children[0] == '.' and call.children[0] == '('
+
+    def mutate(self, node, index):
+        i = list(self.droppable(node))[index]
+        del node.children[i:i + 2]
+        return node
+
+    @classmethod
+    def examples(cls): return ()
+
+
+class DropStatement(Operator):
+    "A statement that is only a call, or an augmented assignment, becomes `pass`"
+    def mutation_positions(self, node):
+        if self.droppable(node): yield node.start_pos, node.end_pos
+
+    def droppable(self, node):
+        if node.parent is None or node.parent.type not in ('simple_stmt', 'suite'): return False
+        if node.type == 'atom_expr': return node.children[-1].type == 'trailer'
+        return node.type == 'expr_stmt' and node.children[1].type == 'operator' and node.children[1].value != '='
+
+    def mutate(self, node, index):
+        return parso.python.tree.Keyword('pass', node.start_pos, node.get_first_leaf().prefix)
+
+    @classmethod
+    def examples(cls): return ()
+
+
+def operators() -> dict: # name -> operator
+    "cosmic-ray's that stay near the original, and the three above"
+    names = [f'ReplaceBinaryOperator_{n}' for n in BINARY]
+    names += [f'ReplaceComparisonOperator_{n}' for n in COMPARE]
+    names += [f'ReplaceUnaryOperator_{n}' for n in UNARY]
+    names += OTHERS
+    return {n: get_operator(f'core/{n}')() for n in names} | {c.__name__: c() for c in (DropOperand, DropCall, DropStatement)}
+
+
+# ------------------------------------------------------------------ one mutant
+
+def run_tests(folder:Path, test:str, limit:float) -> str: # 'survived', 'killed' or 'timeout'
+    "pytest on one fast file in a fork of this process, with the copy of the package in `folder`"
+    pid = os.fork()
+    if pid == 0: child(folder, test)
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done: return 'survived' if os.waitstatus_to_exitcode(status) == 0 else 'killed'
+        time.sleep(.01)
+    os.killpg(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return 'timeout'
+
+def child(folder, test):
+    "Never returns"
+    os.setsid()
+    os.chdir(folder)
+    sys.path[:0] = [str(folder), str(folder/FAST), str(folder/'tests')]
+    with open(folder/'said', 'w') as said:
+        os.dup2(said.fileno(), 1)
+        os.dup2(said.fileno(), 2)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    status = 3
+    try: status = int(pytest.main(['-x', '-q', '--tb=line', '--noconftest', '-p', 'no:cacheprovider', f'{FAST}/{test}']))
+    finally: os._exit(status)
+
+def known_modules(folder, test) -> list:
+    "Names of the libraries that a test file imports; not the package, not the tests"
+    out = folder/'imported'
+    pid = os.fork()
+    if pid == 0:
+        sys.path[:0] = [str(folder), str(folder/FAST), str(folder/'tests')]
+        try:
+            __import__(Path(test).stem)
+            own = {m for m, v in list(sys.modules.items()) if str(getattr(v, '__file__', None) or '').startswith(str(folder))}
+            out.write_text('\n'.join(m for m in sys.modules if m not in own and m.partition('.')[0] != 'resalign'))
+        finally: os._exit(0)
+    os.waitpid(pid, 0)
+    return out.read_text().split() if out.exists() else []
+
+def preload(folder, test):
+    for name in known_modules(folder, test):
+        with contextlib.suppress(Exception): importlib.import_module(name)
+
+
+# ------------------------------------------------------------------ all mutants of a module
+
+def digest(module) -> str:
+    "What a session's results depend on: the module, its tests and what the fast tests share"
+    files = [ROOT/'resalign'/f'{module}.py', ROOT/FAST/MODULES[module], Path(__file__)]
+    files += [p for p in sorted((ROOT/FAST).glob('*.py')) if not p.name.startswith('test_')]
+    return hashlib.sha256(b''.join(p.read_bytes() for p in files)).hexdigest()[:12]
+
+def session(folder, module) -> Path:
+    "The work of a module; one of earlier code is removed"
+    name = module.replace('/', '-')
+    path = folder/f'{name}-{digest(module)}.sqlite'
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob(f'{name}-{"?"*12}.sqlite'):
+        if old != path: old.unlink()
+    if not path.exists(): enumerate_mutants(module, path)
+    return path
+
+def enumerate_mutants(module, path):
+    "Every place where an operator fits becomes a work item"
+    tree = get_ast_from_path(ROOT/'resalign'/f'{module}.py')
+    items = []
+    for name, operator in operators().items():
+        places = ((node, *place) for node in ast_nodes(tree) for place in operator.mutation_positions(node))
+        for k, (node, start, end) in enumerate(places):
+            where = ASTQuery(node).get_definition_name()
+            spec = MutationSpec(f'resalign/{module}.py', name, k, start, end, {}, where)
+            items.append(WorkItem.single(f'{name}-{k}', spec))
+    new = path.with_suffix('.new')
+    with use_db(new) as db: db.add_work_items(items)
+    new.rename(path)
+
+def changed(code, mutant) -> tuple: # line, as it was, as it is
+    "The first line that differs"
+    before, after = code.splitlines(), mutant.splitlines()
+    k = next(i for i in range(len(before)) if i >= len(after) or before[i] != after[i])
+    return k + 1, before[k].strip(), after[k].strip() if k < len(after) else ''
+
+def mutate(module, spec) -> tuple: # code, mutated code
+    code = (ROOT/'resalign'/f'{module}.py').read_text(encoding='utf-8')
+    return code, mutate_code(code, operators()[spec.operator_name], spec.occurrence)
+
+def compiles(code) -> bool:
+    try: compile(code, 'mutant', 'exec')
+    except (SyntaxError, ValueError): return False
+    return True
+
+def tried(folder, module, spec, limit) -> WorkResult:
+    "A mutant put in the place of the module, its tests, and the module again"
+    code, mutant = mutate(module, spec)
+    if mutant is None or mutant == code or not compiles(mutant): return WorkResult(WorkerOutcome.SKIPPED)
+    file = folder/'resalign'/f'{module}.py'
+    file.write_text(mutant, encoding='utf-8')
+    try: outcome = run_tests(folder, MODULES[module], limit)
+    finally: file.write_text(code, encoding='utf-8')
+    survived = TestOutcome.SURVIVED if outcome == 'survived' else TestOutcome.KILLED
+    line, before, after = changed(code, mutant)
+    return WorkResult(WorkerOutcome.NORMAL, outcome, survived, f'{line}\t{before}\t{after}')
+
+def copied(folder) -> Path:
+    "A copy of package and tests; everything else as links"
+    for p in ROOT.iterdir():
+        if p.name in ('resalign', 'tests'): shutil.copytree(p, folder/p.name, ignore=shutil.ignore_patterns('__pycache__'))
+        elif p.name not in ('.git', '.venv'): (folder/p.name).symlink_to(p)
+    return folder
+
+def lane(k, lanes, sessions, sample, seed):
+    "Every `lanes`-th work item of each module"
+    sys.dont_write_bytecode = True
+    with tempfile.TemporaryDirectory(prefix='mutants-') as tmp:
+        folder = copied(Path(tmp))
+        for module, path in sessions.items(): share(folder, module, path, k, lanes, sample, seed)
+
+def share(folder, module, path, k, lanes, sample, seed):
+    "This lane's part of a module, after its tests have passed on the code as it is"
+    with use_db(path) as db: items = sorted(db.pending_work_items, key=lambda item: item.job_id)
+    if sample: items = random.Random(f'{seed} {module}').sample(items, min(sample, len(items)))
+    mine = items[k::lanes]
+    if not mine: return
+    preload(folder, MODULES[module])
+    start = time.monotonic()
+    if run_tests(folder, MODULES[module], 600) != 'survived':
+        sys.exit(f'mutants: {FAST}/{MODULES[module]} fails on the code as it is:\n{(folder/"said").read_text()[-2000:]}')
+    limit = 10 + 5*(time.monotonic() - start)
+    for n, item in enumerate(mine, 1):
+        result = tried(folder, module, item.mutations[0], limit)
+        with use_db(path) as db: db.set_result(item.job_id, result)
+        if n % 50 == 0 or n == len(mine): print(f'{module}: lane {k}: {n}/{len(mine)} {time.monotonic() - start:.0f}s', flush=True)
+
+
+# ------------------------------------------------------------------ the record
+
+def outcomes(module, path) -> list: # dicts
+    "Every mutant that was tried"
+    out = []
+    with use_db(path) as db:
+        for item, result in db.completed_work_items:
+            if result.worker_outcome != WorkerOutcome.NORMAL: continue
+            spec = item.mutations[0]
+            line, before, after = result.diff.split('\t')
+            out.append(dict(module=module, function=spec.definition_name or '', line=int(line), operator=spec.operator_name,
+                            before=before, after=after, outcome=result.output))
+    return sorted(out, key=lambda r: (r['line'], r['operator'], r['after']))
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, 'w', newline='', encoding='utf-8') as f:
+        table = csv.DictWriter(f, rows[0].keys(), lineterminator='\n')
+        table.writeheader()
+        table.writerows(rows)
+
+def record(sessions) -> list: # a row a module
+    "results/tables/mutants.csv, and the survivors beside it"
+    rows, survivors = [], []
+    for module, path in sessions.items():
+        found = outcomes(module, path)
+        count = {what: sum(r['outcome'] == what for r in found) for what in ('killed', 'survived', 'timeout')}
+        rows.append(dict(module=module, mutants=len(found), **count, score=f'{1 - count["survived"]/max(len(found), 1):.4f}'))
+        survivors += [{k: v for k, v in r.items() if k != 'outcome'} for r in found if r['outcome'] == 'survived']
+    write(TABLES/'mutants.csv', rows)
+    write(TABLES/'mutants_survived.csv', survivors or [dict(module='', function='', line=0, operator='', before='', after='')])
+    return rows
+
+def arguments():
+    ask = argparse.ArgumentParser(description='Mutation testing of the modules that hold the mathematics')
+    ask.add_argument('modules', nargs='*', metavar='MODULE', help=f'default: all of {", ".join(MODULES)}')
+    ask.add_argument('--lanes', type=int, default=os.cpu_count(), help='processes side by side; default: one a core')
+    ask.add_argument('--sample', type=int, default=0, help='only so many of each module, drawn at random')
+    ask.add_argument('--seed', type=int, default=0, help='of the sample')
+    ask.add_argument('--sessions', type=Path, default=SESSIONS, help='where the work done so far is kept')
+    ask.add_argument('--survivors', action='store_true', help='run nothing: print what has survived so far')
+    args = ask.parse_args()
+    unknown = set(args.modules) - set(MODULES)
+    if unknown: ask.error(f'unknown module: {", ".join(sorted(unknown))}')
+    return args
+
+def side_by_side(lanes, *args):
+    running = [multiprocessing.Process(target=lane, args=(k, lanes, *args)) for k in range(lanes)]
+    for p in running: p.start()
+    for p in running: p.join()
+    if any(p.exitcode for p in running): sys.exit(1)
+
+def main():
+    args = arguments()
+    sessions = {module: session(args.sessions, module) for module in args.modules or MODULES}
+    if not args.survivors: side_by_side(args.lanes, sessions, args.sample, args.seed)
+    if not (args.survivors or args.sample or args.modules): record(sessions)
+    for module, path in sessions.items():
+        found = outcomes(module, path)
+        survived = [r for r in found if r['outcome'] == 'survived']
+        print(f'{module}: {len(survived)} of {len(found)} survived')
+        for r in survived: print(f"  {r['line']}: {r['operator']}\n    - {r['before']}\n    + {r['after']}")
+
+if __name__ == '__main__': main()
