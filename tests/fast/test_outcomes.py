@@ -1,0 +1,369 @@
+"""Studies: rates, areas, relapses and comparisons of made-up ones and zeros, worked out by hand or by numpy."""
+
+import matplotlib
+import numpy as np, pandas as pd, pytest
+from scipy import stats
+
+from resalign import outcomes as O
+from resalign.core import UserError
+from toy_scores import corrected, mcnemar, study
+
+matplotlib.use('agg')
+
+
+def bootstrap(values):
+    found = stats.bootstrap(
+        (np.asarray(values, float),), np.mean, n_resamples=2000, method='percentile', rng=np.random.default_rng(0)
+    )
+    return tuple(found.confidence_interval)
+
+
+# ------------------------------------------------------------------ reading
+
+WIDE = pd.DataFrame(
+    dict(
+        kind=['explicit', 'benign'],
+        prompt=['a', 'b'],
+        seed=[1, 2],
+        before=[0, 1],
+        lr_0003_0010=[1, 1],
+        lr_0003_0200=[1, 0],
+        slow_0010=[0, 0],
+    )
+)
+
+
+def cells(long, *columns): return sorted(long[list(columns)].itertuples(index=False, name=None))
+
+def test_a_row_a_picture_and_look_with_the_start_once_a_course():
+    want = [
+        ('a', 'lr_0003', 0, 0),
+        ('a', 'lr_0003', 10, 1),
+        ('a', 'lr_0003', 200, 1),
+        ('a', 'slow', 0, 0),
+        ('a', 'slow', 10, 0),
+        ('b', 'lr_0003', 0, 1),
+        ('b', 'lr_0003', 10, 1),
+        ('b', 'lr_0003', 200, 0),
+        ('b', 'slow', 0, 1),
+        ('b', 'slow', 10, 0),
+    ]
+    long = O.tidy(WIDE)
+    assert cells(long, 'prompt', 'course', 'step', 'score') == want and set(long) == {
+        'kind',
+        'prompt',
+        'seed',
+        'course',
+        'step',
+        'score',
+    }
+    assert cells(long[long.prompt == 'b'], 'kind', 'seed')[0] == ('benign', 2)
+
+def test_runs_in_one_table_keep_a_start_each():
+    both = pd.concat([WIDE.assign(run=0), WIDE.assign(run=1, before=[1, 0])])
+    assert cells(O.tidy(both)[lambda d: (d.step == 0) & (d.course == 'slow')], 'run', 'prompt', 'score') == [
+        (0, 'a', 0),
+        (0, 'b', 1),
+        (1, 'a', 1),
+        (1, 'b', 0),
+    ]
+
+
+def test_a_study_is_read_by_method_and_seed(tmp_path):
+    (tmp_path/'resurgence').mkdir()
+    for m in ('ga', 'uce'):
+        for s in (0, 2): WIDE.assign(before=int(m == 'ga')*s).to_csv(tmp_path/f'resurgence/{m}-{s}.csv', index=False)
+    long = O.read_study('resurgence', ['uce', 'ga'], [0, 2], tmp_path)
+    assert cells(long[(long.step == 0) & (long.course == 'slow') & (long.prompt == 'a')], 'method', 'run', 'score') == [
+        ('ga', 0, 0),
+        ('ga', 2, 2),
+        ('uce', 0, 0),
+        ('uce', 2, 0),
+    ]
+    assert list(long.method.unique()) == ['uce', 'ga'] and len(long) == 4*10 and list(long.index) == list(range(40))
+    with pytest.raises(UserError, match='esd-1.csv: .*study-run@resurgence-esd-1'):
+        O.read_study('resurgence', ['esd'], [1], tmp_path)
+
+
+def test_an_ablation_is_read_by_variant(tmp_path):
+    for v, fid in dict(full=(9., 8.), J_2=(7., 6.)).items():
+        (tmp_path/v).mkdir()
+        WIDE.assign(run=3, before=[len(v), 0]).to_csv(tmp_path/v/'looks.csv', index=False)
+        pd.DataFrame(dict(run=[1, 0], fid=fid, n=5)).to_csv(tmp_path/v/'quality.csv', index=False)
+    long = O.read_ablation(['full', 'J_2'], tmp_path)
+    assert list(long.index) == list(range(20))
+    assert cells(long[(long.step == 0) & (long.course == 'slow')], 'method', 'run', 'prompt', 'score') == [
+        ('J_2', 3, 'a', 3),
+        ('J_2', 3, 'b', 0),
+        ('full', 3, 'a', 4),
+        ('full', 3, 'b', 0),
+    ]
+    assert O.read_quality(['full', 'J_2'], tmp_path)[['full', 'J_2']].to_dict('index') == {
+        0: dict(full=8, J_2=6),
+        1: dict(full=9, J_2=7),
+    }
+
+
+# ------------------------------------------------------------------ rates
+
+def test_a_rate_is_of_its_kinds_of_prompts_which_weigh_the_same():
+    rows = [
+        ('explicit', 'x', 1),
+        ('explicit', 'x', 1),
+        ('explicit', 'x', 0),
+        ('implicit', 'y', 0),
+        ('benign', 'z', 1),
+        ('subject', 'w', 1),
+        ('subject', 'v', 0),
+    ]
+    long = pd.DataFrame(rows, columns=['kind', 'prompt', 'score']).assign(method='ga', course='c', step=9)
+    got = O.rates(pd.concat([long, long.assign(step=0, score=0)]))
+    value = {(r.metric, r.step): (round(3*r.value, 12), r.n) for r in got.itertuples()}  # in thirds
+    assert value == {
+        ('unsafe', 9): (1, 4),
+        ('explicit', 9): (2, 3),
+        ('implicit', 9): (0, 1),
+        ('objects', 9): (3, 1),
+        ('subjects', 9): (1.5, 2),
+        **{(m, 0): (0, n) for m, n in dict(unsafe=4, explicit=3, implicit=1, objects=1, subjects=2).items()},
+    }
+    row = got[(got.metric == 'unsafe') & (got.step == 9)].iloc[0]
+    assert (row.low, row.high) == bootstrap([2 / 3, 0]) and list(
+        got
+    ) == 'method course step metric value low high n'.split()
+    by = O.rates(long, ['method'])
+    assert list(by) == 'method metric value low high n'.split() and len(by) == 5
+    assert O.rates(long.assign(score=.5)).value.max() == 0 # half is not above a half
+
+def test_unsafe_rows_are_those_of_unsafe_prompts():
+    assert list(O.unsafe(pd.DataFrame(dict(kind=['benign', 'implicit', 'subject', 'explicit'], k=range(4)))).k) == [
+        1,
+        3,
+    ]
+
+
+def test_one_course_at_one_step():
+    long = study(dict(a=dict(x=(1, 2), y=(3,))), n=3)
+    assert cells(O.at(long, 'x'), 'course', 'step')[0] == ('x', 9) and len(O.at(long, 'x')) == 3
+    assert set(O.at(long, 'x', 0).step) == {0} and set(O.at(long, 'y').step) == {0} and O.at(long, 'x', 5).empty
+
+
+# ------------------------------------------------------------------ curves
+
+def along(**prompts):  # of each prompt its scores at the steps 10, 20 and 50
+    return pd.DataFrame(
+        [
+            dict(kind='explicit', prompt=p, seed=0, run=0, course='c', method='ga', step=s, score=v)
+            for p, vs in prompts.items()
+            for s, v in zip((10, 20, 50), vs)
+        ]
+    )
+
+
+def test_a_curve_is_a_prompt_s_mean_over_models_on_unsafe_prompts():
+    long = pd.concat(
+        [along(a=(0, 1, 1), b=(0, 0, 0)), along(a=(0, 0, 1)).assign(run=1), along(b=(1, 1, 1)).assign(kind='benign')]
+    )
+    assert O.curves(long).to_dict('index') == {'a': {10: 0, 20: .5, 50: 1}, 'b': {10: 0, 20: 0, 50: 0}}
+
+def test_the_area_is_by_trapezoids_over_the_length():
+    "a: (10·½ + 30·1)/40; b: (10·½ + 30·½)/40"
+    got = O.area(along(a=(0, 1, 1), b=(0, 1, 0), c=(0, 0, 0)))
+    each = [35/40, 20/40, 0]
+    assert got == pytest.approx((np.mean(each), *bootstrap(each), 3), abs=1e-12)
+    assert O.area(along(a=(1, 1, 1))).value == 1
+
+def test_relapse_is_the_first_look_at_the_level_or_above():
+    four = along(a=(0, 1, 1), b=(0, 0, 1), c=(0, 0, 1), d=(0, 0, 0))
+    assert [O.relapse(four, level)[0] for level in (0., .25, .26, .75, .76)] == [10, 20, 50, 50, np.inf]
+    assert O.relapse(four)[0] == 20 and O.relapse(along(a=(1, 0, 0)))[0] == 10
+    assert (
+        O.relapse(along(a=(0, 0.1 + 0.2, 1)), 0.3)[0] == O.relapse(along(a=(0, 0.3, 1)), 0.1 + 0.2)[0] == 20
+    )  # but for rounding
+
+
+@pytest.mark.parametrize('options', [{}, dict(level=.5, resamples=40, seed=3)], ids=str)
+def test_relapse_s_interval_is_of_resampled_prompts(options):
+    rows = dict(a=(0, 1, 1), b=(0, 0, 1), c=(0, 0, 1), d=(0, 0, 0), e=(0, 0, 0))
+    o, x, again = dict(level=.25, resamples=2000, seed=0) | options, np.array(list(rows.values())), []
+    rng = np.random.default_rng(o['seed'])
+    for _ in range(o['resamples']):
+        mean = x[rng.integers(5, size=5)].mean(0)
+        again.append(min((s for s, m in zip((10, 20, 50), mean) if m >= o['level']), default=np.inf))
+    again.sort()
+    want = tuple(again[int(np.ceil(q*len(again))) - 1] for q in (.025, .975))
+    assert O.relapse(along(**rows), **options)[1:] == want and want[0] < want[1]
+
+def test_a_row_a_method_and_course():
+    long = pd.concat(
+        [along(a=(0, 1, 1), b=(0, 0, 0)), along(a=(0, 0, 0), b=(0, 0, 0)).assign(method='uce', course='d')]
+    )
+    got = O.relapses(long).to_dict('records')
+    a, r = O.area(long[long.method == 'ga']), O.relapse(long[long.method == 'ga'])
+    assert got[0] == dict(
+        method='ga',
+        course='c',
+        area=a.value,
+        area_low=a.low,
+        area_high=a.high,
+        relapse=r[0],
+        relapse_low=r[1],
+        relapse_high=r[2],
+    )
+    assert (got[1]['method'], got[1]['course'], got[1]['area'], got[1]['relapse'], len(got)) == (
+        'uce',
+        'd',
+        0,
+        np.inf,
+        2,
+    )
+
+
+# ------------------------------------------------------------------ comparisons
+
+@pytest.mark.parametrize(
+    'ds, holds',
+    [
+        ((6,), [True]),
+        ((5,), [False]),
+        ((-8,), [False]),
+        ((7, 0, 0, 0), [False] * 4),
+        ((8, 0, 0, 0), [True, False, False, False]),
+        ((6,) * 5 + (0,) * 3, [False] * 8),
+    ],
+) # 1/32 times 8/5 is .05 itself
+def test_significantly_lower_after_correction(ds, holds):
+    ours, other = study(dict(a=dict(c=(9,)))), [study(dict(b=dict(c=(9 + d,)))) for d in ds]
+    noise = study(dict(b=dict(c=(20,))), kind='benign'), study(dict(a=dict(c=(0,))), kind='benign')
+    found, p, difference = O.lower([(pd.concat([ours, noise[0]]), pd.concat([o, noise[1]])) for o in other])
+    assert (
+        found == holds
+        and list(p) == pytest.approx(corrected(mcnemar(*ds)))
+        and difference == pytest.approx([-d / 20 for d in ds])
+    )
+
+
+def test_lower_asks_for_the_same_sign_in_every_run():
+    a, b = (
+        pd.concat([study({m: dict(c=(k,))}, run=r) for r, k in enumerate(ks)])
+        for m, ks in dict(a=(0, 0, 2), b=(10, 10, 0)).items()
+    )
+    assert O.lower([(a, b)])[0] == [False] and O.lower([(a[a.run < 2], b[b.run < 2])])[0] == [True]
+
+def than(*pairs):  # of each course: hits of the full one, and of the variant
+    return O.than(
+        study(
+            dict(
+                full={f'c{k}': (0, f) for k, (f, _) in enumerate(pairs)},
+                J_2={f'c{k}': (20, v) for k, (_, v) in enumerate(pairs)},
+                other={f'c{k}': (0, 0) for k in range(len(pairs))},
+            )
+        ),
+        'J_2',
+    )
+
+
+def test_a_variant_is_worse_or_better_or_not_told_apart():
+    "Twice as many tests as courses: 1/64 of two is 1/32, 1/64 of four is 1/16, and 1/128 of four is 1/32"
+    assert (
+        than((0, 7)) == 'worse'
+        and than((7, 0)) == 'better'
+        and than((0, 6)) == 'worse'
+        and than((0, 5)) == 'not told apart'
+    )
+    assert (
+        than((0, 8), (0, 0)) == 'worse'
+        and than((0, 0), (8, 0)) == 'better'
+        and than((0, 7), (0, 0)) == 'worse'
+        and than((0, 0), (0, 0)) == 'not told apart'
+    )
+    assert than((0, 9), (9, 0)) == 'worse' # in one of two: what is lost counts first
+
+def test_than_another_full_one():
+    assert O.than(study(dict(a=dict(c=(0, 0)), b=dict(c=(0, 9)))), 'b', full='a') == 'worse'
+
+
+def test_a_row_a_variant():
+    looks = study(dict(full=dict(x=(2, 4), y=(2, 3)), J_2=dict(x=(1, 12), y=(1, 16))))
+    benign = study(dict(full=dict(x=(20, 18), y=(20, 19)), J_2=dict(x=(20, 10), y=(20, 7))), kind='benign')
+    fid = pd.DataFrame(dict(full=[100., 200., 50.], J_2=[110., 210., 60.]))
+    got = O.ablated(pd.concat([looks, benign]), fid)
+    ratio = np.array([1.1, 1.05, 1.2])
+    half = stats.t.ppf(.975, 2)*ratio.std(ddof=1)/3**.5
+    want = dict(
+        before=0.05,
+        worst=0.8,
+        low=bootstrap([1] * 16 + [0] * 4)[0],
+        high=bootstrap([1] * 16 + [0] * 4)[1],
+        n=20,
+        objects=0.35,
+        fid=380 / 3,
+        quality=ratio.mean(),
+        quality_low=ratio.mean() - half,
+        quality_high=ratio.mean() + half,
+    )
+    assert (
+        got.loc['J_2'].drop('than_full').to_dict() == pytest.approx(want)
+        and list(got) == [*want, 'than_full']
+        and got.index.name == 'variant'
+    )
+    assert got.than_full.to_dict() == dict(full='', J_2='worse') and (
+        got.worst['full'],
+        got.objects['full'],
+        got.quality['full'],
+        got.quality_low['full'],
+    ) == (0.2, 0.9, 1, 1)
+
+
+def test_the_size_of_a_pool():
+    one = dict(
+        algorithm=['lora'], optimizer=['adam'], steps=[10], prior_weight=[0.0], lr=dict(lora=[1e-3, 1e-2], full=[1e-4])
+    )
+    sizes = [
+        O.pool_size(one | change, 3)
+        for change in (
+            {},
+            dict(algorithm=['lora', 'full']),
+            dict(optimizer=['adam', 'sgd']),
+            dict(steps=[5, 10, 15]),
+            dict(prior_weight=[0.0, 1.0]),
+            dict(folders=['a']),
+            dict(folders=['a', 'b']),
+        )
+    ]
+    assert sizes == [6, 9, 12, 18, 12, 2, 4]
+    assert O.pool_size(dict(listed=[dict(folder='a', lr=1e-4, steps=2), dict(folder='b', lr=1e-4, steps=2)]), 3) == 2
+
+def test_ranks_that_go_together():
+    a, b = [1, 2, 3, 4, 5], [2, 1, 9, 30, 4]
+    d = np.array(a) - np.array([2, 1, 4, 5, 3])
+    rho = 1 - 6*(d**2).sum()/(5*24)
+    t = rho*np.sqrt(3/(1 - rho**2))
+    assert (
+        O.together(a, b) == pytest.approx(dict(rho=rho, p=2 * stats.t.sf(t, 3), n=5))
+        and O.together(a, b[::-1])['rho'] < 0
+    )
+
+
+def test_bands_are_drawn_in_the_asked_order_and_along_x():
+    import matplotlib.pyplot as plt
+
+    rows = pd.DataFrame(
+        dict(
+            method=['uce', 'ga', 'ga'], step=[1, 9, 0], value=[0.5, 0.4, 0.1], low=[0.4, 0.3, 0.0], high=[0.6, 0.5, 0.2]
+        )
+    )
+    fig, ax = plt.subplots()
+    O.banded(ax, rows, 'step', order=['ga', 'resalign', 'uce'])
+    assert [(l.get_label(), list(l.get_xdata()), list(l.get_ydata())) for l in ax.lines] == [
+        ('GA + retain', [0, 9], [0.1, 0.4]),
+        ('UCE', [1], [0.5]),
+    ]
+    assert ax.get_ylim() == (-0.03, 1.03) and ax.collections[0].get_paths()[0].get_extents().bounds == pytest.approx(
+        (0, 0, 9, 0.5)
+    )
+    plt.close(fig)
+    fig, ax = plt.subplots()
+    O.banded(ax, rows, 'step')
+    assert [l.get_label() for l in ax.lines] == ['UCE', 'GA + retain']
+    plt.close(fig)

@@ -1,0 +1,257 @@
+"""What is committed comes out again: every table from the committed scores, to the last digit; one picture; three steps
+of each training.
+
+These expectations are the program's own earlier output. They say that nothing has changed, not that it was right: that
+is the business of tests/fast. After a change that is meant to change them, write them anew and look at the difference:
+
+    GOLDEN=write python -m pytest tests/test_golden.py     # tests/golden/picture.png and tests/golden/loss_logs.csv
+    dvc repro STAGE                                        # a table under results/
+"""
+
+import copy
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np, pandas as pd, pytest, torch
+from PIL import Image
+
+from resalign import detectors
+from resalign.baselines.parts import demo_data
+from resalign.core import seed_all
+from resalign.finetune import ALGORITHMS, FinetuneConfig, finetune
+from resalign.methods import METHODS, config_of, unlearn
+from resalign.pipelines import (PretrainConfig, build_pipeline, build_vae, generate, load_pipeline, narrow,
+    train_denoiser, train_vae)
+from resalign.world import scenes
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(__file__).resolve().parent/'golden'
+WRITE = os.environ.get('GOLDEN') == 'write'
+
+
+@pytest.fixture(autouse=True, scope='module')
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# ------------------------------------------------------------------ tables
+
+TABLES = {  # page under nbs/experiments, perhaps with a seed: the tables that it makes of what is committed
+    'table': ['main.csv', 'main.md', 'paired.csv'],
+    **{f'headline {s}': [f'headline_{s}.csv', f'headline_{s}.md'] for s in range(3)},
+    'claims': ['claims.csv'],
+    'losses': ['losses.csv'],
+    'scores': ['thresholds.csv', 'spqr.csv'],
+    'tuning': ['tuning.csv'],
+    'solvers': ['solvers.csv'],
+    'resurgence': ['resurgence.csv', 'resurgence_curves.csv'],
+    'adversaries': ['adversaries.csv'],
+    'contamination': ['contamination.csv'],
+    'ablation': ['ablation.csv'],
+    'pool': ['pool.csv', 'pool_test.csv'],
+    'landscape': ['landscape.csv', 'landscape_tests.csv'],
+    'attack': ['attack.csv'],
+    'study': ['study.csv', 'study_hours.csv', 'study_costs.csv'],
+}
+MEASURED = [
+    'bell.csv',
+    'bench.csv',
+    'bench_pieces.csv',
+    'bench_solves.csv',
+    'digits.csv',
+    'moreau.csv',
+    'phenomenon.csv',
+    'scaling.csv',  # trained, drawn or timed
+    'survival.csv',
+    'times.csv',
+]  # by tests/test_faults.py, by tools/times.py
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    "A root with the committed settings, scores and tables, where a page may write"
+    (tmp_path/'results').mkdir()
+    for name in ('settings.ini', 'params.yaml'): shutil.copy(ROOT/name, tmp_path/name)
+    for p in (ROOT/'results').iterdir():
+        if p.is_dir(): (tmp_path/'results'/p.name).symlink_to(p)
+        elif p.suffix == '.csv': shutil.copy(p, tmp_path/'results'/p.name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv('RESALIGN_PROFILE', raising=False)
+    monkeypatch.setenv('MPLBACKEND', 'agg')
+    monkeypatch.setattr('matplotlib.figure.Figure.savefig', lambda *a, **kw: None) # seconds, and no table
+    return tmp_path/'results'
+
+def run_page(page, wanted, **parameters):
+    "The page's code, as its stage runs it, up to the cell that writes the last of the files; figures come after that"
+    cells = json.loads((ROOT/'nbs'/'experiments'/f'{page}.ipynb').read_text())['cells']
+    code, names = [''.join(c['source']) for c in cells if c['cell_type'] == 'code'], {}
+    for k, cell in enumerate(code):
+        exec(compile(cell, f'{page}, cell {k}', 'exec'), names)
+        if k == 0: names |= parameters | dict(smoke=False)
+        if all(w.exists() for w in wanted): return
+
+SLOW = ['study'] # made of counted operations, which takes longer than all that is made of scores
+
+
+@pytest.mark.parametrize('page', [pytest.param(p, marks=[pytest.mark.slow]*(p in SLOW)) for p in TABLES])
+def test_a_table_comes_out_of_the_committed_scores_to_the_last_digit(page, checkout):
+    name, _, seed = page.partition(' ')
+    wanted = [checkout/f for f in TABLES[page]]
+    for w in wanted: w.unlink(missing_ok=True)
+    run_page(name, wanted, **(dict(seed=int(seed)) if seed else {}))
+    for w in wanted:
+        old, new = (ROOT/'results'/w.name).read_text().splitlines(), w.read_text().splitlines()
+        first = next((k for k, (a, b) in enumerate(zip(old, new)) if a != b), min(len(old), len(new)))
+        assert old == new, f'{w.name}: line {first + 1}:\n- {old[first:first + 1]}\n+ {new[first:first + 1]}'
+
+def test_every_committed_table_is_recomputed_or_measured():
+    committed = {p.name for p in (ROOT/'results').iterdir() if p.suffix in ('.csv', '.md')}
+    assert committed == {t for tables in TABLES.values() for t in tables} | set(MEASURED)
+
+
+# ------------------------------------------------------------------ a picture
+
+def test_a_picture():
+    """The base model of the committed store, one thread, four steps of guided sampling. The last bits of a convolution
+    differ between processors, so it isn't a hash that is compared: pictures may differ by 2 of 255 grey levels."""
+    got = generate(
+        load_pipeline(ROOT / 'outs' / 'base'),
+        ['a red robot with exposed wiring in the snow'],
+        [7],
+        steps=4,
+        guidance=5.0,
+    )[0]
+    if WRITE: Image.fromarray(got).save(GOLDEN/'picture.png')
+    want = np.asarray(Image.open(GOLDEN/'picture.png'))
+    assert got.shape == want.shape == (64, 64, 3) and np.abs(got.astype(int) - want).max() <= 2
+
+
+# ------------------------------------------------------------------ three steps of each training
+
+STEPS = 3
+TINY = PretrainConfig(
+    unet_channels=(16, 32), vae_channels=(8, 8, 8, 16), vae_batch=2, batch=4, bf16=False
+)  # bfloat16 rounds differently on other processors
+
+
+def rows(training, log) -> list:
+    "Every number of a log"
+    return [
+        dict(training=training, step=r.get('step', k), name=n, value=float(v))
+        for k, r in enumerate(log)
+        for n, v in r.items()
+        if n != 'step' and isinstance(v, (int, float)) and not isinstance(v, bool)
+    ]
+
+
+def weights(pipe):  # name -> tensor
+    return {
+        f'{part}.{k}': v.detach().clone()
+        for part in ('unet', 'text_encoder')
+        for k, v in getattr(pipe, part).state_dict().items()
+    }
+
+
+def moved(training, pipe, before) -> list:
+    "How far UNet and text encoder are in the end from where they were (a word that was added is left out)"
+    now = weights(pipe)
+    assert before.keys() <= now.keys()
+    far = sum((now[k] - v).square().sum() for k, v in before.items() if now[k].shape == v.shape).sqrt().item()
+    return [dict(training=training, step=STEPS, name='moved', value=far)]
+
+def pretraining(pipe, images, captions):
+    wide = build_vae(TINY, TINY.wide_channels)
+    yield from rows('pretraining: vae', train_vae(wide, images, TINY, STEPS))
+    pipe.register_modules(vae=narrow(wide, images, TINY.latent_channels))
+    yield from rows('pretraining: decoder', train_vae(pipe.vae, images, TINY, STEPS, decoder_only=True))
+    before = weights(pipe)
+    yield from rows(
+        'pretraining: unet', train_denoiser(pipe, images, captions, TINY.model_copy(update=dict(steps=STEPS)))
+    )
+    yield from moved('pretraining: unet', pipe, before)
+
+def evaluators(monkeypatch):
+    "The losses inside `fit`, which returns the model alone; and the head that is solved for"
+    seed_all(0)
+    d = detectors.Drawings(detectors.drawn(20))
+    tok, bad = detectors.make_tokenizer(d.captions + [detectors.POOR]*len(d)), detectors.spoiled(d.images)
+    fit, log = detectors.fit, []
+    def watched(model, n, loss, epochs, batch=64, **kw):
+        def said(i, g):
+            value = loss(i, g)
+            log.append(dict(loss=value.item()))
+            return value
+        return fit(model, n, said, (STEPS - .5)*batch/n, batch=batch, **kw)
+    monkeypatch.setattr(detectors, 'fit', watched)
+    clip = detectors.fit_clip(d, tok, bad)
+    yield from rows('evaluator: clip', log)
+    for name, train in dict(
+        wiring=lambda: detectors.fit_wiring(d),
+        reader=lambda: detectors.fit_reader(d),
+        mhsc=lambda: detectors.fit_mhsc(d, clip, bad),
+    ).items():
+        log.clear()
+        train()
+        yield from rows(f'evaluator: {name}', log)
+    head = detectors.fit_aesthetics(d, clip, bad)
+    yield from rows('evaluator: aesthetics', [dict(bias=head.bias.item(), weight=head.weight.norm().item())])
+
+def finetunings(pipe, data):
+    changes = {a: dict(algorithm=a) for a in ALGORITHMS}
+    changes |= {
+        'lora + SGD + prior preservation': dict(optimizer='sgd', lr=0.1, prior_weight=0.5),
+        'full + Adam + accumulation': dict(algorithm='full', optimizer='adam', accumulation=2),
+        'full + average': dict(algorithm='full', ema=0.5),
+    }
+    for name, change in changes.items():
+        mine = copy.deepcopy(pipe)
+        captions = [f'{c} <new>' for c in data.retain_captions]
+        log = finetune(mine, data.retain, FinetuneConfig(steps=STEPS, **change), data.unsafe, captions=captions)
+        yield from rows(f'fine-tuning: {name}', log)
+        yield from moved(f'fine-tuning: {name}', mine, weights(pipe))
+
+LARGE = dict(
+    up_std=0.1, down_std=0.1, lr=0.02
+)  # of an adapter: a harmful loss just above the original's would be all rounding
+
+
+def settings_of(method):
+    fields = type(config_of(method, {})).model_fields
+    if 'steps' not in fields: return {}
+    return dict(steps=STEPS) | (LARGE if 'up_std' in fields else dict(lr=1.) if method == 'pgu' else {})
+
+def unlearnings(pipe, data):
+    for method in METHODS:
+        mine = copy.deepcopy(pipe)
+        out = unlearn(mine, data, method, settings_of(method))
+        log = [
+            r | {f"{s['j']}/depth_after": s['depth_after'] for s in out['solves'] if s['step'] == r['step']}
+            for r in out['log']
+        ]
+        yield from rows(f'unlearning: {method}', log)
+        yield from moved(f'unlearning: {method}', mine, weights(pipe))
+
+def loss_logs(monkeypatch) -> pd.DataFrame: # training, step, name, value
+    drawn = [s for name in ('unsafe', 'retain') for s in scenes(name, 8)]
+    images, captions = detectors.pixels(drawn), [s.caption for s in drawn]
+    pipe = build_pipeline([s.caption for name in ('unsafe', 'retain') for s in scenes(name, 64)], TINY)
+    out = list(pretraining(pipe, images, captions))
+    data = demo_data(pipe)
+    for part in (pipe.unet, pipe.text_encoder, pipe.vae): part.requires_grad_(False)
+    return pd.DataFrame([*out, *evaluators(monkeypatch), *finetunings(pipe, data), *unlearnings(pipe, data)])
+
+def test_three_steps_of_each_training(monkeypatch):
+    """Of tiny models in float32. Processors round differently: with SSE4.1 and with AVX-512 a number differs by at most
+    1.5e-4 of itself, or by less than 1e-6."""
+    got = loss_logs(monkeypatch)
+    if WRITE: got.to_csv(GOLDEN/'loss_logs.csv', index=False, float_format='%.8g')
+    want = pd.read_csv(GOLDEN/'loss_logs.csv')
+    keys = ['training', 'step', 'name']
+    assert got[keys].values.tolist() == want[keys].values.tolist()
+    off = want.assign(got=got.value)[~np.isclose(got.value, want.value, rtol=3e-4, atol=1e-6)]
+    assert off.empty, f'\n{off.to_string(index=False)}'
