@@ -126,8 +126,10 @@ def like(x, theta):
     return out
 
 def hessian(f, theta):
-    "Dense, row by row"
-    return torch.autograd.functional.hessian(lambda x: f(like(x, theta)), vector(theta).detach())
+    "Dense: the derivative of every entry of the gradient"
+    x = vector(theta).detach().requires_grad_()
+    g, = torch.autograd.grad(f(like(x, theta)), x, create_graph=True)
+    return torch.autograd.grad(g, x, torch.eye(len(x), dtype=x.dtype), is_grads_batched=True)[0]
 
 
 # ------------------------------------------------------------------ Algorithm 2
