@@ -122,4 +122,18 @@ def test_gradcheck_through_a_quadratics_argmin():
     close(flat(x), direct, 1e-10)
     assert report.stationarity < 1e-12 and value == pytest.approx(harm(end).item())
 
-
+@pytest.mark.gpu
+def test_cuda_gives_the_same_answer():
+    "and leaves both generators alone"
+    params, loss, _ = network()
+    H = dense(loss, params)
+    there = [p.detach().cuda().requires_grad_() for p in params]
+    def loss_there():
+        gain, W1, b1, W2, b2 = there
+        X, Y = randn(16, 4, seed=90).cuda(), randn(16, 2, seed=91).cuda()
+        return (gain * torch.nn.functional.linear(torch.nn.functional.silu(torch.nn.functional.linear(X, W1, b1)), W2, b2) - Y).square().mean() + 0 * torch.rand((), device='cuda')
+    g, states = like(params), (torch.get_rng_state(), torch.cuda.get_rng_state())
+    for product in 'exact', 'fd-central':
+        x, report = solve(MoreauOperator(loss_there, there, .1, product), [t.cuda() for t in g], 'cg', 30, tol=1e-12)
+        assert x[0].is_cuda and rel([t.cpu() for t in x], [oracle(H, .1, g)]) < 1e-6
+    assert torch.equal(states[0], torch.get_rng_state()) and torch.equal(states[1], torch.cuda.get_rng_state())

@@ -6,6 +6,7 @@ takes ten seconds, so each mutant's tests run in a fork of a process that has im
 import argparse
 import contextlib
 import csv
+import gc
 import hashlib
 import importlib
 import multiprocessing
@@ -33,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SESSIONS = ROOT/'outs'/'mutants'
 TABLES = ROOT/'results'/'tables'
 FAST = 'tests/fast'
+PLUGINS = [f'-pno:{p}' for p in ('unraisableexception', 'threadexception', 'logging', 'faulthandler', 'junitxml', 'pastebin')]
 MEMORY = 12*2**30 # bytes that a mutant may ask for
 
 # module -> its fast tests; a baseline's are called like the baseline
@@ -123,10 +125,12 @@ def operators() -> dict: # name -> operator
 
 # ------------------------------------------------------------------ one mutant
 
-def run_tests(folder:Path, test:str, limit:float) -> str: # 'survived', 'killed' or 'timeout'
+def run_tests(folder:Path, test:str, limit:float, caches=False) -> str: # 'survived', 'killed' or 'timeout'
     "pytest on one fast file in a fork of this process, with the copy of the package in `folder`"
     pid = os.fork()
-    if pid == 0: child(folder, test)
+    if pid == 0:
+        sys.dont_write_bytecode = not caches
+        child(folder, test)
     end = time.monotonic() + limit
     while time.monotonic() < end:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -146,7 +150,7 @@ def child(folder, test):
         os.dup2(said.fileno(), 2)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     status = 3
-    try: status = int(pytest.main(['-x', '-q', '--tb=line', '--noconftest', '-p', 'no:cacheprovider', f'{FAST}/{test}']))
+    try: status = int(pytest.main(['-x', '-q', '--tb=line', '--noconftest', '-p', 'no:cacheprovider', *PLUGINS, f'{FAST}/{test}']))
     finally: os._exit(status)
 
 def known_modules(folder, test) -> list:
@@ -164,8 +168,10 @@ def known_modules(folder, test) -> list:
     return out.read_text().split() if out.exists() else []
 
 def preload(folder, test):
+    "The libraries, out of the garbage collector's sight, which would look at all of them in every child"
     for name in known_modules(folder, test):
         with contextlib.suppress(Exception): importlib.import_module(name)
+    gc.freeze()
 
 
 # ------------------------------------------------------------------ all mutants of a module
@@ -236,7 +242,7 @@ def copied(folder) -> Path:
 
 def lane(k, lanes, sessions, sample, seed):
     "Every `lanes`-th work item of each module"
-    sys.dont_write_bytecode = True
+    os.environ['PYTEST_DISABLE_PLUGIN_AUTOLOAD'] = '1'
     with tempfile.TemporaryDirectory(prefix='mutants-') as tmp:
         folder = copied(Path(tmp))
         for module, path in sessions.items(): share(folder, module, path, k, lanes, sample, seed)
@@ -249,7 +255,7 @@ def share(folder, module, path, k, lanes, sample, seed):
     if not mine: return
     preload(folder, MODULES[module])
     start = time.monotonic()
-    if run_tests(folder, MODULES[module], 600) != 'survived':
+    if run_tests(folder, MODULES[module], 600, caches=True) != 'survived':
         sys.exit(f'mutants: {FAST}/{MODULES[module]} fails on the code as it is:\n{(folder/"said").read_text()[-2000:]}')
     limit = 10 + 5*(time.monotonic() - start)
     for n, item in enumerate(mine, 1):
