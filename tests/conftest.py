@@ -1,6 +1,6 @@
 """Order, options, what a run leaves behind, and the one table of page times.
 
-`-n 2` (as `make test` has it): a file's tests on one worker, one after the other; whole pages wherever there is room."""
+`-n 2` (as `make test` has it): a file's tests on one worker, one after the other; pages wherever there is room."""
 import os, subprocess, sys
 from pathlib import Path
 
@@ -11,7 +11,8 @@ from xdist.scheduler import LoadScopeScheduling
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 # what is started from a test finds nothing on the network either
-os.environ.update(HF_HUB_OFFLINE='1', TRANSFORMERS_OFFLINE='1', DVC_NO_ANALYTICS='1', TOKENIZERS_PARALLELISM='false', MPLBACKEND='agg')
+os.environ.update(HF_HUB_OFFLINE='1', TRANSFORMERS_OFFLINE='1', DVC_NO_ANALYTICS='1', TOKENIZERS_PARALLELISM='false',
+                  MPLBACKEND='agg')
 os.environ.setdefault('PROGRESS', '0')
 WORKER = 'PYTEST_XDIST_WORKER' in os.environ
 if WORKER: os.environ.setdefault('OMP_NUM_THREADS', '1') # one core a worker
@@ -28,7 +29,8 @@ def pytest_addoption(parser):
 
 def worktree(): # what git sees, but for the record that `make test-faults` is asked for
     record = ['--', '.', ':!results/survival.csv']*(os.environ.get('FAULTS') == 'full')
-    return subprocess.run(['git', 'status', '--porcelain', '-uall', *record], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(['git', 'status', '--porcelain', '-uall', *record], cwd=ROOT, check=True, capture_output=True,
+                          text=True).stdout
 
 
 def pytest_sessionstart(session):
@@ -39,35 +41,44 @@ def pytest_sessionfinish(session):
     "Tests and pages that are merely run leave nothing in the working tree: otherwise one failure more"
     if WORKER or worktree() == (before := session.config.stash[BEFORE]): return
     said = f'files left in the working tree, or changed\n--- before\n{before}--- after\n{worktree()}'
-    session.config.hook.pytest_runtest_logreport(report=pytest.TestReport('working tree', ('', None, ''), {}, 'failed', said, 'call'))
+    session.config.hook.pytest_runtest_logreport(
+        report=pytest.TestReport('working tree', ('', None, ''), {}, 'failed', said, 'call'))
     session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 class Together(LoadScopeScheduling):
-    "A file's tests stay together, for what they share is made once (xdist 3.8's own groups do nothing under pytest 9.2)"
-    def _split_scope(self, nodeid): return nodeid if 'test_pages' in nodeid else nodeid.split('::')[0]
+    "A file's tests stay together, for what they share is made once (xdist's own groups do nothing under pytest 9.2)"
+    def _split_scope(self, nodeid):
+        return nodeid if 'test_pages' in nodeid else nodeid.split('::')[0]
 
 
-def pytest_xdist_make_scheduler(config, log): return Together(config, log)
+def pytest_xdist_make_scheduler(config, log):
+    return Together(config, log)
 
 
 def pytest_collection_modifyitems(config, items):
-    "Rules of the house first, whole pages last; slow and gpu only where asked for or possible"
-    rank = {'test_repository': 0, 'test_pages': 2}
-    items.sort(key=lambda i: rank.get(i.path.stem, 1))
+    "Rules of the house, fast mathematics, the rest, whole pages; slow and gpu only where asked for or possible"
+    rank = {'test_repository': 0, 'test_pages': 3}
+    items.sort(key=lambda i: 1 if i.path.parent.name == 'fast' else rank.get(i.path.stem, 2))
     for i in items:
-        if 'slow' in i.keywords and not config.getoption('--slow'): i.add_marker(pytest.mark.skip(reason='slow: asked for by --slow'))
+        if 'slow' in i.keywords and not config.getoption('--slow'):
+            i.add_marker(pytest.mark.skip(reason='slow: asked for by --slow'))
         if 'gpu' in i.keywords:
             import torch
             if not torch.cuda.is_available(): i.add_marker(pytest.mark.skip(reason='no GPU'))
 
 
 def pytest_terminal_summary(terminalreporter):
-    times = [p for kind in ('passed', 'failed') for r in terminalreporter.getreports(kind) for p in r.user_properties if p[0].endswith('.ipynb')]
+    times = [
+        p for kind in ('passed', 'failed') for r in terminalreporter.getreports(kind) for p in r.user_properties
+        if p[0].endswith('.ipynb')
+    ]
     if not times: return
     terminalreporter.section('seconds per page')
-    for page, seconds in sorted(times, key=lambda t: -t[1]): terminalreporter.write_line(f'{seconds:7.1f}  {page}')
+    for page, seconds in sorted(times, key=lambda t: -t[1]):
+        terminalreporter.write_line(f'{seconds:7.1f}  {page}')
 
 
 @pytest.fixture(scope='session')
-def root(): return ROOT
+def root():
+    return ROOT

@@ -1,20 +1,29 @@
-"""Runs jobs in children of one process that has imported everything, so that a run that is killed costs a second and not ten.
+"""Runs jobs in children of one process that has imported everything: a run that is killed costs a second, not ten.
 
 A line of JSON on stdin is a job, with what should happen to it; a line of JSON on stdout is what became of it."""
 import json, os, resource, signal, socket, sys, tempfile, time, traceback
 from pathlib import Path
 
 ATTEMPTS = []
-if os.environ.get('NO_NETWORK'):                      # before anything is imported
-    os.environ.pop('HF_HUB_OFFLINE', None); os.environ.pop('TRANSFORMERS_OFFLINE', None)
+if os.environ.get('NO_NETWORK'): # before anything is imported
+    os.environ.pop('HF_HUB_OFFLINE', None)
+    os.environ.pop('TRANSFORMERS_OFFLINE', None)
+
     def refuse(what):
-        def f(*args, **kw): ATTEMPTS.append(f'{what} {args[1:] if what == "connect" else args}'); raise OSError('no network here')
+        def f(*args, **kw):
+            ATTEMPTS.append(f'{what} {args[1:] if what == "connect" else args}')
+            raise OSError('no network here')
+
         return f
+
     connect = socket.socket.connect
-    socket.socket.connect = lambda s, address: connect(s, address) if s.family == socket.AF_UNIX else refuse('connect')(s, address)
-    socket.getaddrinfo = refuse('getaddrinfo'); socket.create_connection = refuse('create_connection')
+    socket.socket.connect = lambda s, address: connect(s, address) if s.family == socket.AF_UNIX else refuse('connect')(
+        s, address)
+    socket.getaddrinfo = refuse('getaddrinfo')
+    socket.create_connection = refuse('create_connection')
 
 import numpy as np, pandas as pd, torch
+
 torch.set_num_threads(1)
 from resalign import attacks, core, jobs, landscape, pipelines, stages, studies, training
 from resalign.core import Stopped, UserError, sha256
@@ -26,47 +35,71 @@ QUICK = dict(unsafe_bank=8, retain_bank=8, unsafe_batch=1, retain_batch=1)
 
 # ------------------------------------------------------------------ jobs: what they leave in `out`
 
-def pretrain(made, out, steps=6): pipelines.pretrain(made/'retain', out, PretrainConfig(size=32, vae_channels=(8, 8, 16), unet_channels=(16, 32), vae_batch=2, batch=2, text_width=32, text_layers=1, vae_steps=steps, decoder_steps=steps, steps=steps))
+def pretrain(made, out, steps=6):
+    pipelines.pretrain(
+        made/'retain', out,
+        PretrainConfig(size=32, vae_channels=(8, 8, 16), unet_channels=(16, 32), vae_batch=2, batch=2, text_width=32,
+                       text_layers=1, vae_steps=steps, decoder_steps=steps, steps=steps))
+
 
 def unlearn(made, out, method='ga', steps=9, **settings):
-    jobs.unlearn(made/'base', made/'unsafe', made/'retain', out, method, (QUICK if 'batch' not in settings else {}) | dict(steps=steps) | settings, [made/'varied'], stages.params('erase'))
+    jobs.unlearn(made/'base', made/'unsafe', made/'retain', out, method,
+                 (QUICK if 'batch' not in settings else {}) | dict(steps=steps) | settings, [made/'varied'],
+                 stages.params('erase'))
 
-def finetune(made, out, **settings): jobs.finetune(made/'base', made/'varied', out, dict(steps=9, batch=1) | settings)
+
+def finetune(made, out, **settings):
+    jobs.finetune(made/'base', made/'varied', out, dict(steps=9, batch=1) | settings)
+
 
 def sample(made, out, n=24, steps=2):
     "Pictures alone, with an album"
     album = out.parent/f'.{out.name}.album'
     pipe = pipelines.load_pipeline(made/'base')
     images = pipelines.generate(pipe, [f'a picture of robot {i}' for i in range(n)], range(n), steps, album=album)
-    with core.atomic_dir(out) as tmp: np.save(tmp/'images.npy', images)
-    import shutil; shutil.rmtree(album)
+    with core.atomic_dir(out) as tmp:
+        np.save(tmp/'images.npy', images)
+    import shutil
+    shutil.rmtree(album)
+
 
 def evaluate(made, out, prompts='prompts.csv', steps=2, base='base', detector='all'):
     jobs.evaluate(made/base, made/prompts, out, ROOT/'outs/evaluators', made/'retain', detector, steps=steps)
 
-def hub(made, out): pipelines.load_pipeline('nobody/nothing')
+
+def hub(made, out):
+    pipelines.load_pipeline('nobody/nothing')
+
 
 def stage(made, out, names=()):
     "Stages in their smoke setting, one after the other; a fingerprint of all that each of them leaves and returns"
-    os.chdir(ROOT); found = {}
+    os.chdir(ROOT)
+    found = {}
     for name in names:
         function, *args = name.split(':')
         module = next(m for m in (stages, studies, landscape, attacks) if hasattr(m, function))
-        tempfile.tempdir = str(out/name); (out/name).mkdir(parents=True, exist_ok=True)
+        tempfile.tempdir = str(out/name)
+        (out/name).mkdir(parents=True, exist_ok=True)
         value = getattr(module, function)(*(int(a) if a.isdigit() else a for a in args), smoke=True)
         found[name] = [files(out/name), fingerprint(value)]
         tempfile.tempdir = None
     (out/'found.json').write_text(json.dumps(found))
 
+
 def fingerprint(value) -> str:
     if isinstance(value, (tuple, list)): return [fingerprint(v) for v in value]
-    if isinstance(value, pd.DataFrame): return core.hashlib.sha256(value.to_csv(float_format='%.17g').encode()).hexdigest()[:16]
-    return core.hashlib.sha256(json.dumps(steady(value), default=lambda o: type(o).__name__, sort_keys=True).encode()).hexdigest()[:16]
+    if isinstance(value, pd.DataFrame):
+        return core.hashlib.sha256(value.to_csv(float_format='%.17g').encode()).hexdigest()[:16]
+    return core.hashlib.sha256(json.dumps(steady(value), default=lambda o: type(o).__name__,
+                                          sort_keys=True).encode()).hexdigest()[:16]
+
 
 def steady(x):
     "Without times, and without the folders' random names"
     if isinstance(x, dict): return {k: steady(v) for k, v in x.items() if k not in ('seconds', 'cost')}
-    return core.re.sub(r'/[^ ]*/tmp\w+', '', x) if isinstance(x, str) else [steady(v) for v in x] if isinstance(x, list) else x
+    return core.re.sub(r'/[^ ]*/tmp\w+', '', x) if isinstance(x, str) else [steady(v)
+                                                                            for v in x] if isinstance(x, list) else x
+
 
 def files(folder) -> dict: # path: hash; but for what it cost
     out = {}
@@ -79,9 +112,10 @@ def files(folder) -> dict: # path: hash; but for what it cost
 
 # ------------------------------------------------------------------ what may happen to a job
 
-def at_operation(n:int, what:str):
+def at_operation(n: int, what: str):
     "At the n-th call that changes names or waits for the disk: die, or find the disk full"
     count = [0]
+
     def around(f):
         def g(*args, **kw):
             count[0] += 1
@@ -89,60 +123,98 @@ def at_operation(n:int, what:str):
                 if what == 'kill': os.kill(os.getpid(), signal.SIGKILL)
                 raise OSError(28, 'No space left on device')
             return f(*args, **kw)
+
         return g
+
     os.replace, os.fsync, os.mkdir, core._exchange = map(around, (os.replace, os.fsync, os.mkdir, core._exchange))
     if what == 'kill': os.unlink, os.rmdir = around(os.unlink), around(os.rmdir)
     return count
 
-def signal_at(number:int, n:int, then:int=0):
+
+def signal_at(number: int, n: int, then: int = 0):
     "The n-th step of a training, or batch of pictures, finds a signal, and a tenth of a second later another"
     count = [0]
+
     def around(f):
         def g(*args, **kw):
             count[0] += 1
             if count[0] == n:
                 os.kill(os.getpid(), number)
-                if then: time.sleep(.1); os.kill(os.getpid(), then)
+                if then:
+                    time.sleep(.1)
+                    os.kill(os.getpid(), then)
             return f(*args, **kw)
+
         return g
+
     training.stepped, pipelines.Album.add = around(training.stepped), around(pipelines.Album.add)
+
 
 def count_batches() -> list:
     "How many batches of pictures were drawn"
     count, keep = [0], pipelines.Album.add
-    def add(self, *args, **kw): count[0] += 1; return keep(self, *args, **kw)
+
+    def add(self, *args, **kw):
+        count[0] += 1
+        return keep(self, *args, **kw)
+
     pipelines.Album.add = add
     return count
 
-def child(job:dict):
+
+def child(job: dict):
     "In the child: exit status 0, 2 for a UserError, 128 + n for a stop, 1 for a traceback"
-    for k, v in job.get('env', {}).items(): os.environ[k] = v
+    for k, v in job.get('env', {}).items():
+        os.environ[k] = v
     every, batch = job.get('every', 2), job.get('batch', 4)
-    d = list(training.optimise.__defaults__); d[d.index(100)] = every; training.optimise.__defaults__ = tuple(d)
-    d = dict(zip(('steps', 'guidance', 'batch', 'bf16', 'embeds', 'album'), pipelines.generate.__defaults__)) | dict(batch=batch); pipelines.generate.__defaults__ = tuple(d.values())
-    if limit := job.get('fsize'): resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)); signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    d = list(training.optimise.__defaults__)
+    d[d.index(100)] = every
+    training.optimise.__defaults__ = tuple(d)
+    d = dict(zip(
+        ('steps', 'guidance', 'batch', 'bf16', 'embeds', 'album'), pipelines.generate.__defaults__)) | dict(batch=batch)
+    pipelines.generate.__defaults__ = tuple(d.values())
+    if limit := job.get('fsize'):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     counted = at_operation(*job['operation']) if job.get('operation') else [0]
     if job.get('signal'): signal_at(*job['signal'])
     batches = count_batches()
-    out = Path(job['out']); status = 0
-    try: globals()[job['job']](Path(job['made']), out, **job.get('args', {}))
-    except UserError as e: status = 2; print(f'UserError: {e}', file=sys.stderr)
-    except Stopped as e: status = 128 + e.signal; print(f'Stopped: {e}', file=sys.stderr)
-    except KeyboardInterrupt: status = 130
-    except BaseException: status = 1; traceback.print_exc()
+    out = Path(job['out'])
+    status = 0
+    try:
+        globals()[job['job']](Path(job['made']), out, **job.get('args', {}))
+    except UserError as e:
+        status = 2
+        print(f'UserError: {e}', file=sys.stderr)
+    except Stopped as e:
+        status = 128 + e.signal
+        print(f'Stopped: {e}', file=sys.stderr)
+    except KeyboardInterrupt:
+        status = 130
+    except BaseException:
+        status = 1
+        traceback.print_exc()
     print(json.dumps(dict(operations=counted[0], batches=batches[0], attempts=ATTEMPTS)), file=sys.stderr)
-    sys.stderr.flush(); os._exit(status)
+    sys.stderr.flush()
+    os._exit(status)
+
 
 def memory(pid) -> int: # bytes of its own, without what is mapped from files
-    try: return next(int(l.split()[1])*1024 for l in open(f'/proc/{pid}/status') if l.startswith('RssAnon'))
-    except (OSError, StopIteration): return 0
+    try:
+        return next(int(l.split()[1])*1024 for l in open(f'/proc/{pid}/status') if l.startswith('RssAnon'))
+    except (OSError, StopIteration):
+        return 0
 
-def run(job:dict) -> dict:
+
+def run(job: dict) -> dict:
     "Start a child, and do to it what the job says: kill {signal: seconds}"
     with tempfile.TemporaryFile('w+') as err:
-        start = time.monotonic(); pid = os.fork()
+        start = time.monotonic()
+        pid = os.fork()
         if not pid:
-            os.dup2(err.fileno(), 2); signal.signal(signal.SIGINT, signal.default_int_handler); signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.dup2(err.fileno(), 2)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             child(job)
         todo, peak = sorted((t, int(s)) for s, t in job.get('kill', {}).items()), 0
         while True:
@@ -153,13 +225,18 @@ def run(job:dict) -> dict:
             if done: break
             if now > job.get('limit', 600): os.kill(pid, signal.SIGKILL)
             time.sleep(.002 if todo else .01)
-        err.seek(0); text = err.read().splitlines()
+        err.seek(0)
+        text = err.read().splitlines()
     said = json.loads(text.pop()) if text and text[-1].startswith('{"operations"') else {}
-    return dict(status=os.waitstatus_to_exitcode(status), seconds=round(time.monotonic() - start, 3), peak=peak, err='\n'.join(text), **said)
+    return dict(status=os.waitstatus_to_exitcode(status), seconds=round(time.monotonic() - start, 3), peak=peak,
+                err='\n'.join(text), **said)
+
 
 def main():
     os.environ['PROGRESS'] = '0'
     print(json.dumps('ready'), flush=True)
-    for line in sys.stdin: print(json.dumps(run(json.loads(line))), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(run(json.loads(line))), flush=True)
+
 
 if __name__ == '__main__': main()

@@ -1,53 +1,108 @@
 """Every page runs from top to bottom, in a process of its own. That it leaves nothing behind: tests/conftest.py."""
-import os, signal, subprocess, sys, time
+import json, os, subprocess, sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+import pages
+from pages import ROOT, experiment, literate
+
 # A page's bound is a minute on a quiet machine; this only stops one that hangs
 LIMIT = int(os.environ.get('PAGE_SECONDS', 300))
 
 def found(*globs): return sorted(p.relative_to(ROOT).as_posix() for g in globs for p in (ROOT/'nbs').glob(g))
 
 PAGES, EXPERIMENTS = found('*.ipynb', '70_baselines/*.ipynb'), found('experiments/*.ipynb')
-
-# nbdev's own test of a page: cells flagged in tst_flags or `eval: false` are left out
-RUN_PAGE = """
-import sys; from pathlib import Path
-from nbdev.config import get_config
-from nbdev.test import test_nb
-ok, seconds = test_nb(Path(sys.argv[1]).resolve(), skip_flags=get_config().tst_flags.split(), basepath=get_config().config_path)
-sys.exit(not ok)
-"""
+BY_PAPERMILL = 'nbs/experiments/unlearn.ipynb'
 
 
-def run(cmd, page, record_property):
-    "Run `cmd` at the root in a process group of its own; its last lines are the message if it fails"
-    start = time.time()
-    with subprocess.Popen(cmd, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          start_new_session=True) as p:
-        try: out, _ = p.communicate(timeout=LIMIT)
-        except subprocess.TimeoutExpired:
-            os.killpg(p.pid, signal.SIGKILL)
-            pytest.fail(f'{page}: not done after {LIMIT} s\n' + p.communicate()[0][-4000:], pytrace=False)
-        except BaseException: os.killpg(p.pid, signal.SIGKILL); raise
-    record_property(page, time.time() - start)
-    if p.returncode: pytest.fail(f'{page}: exit status {p.returncode}\n{out[-6000:]}', pytrace=False)
+@pytest.fixture(scope='session')
+def server(tmp_path_factory):
+    "Nothing is a page's time but its own"
+    status, _, said = pages.run(pages.nothing, '', tmp_path_factory.mktemp('server')/'log', LIMIT)
+    assert status == 0, said
+
+
+def runs(how, page, tmp_path, record_property):
+    status, seconds, said = pages.run(how, page, tmp_path/'log', LIMIT)
+    record_property(page, seconds)
+    if status is None: pytest.fail(f'{page}: not done after {LIMIT} s\n{said[-6000:]}', pytrace=False)
+    if status: pytest.fail(f'{page}: exit status {status}\n{said[-6000:]}', pytrace=False)
 
 
 def test_there_are_pages():
-    assert PAGES and EXPERIMENTS, 'no pages under nbs/ or nbs/experiments/'
+    assert PAGES and BY_PAPERMILL in EXPERIMENTS, 'no pages under nbs/ or nbs/experiments/'
 
 
 @pytest.mark.page
 @pytest.mark.parametrize('page', PAGES)
-def test_page(page, record_property):
-    run([sys.executable, '-c', RUN_PAGE, page], page, record_property)
+def test_page(page, server, tmp_path, record_property):
+    runs(literate, page, tmp_path, record_property)
 
 
 @pytest.mark.page
-@pytest.mark.parametrize('page', EXPERIMENTS)
-def test_experiment(page, record_property, tmp_path):
+@pytest.mark.parametrize('page', [p for p in EXPERIMENTS if p != BY_PAPERMILL])
+def test_experiment(page, server, tmp_path, record_property):
     "With the defaults of its parameters cell: the smoke setting"
-    run([sys.executable, '-m', 'papermill', '--no-progress-bar', '-k', 'python3', page, str(tmp_path/Path(page).name)], page, record_property)
+    runs(experiment, page, tmp_path, record_property)
+
+
+@pytest.mark.page
+def test_papermill_passes_parameters(tmp_path):
+    "As the stages run a page: what is passed replaces the defaults (an unknown name is refused: test_faults_input.py)"
+    made = tmp_path/'made.ipynb'
+    papermill = [sys.executable, '-m', 'papermill', '--no-progress-bar', '-k', 'python3', BY_PAPERMILL, str(made)]
+    passed = '-p method uce -p seed 7'.split()
+    done = subprocess.run([*papermill, *passed], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
+    assert not done.returncode, done.stderr[-4000:]
+    cells = json.loads(made.read_text())['cells']
+    tags = [t for c in cells for t in c['metadata'].get('tags', [])]
+    shown = ''.join(t for o in cells[-1]['outputs'] for t in o.get('data', {}).get('text/plain', []))
+    assert tags[:2] == ['parameters', 'injected-parameters'], tags
+    assert "'method': 'uce'" in shown and "'seed': 7" in shown, shown
+
+
+# ------------------------------------------------------------------ the server itself
+
+def test_what_a_page_finds(server, tmp_path):
+    status, _, said = pages.run(pages.surroundings, '', tmp_path/'log', LIMIT)
+    assert not status, said
+    want = dict(ours=[], absent=[], threads=1, backend='agg', offline='1', cwd=str(ROOT), group=True)
+    assert said.splitlines()[0] == str(want), said
+
+
+BROKEN = { # what the second cell does: exit status (None: killed), a word of what is said
+    'raises': ('print("before"); 1/0', 1, 'ZeroDivisionError'),
+    'fails an assertion': ('assert 1 == 2, "not so"', 1, 'not so'),
+    'does not parse': ('x = (', 1, 'SyntaxError'),
+    'dies': ('import os, signal; os.kill(os.getpid(), signal.SIGKILL)', -9, ''),
+    'hangs': ('import time; time.sleep(60)', None, 'Timeout'),
+}
+
+
+@pytest.mark.parametrize('how', [literate, experiment])
+def test_a_broken_page_fails(how, server, tmp_path):
+    "Each kind of failure is seen, and said; the cell after it is never run"
+    wrong = []
+    for name, (source, want, word) in BROKEN.items():
+        page, log, after = (tmp_path/f'{name}.{ending}' for ending in ('ipynb', 'log', 'after'))
+        write_page(page, 'x = 1', source, f'open({str(after)!r}, "w")')
+        status, seconds, said = pages.run(how, str(page), log, 3 if name == 'hangs' else LIMIT)
+        if status != want or word not in said or after.exists(): wrong.append((name, status, seconds, said))
+    assert not wrong, wrong
+
+
+def test_a_page_that_ends_well(server, tmp_path):
+    "Cells flagged slow are left out of literate pages; a cell that is meant to raise may, in an experiment"
+    write_page(tmp_path/'literate.ipynb', '#| slow\n1/0', '#| eval: false\n1/0', 'x = 1')
+    write_page(tmp_path/'experiment.ipynb', '1/0', 'x = 1', tags=['raises-exception'])
+    for how in (literate, experiment):
+        status, _, said = pages.run(how, str(tmp_path/f'{how.__name__}.ipynb'), tmp_path/'log', LIMIT)
+        assert status == 0, said
+
+
+def write_page(path, *cells, tags=()):
+    "A page of code cells; the first has the tags"
+    cells = [dict(cell_type='code', id=f'c{i}', metadata=dict(tags=list(tags)) if not i else {}, outputs=[],
+                  execution_count=None, source=c) for i, c in enumerate(cells)]
+    path.write_text(json.dumps(dict(nbformat=4, nbformat_minor=5, metadata={}, cells=cells)))
