@@ -1,0 +1,138 @@
+"The denoising loss, the harmful and the retain loss against their formulas, ε and v."
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from resalign.core import generator
+from resalign.data import DRAWN, Sample
+from resalign.flow import FlowDenoiser
+from resalign.losses import Denoiser, Harmful, Retain, SizeConditions, denoiser, in_batches
+from tests.fast import toys
+from tests.fast.toys import answers, close, denoising, given, goals, gradients, ledger, mean, noisy, same_grads, square
+
+KINDS = 'epsilon', 'v_prediction'
+
+
+def sample(data, n=6, seed=3): return toys.draw_sample(data.retain, n, generator(seed), toys.T)
+
+
+def changed(pipe, by=.05):
+    "The same UNet after some training"
+    model = Denoiser(SimpleNamespace(unet=copy.deepcopy(pipe.unet), scheduler=pipe.scheduler))
+    gen = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in model.unet.parameters(): p.add_(by*torch.randn(p.shape, generator=gen))
+    return model, copy.deepcopy(model.unet).double().requires_grad_(True)
+
+
+def close_with_gradient(model, net, value, formula):
+    close(value.item(), formula.item(), rtol=1e-5)
+    names = [n for n, _ in net.named_parameters()]
+    same_grads(gradients(value, model.unet, names), gradients(formula, net, names))
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_the_denoising_loss(kind):
+    pipe, data = given(kind)
+    model, s, net = Denoiser(pipe), sample(data), copy.deepcopy(pipe.unet).double()
+    assert model.timesteps == toys.T and s.t.unique().numel() > 2
+    close(model.predict(s), answers(net, noisy(s), s.t, s.text), 'predictions')
+    close(model.target(s), goals(kind, s), 'targets')
+    close(model.losses(s), [float(denoising(net, kind, s[k:k + 1])) for k in range(6)], 'loss of each pair')
+    assert model.losses(s).shape == (6,) and model.loss(s).shape == ()
+    pipe.unet.requires_grad_(True), net.requires_grad_(True)
+    close_with_gradient(model, net, model.loss(s), denoising(net, kind, s))
+
+
+def test_sdxl_is_told_its_picture_size_and_the_pooled_embedding():
+    pipe, data = given()
+    pipe.vae_scale_factor = 8
+    pipe.unet.config = SimpleNamespace(sample_size=4, addition_embed_type='text_time', addition_time_embed_dim=2,
+                                       projection_class_embeddings_input_dim=3 + 6*2)
+    text, seen = torch.randn(2, 5, 4), []
+    told = SizeConditions(pipe)(text.double())
+    assert torch.equal(told['text_embeds'], text.double()[:, 4, :3])
+    assert torch.equal(told['time_ids'], torch.tensor([[32, 32, 0, 0, 32,
+                                                        32]]*2).double()) and told['time_ids'].dtype == torch.float64
+    model, z, t = Denoiser(pipe), torch.randn(2, 2, 2, 2), torch.tensor([1, 2])
+    pipe.unet.forward = lambda *args, **kw: seen.append((args, kw)) or (z + 1,)
+    assert torch.equal(model(z, t, text), z + 1)
+    (args, kw), = seen
+    assert torch.equal(args[0], z) and torch.equal(args[1], t) and torch.equal(args[2], text[:, :4])
+    assert torch.equal(kw['added_cond_kwargs']['text_embeds'], text[:, 4, :3])
+    assert torch.equal(kw['added_cond_kwargs']['time_ids'], told['time_ids'].float())
+
+
+def test_a_pipeline_gets_the_denoiser_that_fits_it():
+    pipe, _ = given()
+    flow = SimpleNamespace(transformer=SimpleNamespace(config=SimpleNamespace(pooled_projection_dim=3)),
+                           scheduler=SimpleNamespace(
+        config=dict(num_train_timesteps=7, shift=3.)))
+    assert type(denoiser(pipe)) is Denoiser and type(denoiser(flow)) is FlowDenoiser
+
+
+@pytest.mark.parametrize('side, n, parts',
+                         [(8, 130, [64, 64, 2]), (64, 17, [8, 8, 1]), (24, 57, [56, 1]), (256, 2, [1, 1]), (4, 1, [1])])
+def test_a_large_sample_is_taken_in_parts_that_shrink_with_the_picture(side, n, parts):
+    z = torch.zeros(1).expand(n, 1, side, side)
+    s, seen = Sample(z, z, torch.arange(n), torch.zeros(n, 1, 1), torch.arange(n)), []
+    out = in_batches(lambda part: seen.append(len(part.z)) or part.t, s)
+    assert seen == parts and torch.equal(out, s.t)
+
+
+def test_parts_of_a_given_size():
+    z, seen = torch.zeros(7, 1, 2, 2), []
+    s = Sample(z, z, torch.arange(7), torch.zeros(7, 1, 1), torch.arange(7))
+    assert torch.equal(in_batches(lambda part: seen.append(len(part.z)) or part.t, s, 3), s.t) and seen == [3, 3, 1]
+
+
+@ledger('ga/margin')
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('margin', [.1, 1e6])
+def test_the_harmful_loss_is_ascent_up_to_a_margin_above_the_originals_loss(kind, margin):
+    pipe, data = given(kind)
+    pipe.unet.requires_grad_(True)
+    original, bank = copy.deepcopy(pipe.unet).double(), toys.draw_sample(data.unsafe, 12, generator(4, 'unsafe bank'),
+            toys.T)
+    harmful = Harmful(Denoiser(pipe), data.unsafe, 12, 4)
+    for field in 'z', 'noise', 't', 'text', 'index':
+        assert torch.equal(getattr(harmful.s, field), getattr(bank, field)), field
+    assert not harmful.before.requires_grad
+    model, net = changed(pipe)
+    i = torch.tensor([0, 2, 3, 3, 5, 7, 11])
+    terms, beyond, below = [], 0, 0
+    for k in i.tolist():
+        rise = denoising(net, kind, bank[k:k + 1]) - denoising(original, kind, bank[k:k + 1]).detach()
+        beyond, below = beyond + bool(rise > margin), below + bool(rise < 0)
+        terms.append(rise if rise < margin else torch.tensor(margin).double())
+    assert below and (beyond if margin < 1 else not beyond)
+    close_with_gradient(model, net, harmful(model, i, margin), -mean(terms))
+
+
+def test_harmful_samples_are_drawn_from_all_of_the_bank_and_noted():
+    pipe, data = given()
+    harmful = Harmful(Denoiser(pipe), data.unsafe, 3, 4)
+    i = harmful.draw(200, generator(1))
+    assert i.shape == (200,) and set(i.tolist()) == {0, 1, 2}
+    assert torch.equal(DRAWN[-1], harmful.s.index[i])
+    assert torch.equal(i, torch.randint(3, (200,), generator=generator(1)))
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_the_retain_loss_is_the_distance_from_the_frozen_answers(kind):
+    pipe, data = given(kind)
+    pipe.unet.requires_grad_(True)
+    original, bank = copy.deepcopy(pipe.unet).double(), toys.draw_sample(data.retain, 7, generator(4, 'retain bank'),
+            toys.T)
+    retain = Retain(Denoiser(pipe), data.retain, 7, 4)
+    for field in 'z', 'noise', 't', 'text', 'index':
+        assert torch.equal(getattr(retain.s, field), getattr(bank, field)), field
+    assert not retain.answers.requires_grad and len(retain.answers) == 7
+    model, net = changed(pipe)
+    i = torch.randint(7, (30,), generator=generator(2))
+    assert set(i.tolist()) == set(range(7))
+    far = answers(net, noisy(bank), bank.t, bank.text) - answers(original, noisy(bank), bank.t, bank.text).detach()
+    close_with_gradient(model, net, retain(model, 30, generator(2)), mean([square(far[k]) for k in i]))
+    assert retain(Denoiser(pipe), 30, generator(2)).item() == pytest.approx(0, abs=1e-9)

@@ -1,0 +1,136 @@
+"What each method's name runs, which settings contradict it, and that every switch of the ledger has its test."
+import csv
+import importlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from resalign.baselines import (advunlearn, ca, esd, lcfdsd, meta_unlearning, modular_lora, other_losses, parts, pgu,
+                                safegen, salun, uce)
+from resalign.core import Config, UserError
+from resalign.meta import ResAlignConfig, resalign
+from resalign.methods import FIXED, METHODS, config_of, unlearn
+from tests.fast import toys
+
+ROOT = Path(__file__).resolve().parents[2]
+
+RUNS = {
+    'original': (parts.original, Config), 'ga': (resalign, ResAlignConfig), 'resalign': (resalign, ResAlignConfig),
+    'resalign-first-order': (resalign, ResAlignConfig),
+    'esd-retain': (other_losses.resalign_esd, other_losses.ResAlignESDConfig),
+    'resalign-esd': (other_losses.resalign_esd, other_losses.ResAlignESDConfig),
+    'ca-retain': (other_losses.resalign_ca, other_losses.ResAlignCAConfig),
+    'resalign-ca': (other_losses.resalign_ca, other_losses.ResAlignCAConfig), 'esd-x': (esd.esd, esd.ESDConfig),
+    'esd-u': (esd.esd, esd.ESDConfig), 'ca': (ca.ca, ca.CAConfig), 'safegen': (safegen.safegen, safegen.SafeGenConfig),
+    'advunlearn': (advunlearn.advunlearn, advunlearn.AdvUnlearnConfig),
+    'lcfdsd-ng': (lcfdsd.lcfdsd, lcfdsd.LCFDSDConfig),
+    'lcfdsd-lt': (lcfdsd.lcfdsd, lcfdsd.LCFDSDConfig), 'uce': (uce.uce, uce.UCEConfig),
+    'rece': (uce.rece, uce.RECEConfig),
+    'salun': (salun.salun, salun.SalUnConfig), 'modular-lora': (modular_lora.modular_lora, ResAlignConfig),
+    'pgu': (pgu.pgu, pgu.PGUConfig),
+    'meta-unlearning-esd': (meta_unlearning.meta_unlearning, meta_unlearning.MetaUnlearningConfig),
+    'meta-unlearning-sdd': (meta_unlearning.meta_unlearning, meta_unlearning.MetaUnlearningConfig)}
+
+SAYS = { # what a name decides, and a setting that contradicts it
+    'ga': ('beta', 0., .5), 'esd-retain': ('beta', 0., .5), 'ca-retain': ('beta', 0., .5),
+    'modular-lora': ('beta', 0., .5),
+    'resalign-first-order': ('solver', 'identity', 'cg'), 'esd-x': ('variant', 'x', 'u'),
+    'esd-u': ('variant', 'u', 'x'),
+    'lcfdsd-ng': ('variant', 'ng', 'lt'), 'lcfdsd-lt': ('variant', 'lt', 'ng'),
+    'meta-unlearning-esd': ('base', 'esd', 'sdd'),
+    'meta-unlearning-sdd': ('base', 'sdd', 'esd')}
+
+
+def test_what_each_name_runs():
+    assert METHODS == RUNS
+
+
+def test_what_each_name_decides_and_refuses():
+    assert FIXED == {method: {field: value} for method, (field, value, _) in SAYS.items()}
+    for method, (field, value, other) in SAYS.items():
+        assert getattr(config_of(method, {}), field) == getattr(config_of(method, {field: value}), field) == value
+        with pytest.raises(UserError, match=f'unlearn.{method}: {field}: .*{value!r}.*{other!r}'):
+            config_of(method, {field: other})
+
+
+def test_resilience_needs_a_weight():
+    for method in 'resalign', 'resalign-first-order', 'resalign-esd', 'resalign-ca':
+        assert config_of(method, dict(beta=.5)).beta == .5 and config_of(method, {}).beta == .8
+        for beta in 0., -.5:
+            with pytest.raises(UserError, match=f'unlearn.{method}: beta: .*{beta}'):
+                config_of(method, dict(beta=beta))
+
+
+def test_settings_are_checked_and_the_seed_is_set():
+    for method, (_, cls) in METHODS.items():
+        config = config_of(method, {}, 7)
+        assert type(config) is cls and getattr(config, 'seed', 7) == 7 and getattr(config_of(method, {}), 'seed',
+                0) == 0
+    assert config_of('esd-x', dict(eta=3., seed=2), 7) == esd.ESDConfig(eta=3., seed=7)
+    with pytest.raises(UserError, match='unlearn.ca: wieght'): config_of('ca', dict(wieght=1.))
+    with pytest.raises(UserError, match="method.*'esdx'"): config_of('esdx', {})
+
+
+def test_the_settings_of_params_yaml_hold():
+    settings = yaml.safe_load((ROOT/'params.yaml').read_text(encoding='utf-8'))['unlearn']
+    assert set(settings) == set(METHODS)
+    for method in METHODS: config_of(method, settings[method])
+
+
+def test_methods_that_need_the_words_to_erase_say_so():
+    pipe, data = toys.given()
+    data.erase = ()
+    for method in 'ca', 'salun', 'uce', 'rece', 'meta-unlearning-esd', 'resalign-ca':
+        with pytest.raises(UserError, match=f'{method[:15]}: expected `erase`'): unlearn(pipe, data, method, {})
+
+
+def test_methods_that_need_benign_captions_say_so():
+    pipe, data = toys.given()
+    data.retain_captions = ()
+    for method in 'uce', 'rece', 'advunlearn':
+        with pytest.raises(UserError, match=f'{method}: .*retain_captions'): unlearn(pipe, data, method, {})
+
+
+def test_a_method_is_run_with_its_settings_and_what_else_is_given(monkeypatch):
+    pipe, calls = SimpleNamespace(unet=None), []
+    monkeypatch.setitem(METHODS, 'esd-u', (lambda *args, **kw: calls.append((args, kw)) or 'log', esd.ESDConfig))
+    assert unlearn(pipe, 'data', 'esd-u', dict(eta=2.), 3, checkpoint='here', save_adapter='there') == 'log'
+    assert unlearn(pipe, 'data', 'esd-u', {}) == 'log'
+    assert calls == [((pipe, 'data', esd.ESDConfig(variant='u', eta=2., seed=3)),
+                      dict(checkpoint='here', save_adapter='there')),
+                     ((pipe, 'data', esd.ESDConfig(variant='u', seed=0)), {})]
+
+
+def test_a_transformer_is_for_algorithm_2_on_ascent_alone(monkeypatch):
+    pipe = SimpleNamespace(transformer=None)
+    assert unlearn(pipe, None, 'original', {}) == dict(log=[], solves=[])
+    for method in METHODS:
+        if method in ('original', 'ga', 'resalign', 'resalign-first-order'): continue
+        with pytest.raises(UserError, match=f'{method}: expected a pipeline with a UNet'):
+            unlearn(pipe, None, method, {})
+    for method in 'ga', 'resalign', 'resalign-first-order': # these get further: to the data
+        with pytest.raises((AttributeError, UserError)) as e: unlearn(pipe, None, method, {})
+        assert 'UNet' not in str(e.value)
+
+
+with open(ROOT/'nbs/70_baselines/deviations.csv', newline='', encoding='utf-8') as f: LEDGER = list(csv.DictReader(f))
+
+
+def test_the_ledger_names_methods_and_switches():
+    ours = {'original', 'resalign', 'resalign-first-order', 'esd-retain', 'resalign-esd', 'ca-retain', 'resalign-ca'}
+    assert {r['method'] for r in LEDGER} >= set(METHODS) - ours
+    for r in LEDGER:
+        assert r['what'] and r['here'] and r['method'] in METHODS, r
+        assert not r['switch'] or r['switch'] in METHODS[r['method']][1].model_fields, r
+
+
+def test_every_switch_of_the_ledger_is_tested_for_what_it_says():
+    tested = set()
+    for file in Path(__file__).parent.glob('test_*.py'):
+        if 'ledger' not in file.read_text(encoding='utf-8'): continue
+        module = importlib.import_module(f'tests.fast.{file.stem}')
+        tested |= set().union(*(getattr(v, 'ledger', ()) for k, v in vars(module).items() if k.startswith('test_')))
+    switches = {f"{r['method']}/{r['switch']}" for r in LEDGER if r['switch']}
+    assert switches - tested == set() and tested - switches == set()

@@ -1,0 +1,203 @@
+"Anchors of captions, ε whatever is predicted, layers by name, guided sampling, and the loop that trains a baseline."
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from resalign.baselines import parts
+from resalign.baselines.parts import (anchor_pictures, anchored, anchors, cut, demo_data, drawn, epsilon, fit, guided,
+                                      kept_captions,
+                                      layers, moved, original)
+from resalign.core import UserError, generator
+from resalign.losses import Denoiser
+from resalign.pipelines import PretrainConfig
+from tests.fast.toys import (BENIGN, CHANNELS, ERASE, SAFE, SIDE, T, UNSAFE, close, drawn_pictures, given, noises,
+                             observed, said,
+                             sampled)
+
+
+def test_a_caption_is_cut_at_the_first_words_and_there_at_the_longest():
+    assert cut('a robot with wires', (' with wires',)) == ('a robot', ' with wires', '')
+    assert cut('wires on a robot', ('wires', 'robot')) == ('', 'wires', ' on a robot')
+    assert cut('a robot with wires out', ('robot', 'robot with wires')) == ('a ', 'robot with wires', ' out')
+    assert cut('a robot with wires out', ('robot with wires', 'robot')) == ('a ', 'robot with wires', ' out')
+    assert cut('wires, wires', ('wires',)) == ('', 'wires', ', wires')
+    assert cut('a car', ('wires', '')) is None and cut('a car', ('',)) is None
+
+
+def test_every_caption_is_anchored_or_named():
+    assert anchored(UNSAFE, ERASE, 'm') == [('a red robot', ' bare wires', ''),
+                                            ('a blue robot', ' open chest', ' in garden'),
+                                            ('a green robot', ' bare wires', ' in garden'),
+                                            ('old robot', ' open chest', '')]
+    for erase in (), ('',):
+        with pytest.raises(UserError, match='m: expected `erase`'): anchored(UNSAFE, erase, 'm')
+    with pytest.raises(UserError, match="m: unsafe caption 'a car'.*' bare wires', ' open chest'"):
+        anchored(['old robot open chest', 'a car'], ERASE, 'm')
+
+
+def test_anchors_hold_none_of_the_words():
+    assert anchors(UNSAFE, ERASE, 'm') == SAFE
+    assert anchors(['a robot wires wires', 'wires robot'], (' wires', 'wires '), 'm') == ['a robot', 'robot']
+    assert anchors(['a wiwiresres b'], ('wires',), 'm') == ['a  b']  # what the first cut has joined, too
+    with pytest.raises(UserError, match="m: nothing is left of unsafe caption ' bare wires'"):
+        anchors([' bare wires'], ERASE, 'm')
+
+
+def test_benign_captions_are_asked_for():
+    _, data = given()
+    assert kept_captions(data, 'm') == BENIGN and kept_captions(data, 'm') is not data.retain_captions
+    data.retain_captions = ()
+    with pytest.raises(UserError, match='m: .*retain_captions'): kept_captions(data, 'm')
+
+
+@pytest.mark.parametrize('kind', ['epsilon', 'v_prediction'])
+def test_epsilon_is_the_noise_whatever_is_predicted(kind):
+    pipe, data = given(kind)
+    z, t, text = torch.randn(3, CHANNELS, SIDE, SIDE,
+                             generator=generator(1)), torch.tensor([0, 7, T-1]), data.retain.text[:3]
+    net = copy.deepcopy(pipe.unet).double()
+    close(epsilon(Denoiser(pipe), z, t, text), noises(net, kind, z.double(), t, text))
+
+
+def test_other_predictions_are_refused():
+    pipe, data = given('sample')
+    with pytest.raises(UserError, match="prediction_type is 'sample'"):
+        epsilon(Denoiser(pipe), torch.zeros(1, CHANNELS, SIDE, SIDE), torch.tensor([0]), data.retain.text[:1])
+
+
+def test_layers_by_name():
+    unet = given()[0].unet
+    names = {n for n, _ in unet.named_parameters()}
+    within = lambda *words: {n for n in names if any(w in n for w in words)}
+    expected = dict(kv={'block.attn2.to_k.weight', 'block.attn2.to_v.weight'}, cross=within('attn2.'),
+                    self=within('attn1.'),
+                    attention=within('attn1.', 'attn2.'), all=names)
+    expected['not-cross'] = names - within('attn2.', 'time_embedding.', 'conv_out.', 'conv_norm_out.')
+    assert len(expected['cross']) == len(expected['self']) == 5
+    for which, wanted in expected.items():
+        found = layers(unet, which)
+        assert set(found) == wanted, which
+        assert all(p is unet.get_parameter(n) for n, p in found.items())
+    with pytest.raises(KeyError): layers(unet, 'none')
+
+
+@pytest.mark.parametrize('kind, guidance, offset', [('epsilon', 3., 0), ('v_prediction', 1., 1)])
+def test_guided_sampling_is_ddim(kind, guidance, offset):
+    pipe, _ = given(kind, steps_offset=offset)
+    pipe.unet.requires_grad_(True)
+    captions = [SAFE[0], UNSAFE[1]]
+    text, empty = torch.stack([said(pipe, c) for c in captions]), said(pipe, '')[None]
+    found = list(guided(Denoiser(pipe), text, empty, 4, guidance, generator(5)))
+    assert len(found) == 4 and not any(v.requires_grad for row in found for v in row)
+    net, start = copy.deepcopy(pipe.unet).double(), torch.randn(2, CHANNELS, SIDE, SIDE, generator=generator(5))
+    path, end = sampled(net, kind, start, text, empty[0], 4, guidance, offset)
+    for (z, t, yes, no, after), (z_, t_, yes_, no_) in zip(found, path):
+        assert t.tolist() == [int(t_)]*2
+        for what, a, b in ('z', z, z_), ('ε(c)', yes, yes_), ('ε(∅)', no, no_): close(a, b, what, 1e-3)
+    close(found[0][4], path[1][0], 'next z', 1e-3), close(found[-1][4], end, 'end', 1e-3)
+
+
+def test_what_is_drawn_is_where_sampling_ends_with_its_caption():
+    pipe, _ = given()
+    found = drawn(pipe, SAFE[:2], 5, 2., 3)
+    net, start = copy.deepcopy(pipe.unet).double(), torch.randn(2, CHANNELS, SIDE, SIDE,
+                                                                generator=generator(3, 'drawn'))
+    text = torch.stack([said(pipe, c) for c in SAFE[:2]])
+    close(found.mean, sampled(net, 'epsilon', start, text, said(pipe, ''), 5, 2.)[1], rtol=1e-3), close(found.text,
+            text)
+    assert not found.std.any() and found.std.shape == found.mean.shape
+
+
+def test_anchor_pictures_are_drawn_for_the_anchors_of_known_captions():
+    pipe, data = given()
+    config = SimpleNamespace(pictures=6, sampling_steps=3, guidance=2., seed=4)
+    found, i = anchor_pictures(pipe, data, config, 'm', generator(4, 'here'))
+    expected, which = drawn_pictures(pipe, 'epsilon', 4, ['here'], config)
+    assert torch.equal(i, which) and len(set(i.tolist())) > 2
+    close(found.mean, expected.mean, rtol=1e-3), close(found.text, expected.text)
+    data.erase = ()
+    with pytest.raises(UserError, match='m: expected `erase`'): anchor_pictures(pipe, data, config, 'm', generator(0))
+
+
+def line(slope=50.): # a loss with a known gradient
+    module = torch.nn.Module()
+    module.a, module.b = torch.nn.Parameter(torch.tensor([1., 2.])), torch.nn.Parameter(torch.tensor([3.]))
+    return module, lambda step: (slope*(step + 1)*module.a).sum() + module.b.sum()
+
+
+def test_fit_trains_its_parameters_on_the_loss_of_each_step_and_freezes_the_rest():
+    module, loss = line()
+    seen = []
+    with observed(module) as steps:
+        out = fit('m', module, [module.a], lambda step: seen.append((module.a.requires_grad, module.b.requires_grad))
+                  or loss(step), 3, .5)
+    assert seen == [(True, False)]*3 and [(s.kind, s.lr) for s in steps] == [('Adam', .5)]*3
+    assert [s.grads['a'].tolist() for s in steps] == [[50., 50.], [100., 100.], [150., 150.]]  # not clipped
+    assert out['solves'] == [] and [r['step'] for r in out['log']] == [0, 1, 2]
+    close([r['loss'] for r in out['log']], [50*3 + 3, 100*2 + 3, 150*float(steps[2].values['a'].sum()) + 3])
+    close(steps[1].values['a'], [.5, 1.5]), close(module.b, [3.])
+    assert not module.a.requires_grad and not module.b.requires_grad and module.a.grad is not None
+
+
+def test_fit_clips_changes_and_schedules():
+    module, loss = line()
+    changes, schedule = [], lambda opt: torch.optim.lr_scheduler.LambdaLR(opt, lambda k: 1/(k + 1))
+    def change(params, step):
+        changes.append((step, [p.grad.tolist() for p in params]))
+        params[0].grad = torch.tensor([30., 40.])
+    sgd = lambda params, lr: torch.optim.SGD(params, lr)
+    with observed(module) as steps: fit('m', module, [module.a, module.b], loss, 2, .1, sgd, 1., schedule, change)
+    assert changes == [(0, [[50., 50.], [1.]]), (1, [[100., 100.], [1.]])]
+    assert [s.kind for s in steps] == ['SGD']*2
+    close([s.lr for s in steps], [.1, .05])
+    norm = (30**2 + 40**2 + 1)**.5
+    close(steps[0].grads['a'], [30/norm, 40/norm]), close(steps[0].grads['b'], [1/norm])
+
+
+def test_fit_trains_low_precision_parameters_in_float32():
+    module, loss = line()
+    module.half()
+    fit('m', module, [module.a], loss, 1, .5)
+    assert module.a.dtype == torch.float32 and module.b.dtype == torch.float16
+
+
+def test_fit_goes_on_from_its_checkpoint(tmp_path):
+    module, loss = line()
+    fit('m', module, [module.a], loss, 2, .5, checkpoint=tmp_path/'c')
+    again, other = line()
+    out = fit('m', again, [again.a], other, 3, .5, checkpoint=tmp_path/'c')
+    whole, same = line()
+    fit('m', whole, [whole.a], same, 3, .5)
+    assert len(out['log']) == 3 and torch.equal(again.a, whole.a)
+
+
+def test_the_original_is_left_alone():
+    pipe, data = given()
+    assert moved(pipe.unet, lambda: original(pipe, data, None)) == set() and original(pipe, data, None) == dict(log=[],
+            solves=[])
+
+
+def test_moved_names_what_has_changed():
+    module, _ = line()
+    def run():
+        with torch.no_grad(): module.b.add_(1.)
+    assert moved(module, run) == {'b'}
+
+
+def test_the_pages_demo_is_a_few_drawings_of_a_small_untrained_pipeline(monkeypatch):
+    from resalign import world
+    seen = {}
+    monkeypatch.setattr(parts, 'encode', lambda pipe, images, captions: (images, captions))
+    monkeypatch.setattr(parts, 'build_pipeline', lambda captions,
+                        config: seen.update(captions=captions, config=config) or 'pipe')
+    pipe, data = parts.demo()
+    assert pipe == 'pipe' and seen['captions'] == [s.caption for name in ('unsafe', 'retain')
+                                                   for s in world.scenes(name, 64)]
+    assert seen['config'] == PretrainConfig(unet_channels=(32, 64))
+    for name, bank, captions in ('unsafe', data.unsafe, data.unsafe_captions), ('retain', data.retain,
+            data.retain_captions):
+        assert captions == [s.caption for s in world.scenes(name, 8)] and bank[1] == captions and len(bank[0]) == 8
+    assert data.pool == dict(retain=data.retain) and len(demo_data('pipe', 3).unsafe_captions) == 3
+    assert all(any(w in c for w in data.erase) for s in world.scenes('unsafe', 64) for c in [s.caption])

@@ -1,0 +1,139 @@
+"UCE and RECE: closed forms against their objectives, positions of embeddings, whole runs against dense solves."
+import pytest
+import torch
+
+from resalign.baselines.parts import layers
+from resalign.baselines.uce import RECEConfig, UCEConfig, distance, edit, embeddings, rece, rows, still_there, uce
+from tests.fast.toys import BEFORE, BENIGN, UNSAFE, check_settings, close, given, ledger, said
+
+KEYS = 'block.attn2.to_k.weight', 'block.attn2.to_v.weight'
+
+
+def test_settings():
+    edges = [('ridge', 0., 1e-6), ('erase_scale', 0., 1e-6), ('preserve_scale', -1e-9, 0.)]
+    defaults = dict(ridge=.5, erase_scale=1., preserve_scale=1., tokens='last')
+    check_settings(UCEConfig, defaults, edges)
+    check_settings(RECEConfig, defaults | dict(rounds=1, rece_ridge=.1),
+                   [*edges, ('rece_ridge', 0., 1e-6), ('rounds', 0, 1)])
+
+
+def numbers(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_the_edit_minimises_its_objective_and_is_what_dense_least_squares_finds():
+    W0, erase, values, keep = numbers(3, 4), numbers(5, 4, seed=1), numbers(5, 3, seed=2), numbers(6, 4, seed=3)
+    for s_e, s_p, ridge in (1., 1., .5), (10., .3, .5), (2., 0., .1):
+        found = edit(W0, erase, values, keep, UCEConfig(erase_scale=s_e, preserve_scale=s_p, ridge=ridge))
+        W = found.clone().requires_grad_(True)
+        objective = sum(s_e*(W @ c - v).square().sum() for c, v in zip(erase, values))
+        objective = objective + sum(s_p*(W @ c - W0 @ c).square().sum() for c in keep) + ridge*(W - W0).square().sum()
+        assert torch.autograd.grad(objective, W)[0].abs().max() < 1e-9
+        tall = torch.cat([s_e**.5*erase, s_p**.5*keep, ridge**.5*torch.eye(4)])
+        wanted = torch.cat([s_e**.5*values, s_p**.5*keep @ W0.T, ridge**.5*W0.T])
+        close(found, torch.linalg.lstsq(tall, wanted).solution.T, rtol=1e-9)
+
+
+def test_what_is_still_there_minimises_its_objective():
+    now, then, c = [numbers(3, 4, seed=k) for k in (1, 2)], [numbers(3, 4, seed=k) for k in (3, 4)], numbers(5, 4)
+    for ridge in .1, 2.:
+        found = still_there(now, then, c, ridge)
+        x = found.clone().requires_grad_(True)
+        objective = ridge*x.square().sum() + sum((W @ a - W0 @ b).square().sum()
+                                                 for W, W0 in zip(now, then) for a, b in zip(x, c))
+        assert torch.autograd.grad(objective, x)[0].abs().max() < 1e-9
+
+
+def test_the_distance_is_the_mean_square_over_maps():
+    now, then, c, guide = [numbers(3, 4, seed=k) for k in (1, 2)], [numbers(3, 4, seed=k) for k in (3, 4)], numbers(5,
+            4), numbers(5, 4, seed=9)
+    far = [(W @ a - W0 @ g).square().sum()/3 for W, W0 in zip(now, then) for a, g in zip(c, guide)]
+    assert distance(now, then, c, guide) == pytest.approx(float(sum(far)/len(far)))
+
+
+def places(pipe, tokens, unsafe=UNSAFE, before=BEFORE, whole=None, benign=BENIGN):
+    "Embeddings of concept, guide, empty prompt and benign captions, by counting words"
+    pairs = sorted({(w, b) for w, b in zip(whole, before)})
+    erase, guide, empty, keep = [], [], [], []
+    first = min(len(b.split()) for _, b in pairs)
+    for w, b in pairs:
+        end, last = len(w.split()), len(b.split())   # words stand at 1, 2, ...
+        for i in [None] if tokens == 'last' else range(last + 1, 9):
+            erase.append(said(pipe, w)[end if i is None else i])
+            guide.append(said(pipe, b)[last if i is None else i])
+            empty.append(said(pipe, '')[end if i is None else i])
+    for c in sorted(set(benign)):
+        keep += [said(pipe, c)[len(c.split())]] if tokens == 'last' else list(said(pipe, c)[first + 1:])
+    return [torch.stack(v).double() for v in (erase, guide, empty, keep)]
+
+
+# to the end of the words
+WHOLE = ['a red robot bare wires', 'a blue robot open chest', 'a green robot bare wires', 'old robot open chest']
+
+
+@pytest.mark.parametrize('tokens', ['last', 'rest'])
+def test_embeddings_stand_at_the_right_places(tokens):
+    pipe, _ = given()
+    cuts = [(b, w[len(b):], '') for b, w in zip(BEFORE, WHOLE)]
+    cuts += [(*cuts[0][:2], ' in garden')]   # the same words of another caption, once
+    found = rows(pipe, cuts, BENIGN + BENIGN[:1], tokens)
+    for what, a, b in zip(('erase', 'guide', 'empty', 'keep'), found, places(pipe, tokens, whole=WHOLE)):
+        close(a, b, what)
+    many = 4 if tokens == 'last' else 5 + 5 + 5 + 6
+    assert [len(v) for v in found[:3]] == [many]*3 and all(v.dtype == torch.float64 for v in found)
+
+
+def test_a_guide_without_words_is_the_start_token():
+    pipe, _ = given()
+    found, at = embeddings(pipe, ['', 'a red car'])
+    assert at.tolist() == [0, 3] and found.shape == (2, 9, 4)
+    pipe.text_encoder.requires_grad_(True)
+    assert not embeddings(pipe, ['a'])[0].requires_grad
+
+
+def whole(pipe, config, rounds, W0s):
+    "The maps after UCE and rounds of RECE, and what is logged, by dense least squares"
+    erase, guide, empty, keep = places(pipe, config.tokens, whole=WHOLE)
+    def fit(W0, c, v):
+        s_e, s_p, r = config.erase_scale**.5, config.preserve_scale**.5, config.ridge**.5
+        tall = torch.cat([s_e*c, s_p*keep, r*torch.eye(4)])
+        return torch.linalg.lstsq(tall, torch.cat([s_e*v, s_p*keep @ W0.T, r*W0.T])).solution.T
+    far = lambda Ws, c, g: float(sum((c @ W.T - g @ W0.T).square().mean() for W, W0 in zip(Ws, W0s))/2)
+    Ws = [fit(W0, erase, guide @ W0.T) for W0 in W0s]
+    log = [dict(step=0, loss=far(Ws, erase, guide))]
+    for k in range(rounds):
+        tall = torch.cat([*Ws, config.rece_ridge**.5*torch.eye(4)])
+        found = torch.linalg.lstsq(tall, torch.cat([*(W0 @ erase.T for W0 in W0s),
+                                                    torch.zeros(4, len(erase))])).solution.T
+        near = far(Ws, found, erase)
+        Ws = [fit(W, found, empty @ W0.T) for W, W0 in zip(Ws, W0s)]
+        log.append(dict(step=k + 1, loss=far(Ws, found, empty), attack=near))
+    return Ws, log
+
+
+@ledger('uce/tokens', 'rece/tokens', 'rece/rounds')
+@pytest.mark.parametrize('method, changes', [
+    ('uce', {}), ('uce', dict(tokens='rest', erase_scale=4., preserve_scale=.2, ridge=.3)), ('rece', {}),
+    ('rece', dict(tokens='rest', rounds=3, rece_ridge=.4, erase_scale=2.))])
+def test_keys_and_values_are_edited_and_nothing_else(method, changes):
+    pipe, data = given()
+    run, kind = dict(uce=(uce, UCEConfig), rece=(rece, RECEConfig))[method]
+    config = kind(**changes)
+    before = {n: p.clone() for n, p in pipe.unet.named_parameters()}
+    pipe.unet.requires_grad_(True)
+    Ws, log = whole(pipe, config, 0 if method == 'uce' else config.rounds, [before[n].double() for n in KEYS])
+    out = run(pipe, data, config)
+    for n, W in zip(KEYS, Ws): close(pipe.unet.get_parameter(n), W, n)
+    assert {n for n, p in pipe.unet.named_parameters()
+            if not torch.equal(p, before[n])} == set(KEYS) == set(layers(pipe.unet, 'kv'))
+    assert out['solves'] == [] and len(out['log']) == len(log)
+    for found, wanted in zip(out['log'], log): assert found == pytest.approx(wanted, rel=1e-3)
+    assert not any(p.requires_grad for p in pipe.unet.parameters())
+
+
+def test_low_precision_maps_are_edited_in_float32():
+    pipe, data = given()
+    full, other = pipe.unet.get_parameter(KEYS[0]), pipe.unet.get_parameter('block.attn1.to_k.weight')
+    full.data, other.data = full.data.half(), other.data.half()
+    uce(pipe, data, UCEConfig())
+    assert full.dtype == torch.float32 and other.dtype == torch.float16
