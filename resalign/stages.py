@@ -92,7 +92,7 @@ def of_drawings(f):
 def base_stage(smoke=True, profile=None):
     "Draw the pretraining mixture, train a pipeline on it; of a real profile, bring the model"
     if not (smoke or places.embedded()): return places.bring_base(Path('outs/base'))
-    values = {} if smoke else params('base')
+    values = dict(vae_steps=2, decoder_steps=2, steps=3, batch=16) if smoke else params('base')
     n = values.pop('pictures', 32)
     with tempfile.TemporaryDirectory() as tmp:
         folder = write_set(Path(tmp)/'pretrain', scenes('pretrain', n, values.get('seed', 0)))

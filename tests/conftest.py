@@ -27,6 +27,10 @@ def pytest_addoption(parser):
     parser.addoption('--slow', action='store_true', help='run the tests marked slow too')
 
 
+def pytest_configure(config):
+    if config.getoption('--slow'): os.environ['SLOW_CELLS'] = '1' # of pages, see tests/pages.py
+
+
 def worktree(): # what git sees, but for the record that `make test-faults` is asked for
     record = ['--', '.', ':!results/survival.csv']*(os.environ.get('FAULTS') == 'full')
     return subprocess.run(['git', 'status', '--porcelain', '-uall', *record], cwd=ROOT, check=True, capture_output=True,

@@ -28,10 +28,12 @@ def start():
 
 
 def literate(page):
-    "nbdev's own test of a page: cells flagged in tst_flags or `eval: false` are left out"
+    "nbdev's own test of a page: cells flagged in tst_flags (slow ones unless asked for) or `eval: false` are left out"
     from nbdev.config import get_config
     from nbdev.test import test_nb
-    ok, _ = test_nb(ROOT/page, skip_flags=get_config().tst_flags.split(), basepath=ROOT)
+    asked = {'slow'} if os.environ.get('SLOW_CELLS') else set()
+    flags = [f for f in get_config().tst_flags.split() if f not in asked]
+    ok, _ = test_nb(ROOT/page, skip_flags=flags, basepath=ROOT)
     return ok
 
 
