@@ -12,6 +12,7 @@ import importlib
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -34,7 +35,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SESSIONS = ROOT/'outs'/'mutants'
 TABLES = ROOT/'results'/'tables'
 FAST = 'tests/fast'
-PLUGINS = [f'-pno:{p}' for p in ('unraisableexception', 'threadexception', 'logging', 'faulthandler', 'junitxml', 'pastebin')]
+OFF = 'cacheprovider unraisableexception threadexception logging faulthandler junitxml pastebin'.split()
+PLUGINS = [f'-pno:{name}' for name in OFF]
 MEMORY = 12*2**30 # bytes that a mutant may ask for
 
 # module -> its fast tests; a baseline's are called like the baseline
@@ -120,7 +122,8 @@ def operators() -> dict: # name -> operator
     names += [f'ReplaceComparisonOperator_{n}' for n in COMPARE]
     names += [f'ReplaceUnaryOperator_{n}' for n in UNARY]
     names += OTHERS
-    return {n: get_operator(f'core/{n}')() for n in names} | {c.__name__: c() for c in (DropOperand, DropCall, DropStatement)}
+    ours = {c.__name__: c() for c in (DropOperand, DropCall, DropStatement)}
+    return {n: get_operator(f'core/{n}')() for n in names} | ours
 
 
 # ------------------------------------------------------------------ one mutant
@@ -150,7 +153,7 @@ def child(folder, test):
         os.dup2(said.fileno(), 2)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     status = 3
-    try: status = int(pytest.main(['-x', '-q', '--tb=line', '--noconftest', '-p', 'no:cacheprovider', *PLUGINS, f'{FAST}/{test}']))
+    try: status = int(pytest.main(['-x', '-q', '--tb=line', '--noconftest', *PLUGINS, f'{FAST}/{test}']))
     finally: os._exit(status)
 
 def known_modules(folder, test) -> list:
@@ -161,11 +164,15 @@ def known_modules(folder, test) -> list:
         sys.path[:0] = [str(folder), str(folder/FAST), str(folder/'tests')]
         try:
             __import__(Path(test).stem)
-            own = {m for m, v in list(sys.modules.items()) if str(getattr(v, '__file__', None) or '').startswith(str(folder))}
-            out.write_text('\n'.join(m for m in sys.modules if m not in own and m.partition('.')[0] != 'resalign'))
+            found = [name for name, module in list(sys.modules.items()) if not ours(folder, name, module)]
+            out.write_text('\n'.join(found))
         finally: os._exit(0)
     os.waitpid(pid, 0)
     return out.read_text().split() if out.exists() else []
+
+def ours(folder, name, module) -> bool:
+    file = str(getattr(module, '__file__', None) or '')
+    return name.partition('.')[0] in ('resalign', 'tests') or file.startswith(str(folder))
 
 def preload(folder, test):
     "The libraries, out of the garbage collector's sight, which would look at all of them in every child"
@@ -177,9 +184,11 @@ def preload(folder, test):
 # ------------------------------------------------------------------ all mutants of a module
 
 def digest(module) -> str:
-    "What a session's results depend on: the module, its tests and what the fast tests share"
-    files = [ROOT/'resalign'/f'{module}.py', ROOT/FAST/MODULES[module], Path(__file__)]
-    files += [p for p in sorted((ROOT/FAST).glob('*.py')) if not p.name.startswith('test_')]
+    "What a session's results depend on: the module, its tests, and what of tests/fast these import"
+    test = ROOT/FAST/MODULES[module]
+    helpers = [p for p in sorted((ROOT/FAST).glob('*.py')) if not p.name.startswith('test_')]
+    text = test.read_text(encoding='utf-8')
+    files = [ROOT/'resalign'/f'{module}.py', test, *(p for p in helpers if re.search(rf'\b{p.stem}\b', text))]
     return hashlib.sha256(b''.join(p.read_bytes() for p in files)).hexdigest()[:12]
 
 def session(folder, module) -> Path:
@@ -236,7 +245,8 @@ def tried(folder, module, spec, limit) -> WorkResult:
 def copied(folder) -> Path:
     "A copy of package and tests; everything else as links"
     for p in ROOT.iterdir():
-        if p.name in ('resalign', 'tests'): shutil.copytree(p, folder/p.name, ignore=shutil.ignore_patterns('__pycache__'))
+        if p.name in ('resalign', 'tests'):
+            shutil.copytree(p, folder/p.name, ignore=shutil.ignore_patterns('__pycache__'))
         elif p.name not in ('.git', '.venv'): (folder/p.name).symlink_to(p)
     return folder
 
@@ -249,19 +259,21 @@ def lane(k, lanes, sessions, sample, seed):
 
 def share(folder, module, path, k, lanes, sample, seed):
     "This lane's part of a module, after its tests have passed on the code as it is"
-    with use_db(path) as db: items = sorted(db.pending_work_items, key=lambda item: item.job_id)
+    with use_db(path) as db: items, pending = sorted(db.work_items, key=lambda item: item.job_id), db.pending_work_items
     if sample: items = random.Random(f'{seed} {module}').sample(items, min(sample, len(items)))
-    mine = items[k::lanes]
+    mine = [item for item in items[k::lanes] if item in pending]
     if not mine: return
     preload(folder, MODULES[module])
     start = time.monotonic()
     if run_tests(folder, MODULES[module], 600, caches=True) != 'survived':
-        sys.exit(f'mutants: {FAST}/{MODULES[module]} fails on the code as it is:\n{(folder/"said").read_text()[-2000:]}')
+        said = (folder/'said').read_text()[-2000:]
+        sys.exit(f'mutants: {FAST}/{MODULES[module]} fails on the code as it is:\n{said}')
     limit = 10 + 5*(time.monotonic() - start)
     for n, item in enumerate(mine, 1):
         result = tried(folder, module, item.mutations[0], limit)
         with use_db(path) as db: db.set_result(item.job_id, result)
-        if n % 50 == 0 or n == len(mine): print(f'{module}: lane {k}: {n}/{len(mine)} {time.monotonic() - start:.0f}s', flush=True)
+        if n % 50 and n < len(mine): continue
+        print(f'{module}: lane {k}: {n}/{len(mine)} {time.monotonic() - start:.0f}s', flush=True)
 
 
 # ------------------------------------------------------------------ the record
@@ -274,8 +286,8 @@ def outcomes(module, path) -> list: # dicts
             if result.worker_outcome != WorkerOutcome.NORMAL: continue
             spec = item.mutations[0]
             line, before, after = result.diff.split('\t')
-            out.append(dict(module=module, function=spec.definition_name or '', line=int(line), operator=spec.operator_name,
-                            before=before, after=after, outcome=result.output))
+            out.append(dict(module=module, function=spec.definition_name or '', line=int(line),
+                            operator=spec.operator_name, before=before, after=after, outcome=result.output))
     return sorted(out, key=lambda r: (r['line'], r['operator'], r['after']))
 
 def write(path, rows):
@@ -291,10 +303,11 @@ def record(sessions) -> list: # a row a module
     for module, path in sessions.items():
         found = outcomes(module, path)
         count = {what: sum(r['outcome'] == what for r in found) for what in ('killed', 'survived', 'timeout')}
-        rows.append(dict(module=module, mutants=len(found), **count, score=f'{1 - count["survived"]/max(len(found), 1):.4f}'))
+        score = 1 - count['survived']/max(len(found), 1)
+        rows.append(dict(module=module, mutants=len(found), **count, score=f'{score:.4f}'))
         survivors += [{k: v for k, v in r.items() if k != 'outcome'} for r in found if r['outcome'] == 'survived']
     write(TABLES/'mutants.csv', rows)
-    write(TABLES/'mutants_survived.csv', survivors or [dict(module='', function='', line=0, operator='', before='', after='')])
+    write(TABLES/'mutants_survived.csv', survivors)
     return rows
 
 def arguments():
