@@ -303,8 +303,9 @@ def record(sessions) -> list: # a row a module
     for module, path in sessions.items():
         found = outcomes(module, path)
         count = {what: sum(r['outcome'] == what for r in found) for what in ('killed', 'survived', 'timeout')}
+        with use_db(path) as db: left = len(db.pending_work_items)
         score = 1 - count['survived']/max(len(found), 1)
-        rows.append(dict(module=module, mutants=len(found), **count, score=f'{score:.4f}'))
+        rows.append(dict(module=module, mutants=len(found), **count, score=f'{score:.4f}', left=left))
         survivors += [{k: v for k, v in r.items() if k != 'outcome'} for r in found if r['outcome'] == 'survived']
     write(TABLES/'mutants.csv', rows)
     write(TABLES/'mutants_survived.csv', survivors)
@@ -317,7 +318,7 @@ def arguments():
     ask.add_argument('--sample', type=int, default=0, help='only so many of each module, drawn at random')
     ask.add_argument('--seed', type=int, default=0, help='of the sample')
     ask.add_argument('--sessions', type=Path, default=SESSIONS, help='where the work done so far is kept')
-    ask.add_argument('--survivors', action='store_true', help='run nothing: print what has survived so far')
+    ask.add_argument('--survivors', action='store_true', help='run nothing: write and print what is known so far')
     args = ask.parse_args()
     unknown = set(args.modules) - set(MODULES)
     if unknown: ask.error(f'unknown module: {", ".join(sorted(unknown))}')
@@ -333,7 +334,7 @@ def main():
     args = arguments()
     sessions = {module: session(args.sessions, module) for module in args.modules or MODULES}
     if not args.survivors: side_by_side(args.lanes, sessions, args.sample, args.seed)
-    if not (args.survivors or args.sample or args.modules): record(sessions)
+    if not (args.sample or args.modules): record(sessions)
     for module, path in sessions.items():
         found = outcomes(module, path)
         survived = [r for r in found if r['outcome'] == 'survived']

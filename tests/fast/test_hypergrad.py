@@ -55,6 +55,46 @@ def test_krylov_residuals_fall():
         assert residuals[-1] < 1e-12 and residuals[3] < residuals[0]
         if method == 'minres': assert all(b <= a * (1 + 1e-9) + 1e-14 for a, b in zip(residuals, residuals[1:]))
 
+@pytest.mark.parametrize('k', (1, 2, 4))
+def test_cg_and_minres_by_their_definitions(k):
+    "On the span of g, Hg, ...: CG's residual is orthogonal to it, MINRES's is the shortest"
+    H, gamma = symmetric(SPECTRA['mirror']), .8
+    params, loss = quadratic(H)
+    g = flat(like(params)).double()
+    A, K = torch.eye(N, dtype=F64) + gamma * H, [g]
+    for _ in range(k - 1): K.append(H @ K[-1])
+    V = torch.linalg.qr(torch.stack(K, 1)).Q
+    answers = dict(cg=V @ torch.linalg.solve(V.T @ A @ V, V.T @ g), minres=V @ torch.linalg.lstsq(A @ V, g[:, None]).solution[:, 0])
+    assert (answers['cg'] - answers['minres']).norm() > 1e-3
+    for method, x in answers.items():
+        found, report = solve(MoreauOperator(loss, params, gamma), like(params), method, k, bound=math.inf)
+        close(flat(found), x, 1e-9)
+        assert report.residual == pytest.approx(((g - A @ x).norm() / g.norm()).item(), rel=1e-7)
+
+def test_the_largest_stretch_of_a_few_power_steps():
+    H = torch.diag(torch.tensor([3., -1.], dtype=F64))
+    v = torch.ones(2, dtype=F64)
+    one, two = math.sqrt(5), math.sqrt((81 + 1) / (9 + 1))
+    for products, norm in (0, 0.), (1, one), (2, two), (60, 3.):
+        assert hypergrad.norm_by_power(lambda x: H @ x, v, products) == pytest.approx(norm)
+    assert hypergrad.norm_by_power(lambda x: 0 * x, v, 5) == 0.
+
+@pytest.mark.parametrize('asked, lambda_min, h_norm, clamp, halvings, used', [
+    (1., 0., 4., .5, 10, .125), (1., 0., 4., None, 10, 1.), (1., 0., 0., .5, 10, 1.), (.1, 0., 4., .5, 10, .1), (1., -.98, 0., None, 10, 1.),
+    (1., -.995, 0., None, 10, .5), (8., -1., 0., None, 10, .5), (8., -1., 0., None, 2, 2.), (8., -1., 0., None, 0, 8.)])
+def test_safe_gamma(asked, lambda_min, h_norm, clamp, halvings, used):
+    "At most clamp/‖H‖; then halved while 1 + γλ_min is 0.01 or less, as often as allowed"
+    assert hypergrad.safe_gamma(asked, lambda_min, h_norm, clamp, halvings) == used
+
+def test_an_early_end_of_richardson_reports_its_residual():
+    H = symmetric(SPECTRA['mirror'])
+    params, loss = quadratic(H)
+    g = like(params)
+    x, report = solve(MoreauOperator(loss, params, .5), g, 'richardson', 50, tol=.05)
+    true = (flat(g) - flat(x) - .5 * H @ flat(x)).norm() / flat(g).norm()
+    assert type(report.residual) is float and report.residual == pytest.approx(true.item()) and report.residual <= .05
+    assert report.products < 10
+
 def test_fewer_eigenvalues_fewer_products():
     "Three different eigenvalues: three products are all there is to know"
     params, loss = quadratic(symmetric([1.] * 4 + [-.5] * 4 + [.25] * 4))

@@ -36,6 +36,8 @@ def test_only_a_unets_lora_is_taken(tmp_path):
         if named is None: check_adapter(tmp_path)
         else:
             with pytest.raises(UserError, match=f'{FILE}: .*{named}'): check_adapter(tmp_path)
+    save_file(good | {'z.lora': torch.zeros(1), 'a.lora': torch.zeros(1)}, tmp_path/FILE)
+    with pytest.raises(UserError, match='got a.lora'): check_adapter(tmp_path)
     save_file({}, tmp_path/FILE)
     with pytest.raises(UserError, match=f'{FILE}: .*got nothing'): check_adapter(tmp_path)
     (tmp_path/FILE).write_bytes(b'pickle')
@@ -93,7 +95,9 @@ def test_both_differences_are_added_to_the_original(tmp_path, still_training):
 
 
 def test_a_module_of_another_network_is_refused(tmp_path):
+    with pytest.raises(UserError, match=f'{FILE}: no such file'): with_module(small(), tmp_path)
     (tmp_path/'safe').mkdir()
     save_file({'unet.nothing.to_q.lora_A.weight': torch.zeros(2, 8),
                'unet.nothing.to_q.lora_B.weight': torch.zeros(8, 2)}, tmp_path/'safe'/FILE)
-    with pytest.raises(UserError, match='safe: does not fit the pipeline'): with_module(small(), tmp_path/'safe')
+    with pytest.raises(UserError, match='safe: does not fit the pipeline') as e: with_module(small(), tmp_path/'safe')
+    assert '\n' not in str(e.value)

@@ -41,8 +41,9 @@ def test_anchors_hold_none_of_the_words():
     assert anchors(UNSAFE, ERASE, 'm') == SAFE
     assert anchors(['a robot wires wires', 'wires robot'], (' wires', 'wires '), 'm') == ['a robot', 'robot']
     assert anchors(['a wiwiresres b'], ('wires',), 'm') == ['a  b']  # what the first cut has joined, too
-    with pytest.raises(UserError, match="m: nothing is left of unsafe caption ' bare wires'"):
-        anchors([' bare wires'], ERASE, 'm')
+    for caption in ' bare wires', '  bare wires ':
+        with pytest.raises(UserError, match=f"m: nothing is left of unsafe caption '{caption}'"):
+            anchors([caption], ERASE, 'm')
 
 
 def test_benign_captions_are_asked_for():

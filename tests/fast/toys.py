@@ -327,7 +327,7 @@ def clipped(grads, norm):
 
 def close(found, expected, what='', rtol=2e-4):
     "Equal to float32's rounding, by the largest entry"
-    found, expected = torch.as_tensor(found).double(), torch.as_tensor(expected).double()
+    found, expected = (torch.as_tensor(v).detach().double() for v in (found, expected))
     assert found.shape == expected.shape, (what, found.shape, expected.shape)
     if not found.numel(): return
     far, scale = float((found - expected).abs().max()), float(expected.abs().max())
