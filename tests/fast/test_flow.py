@@ -22,7 +22,7 @@ class ToyTransformer(nn.Module):
         self.words, self.pooled, self.picture = nn.Linear(3, 1), nn.Linear(2, 1), nn.Linear(1, 1)
 
     def forward(self, z, timestep, encoder_hidden_states, pooled_projections, return_dict=True):
-        assert return_dict is False
+        assert return_dict is False and timestep.dtype == z.dtype
         like = self.words.weight
         told = self.words(encoder_hidden_states.to(like)).mean((1, 2)) + self.pooled(pooled_projections.to(like))[:, 0]
         told = told + timestep.to(like)/20
@@ -46,7 +46,7 @@ def sigma(t):
 def loss(net, z, e, t, text):
     net, z, e = copy.deepcopy(net).double(), z.double(), e.double()
     z_t = (1 - sigma(t))*z + sigma(t)*e
-    out, = net(z_t[None], torch.tensor([20*sigma(t)]), text[None, :3], text[None, 3, :2], return_dict=False)
+    out, = net(z_t[None], torch.tensor([20*sigma(t)]).double(), text[None, :3], text[None, 3, :2], return_dict=False)
     return out[0].detach(), square(out[0] - (e - z)).item()
 
 
@@ -74,6 +74,7 @@ def test_prediction_target_and_loss():
         close(model.predict(s)[k], said, 'prediction')
         close(model.target(s)[k], (e - z).double(), 'target')
         close(model.losses(s)[k], value, 'loss')
+    close(model(s.z.double(), s.t, s.text), model(s.z, s.t, s.text), 'another precision')
     close(model.loss(s), mean([loss(pipe.transformer, *row)[1] for row in zip(s.z, s.noise, s.t, s.text)]))
 
 

@@ -2,6 +2,7 @@
 import copy
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -199,6 +200,8 @@ def test_the_pages_demo_is_a_few_drawings_of_a_small_untrained_pipeline(monkeypa
     assert seen['config'] == PretrainConfig(unet_channels=(32, 64))
     for name, bank, captions in ('unsafe', data.unsafe, data.unsafe_captions), ('retain', data.retain,
             data.retain_captions):
-        assert captions == [s.caption for s in world.scenes(name, 8)] and bank[1] == captions and len(bank[0]) == 8
+        scenes = world.scenes(name, 8)
+        assert captions == [s.caption for s in scenes] and bank[1] == captions
+        assert bank[0].tolist() == [np.asarray(world.draw(s)).tolist() for s in scenes]
     assert data.pool == dict(retain=data.retain) and len(demo_data('pipe', 3).unsafe_captions) == 3
     assert all(any(w in c for w in data.erase) for s in world.scenes('unsafe', 64) for c in [s.caption])

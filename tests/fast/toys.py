@@ -64,6 +64,7 @@ class ToyUNet(nn.Module):
         self.conv_out = nn.Linear(3, CHANNELS)
 
     def forward(self, z, t, encoder_hidden_states, return_dict=True):
+        assert len(z) == len(t) == len(encoder_hidden_states) # a real one doesn't broadcast
         like = self.conv_in.weight
         h = self.conv_in(z.to(like).flatten(2).mT) + self.places
         h = h + self.time_embedding((t.to(like)/T - .5).view(-1, 1, 1))
