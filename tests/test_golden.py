@@ -61,6 +61,7 @@ TABLES = {  # page under nbs/experiments, perhaps with a seed: the tables that i
 MEASURED = [
     'bell.csv',
     'bench.csv',
+    'bench_gpu.csv',
     'bench_pieces.csv',
     'bench_solves.csv',
     'digits.csv',

@@ -288,12 +288,14 @@ def test_pull_back():
     a, b = A.clone().requires_grad_(), B.clone().requires_grad_()
     f = lambda w: (w**3).sum()
     f(W + s*b @ a).backward()
-    G = 3*(W + s*B @ A)**2
+    G = (3*(W + s*B @ A)**2).detach()
+    A, B = A.requires_grad_(), B.requires_grad_()
     for order, params in ((0, 1), [A, B]), ((1, 0), [B, A]):
         where = dict(pairs=[(*order, 1, s)])
         out = meta.pull_back([torch.zeros(1), G], where, params)
         torch.testing.assert_close(out[order[0]], a.grad)
         torch.testing.assert_close(out[order[1]], b.grad)
+        assert not any(x.requires_grad for x in out)
 
 def test_split_log():
     log = [dict(step=0, loss=.5, **{'1/lr': .1, '0/lr': .2, '0/folder': 'cats'}), dict(step=1, loss=.4, **{'10/lr': .3})]
