@@ -57,7 +57,7 @@ def test_papermill_passes_parameters(tmp_path):
     assert not done.returncode, done.stderr[-4000:]
     cells = json.loads(made.read_text())['cells']
     tags = [t for c in cells for t in c['metadata'].get('tags', [])]
-    shown = ''.join(t for o in cells[-1]['outputs'] for t in o.get('data', {}).get('text/plain', []))
+    shown = ''.join(t for c in cells for o in c.get('outputs', []) for t in o.get('data', {}).get('text/plain', []))
     assert tags[:2] == ['parameters', 'injected-parameters'], tags
     assert "'method': 'uce'" in shown and "'seed': 7" in shown, shown
 
