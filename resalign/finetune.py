@@ -121,7 +121,9 @@ def finetune(pipe, bank:Bank, config:FinetuneConfig, prior:Bank=None, checkpoint
             if watch: watch(step)
             total = 0.
             for k in config.batches(step):
-                value = loss.frozen(k)()/config.accumulation; value.backward(); total += value.item()
+                value = loss.frozen(k)()/config.accumulation
+                value.backward()
+                total += value.item()
             return dict(loss=total)
         log = optimise(f'finetune {config.algorithm}', gradients, config.steps, params, optimizer(config.optimizer, params, config.lr, model.unet),
                        trained.modules | (dict(ema=mean) if mean else {}), max_norm=1., after=mean and (lambda: mean.update_parameters(torch.nn.ParameterList(params))), checkpoint=checkpoint)
@@ -141,9 +143,10 @@ def simulated(loss:FinetuneLoss, params:list, config:FinetuneConfig):
     opt = optimizer(config.optimizer, params, config.lr, loss.model.unet)
     try:
         for step in range(config.steps):
-            for p, g in zip(params, torch.autograd.grad(loss.frozen(*config.batches(step))(), params, materialize_grads=True)): p.grad = g
+            grads = torch.autograd.grad(loss.frozen(*config.batches(step))(), params, materialize_grads=True)
+            for p, g in zip(params, grads): p.grad = g
             opt.step()
-        del opt # what follows needs no moments and no gradients
+        del opt, grads # what follows needs no moments and no gradients
         for p in params: p.grad = None
         yield theta
     finally:
