@@ -86,3 +86,14 @@ def pytest_terminal_summary(terminalreporter):
 @pytest.fixture(scope='session')
 def root():
     return ROOT
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    "Whoever asks the network fails"
+    import socket
+    from huggingface_hub import constants
+    def no(*args, **kw): raise AssertionError('asked the network')
+    monkeypatch.setattr(socket.socket, 'connect', no)
+    monkeypatch.setattr(socket, 'getaddrinfo', no)
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)

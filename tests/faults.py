@@ -1,5 +1,5 @@
 "Counts of what was tried and what survived; the server of jobs; what the tests of faults share."
-import csv, json, os, random, shutil, subprocess, sys
+import csv, json, os, subprocess, sys
 from contextlib import contextmanager
 from pathlib import Path
 import pytest

@@ -1,7 +1,7 @@
 """Algorithm 2 on the small pipeline, as tests/test_ranks.py runs it in its own process and starts it on several;
 with what each rank ended in"""
 
-import os, signal, sys, torch
+import os, signal, sys
 from safetensors.torch import save_file
 from resalign.baselines.parts import demo
 from resalign.core import UserError

@@ -6,7 +6,8 @@ from pathlib import Path
 import nbformat, pandas as pd, pytest
 from resalign import batch as batches
 from resalign.batch import Grid, batch, cells, jobs_of, name_of
-from resalign.core import UserError, make_config, params
+from resalign.core import make_config, params
+from refusals import said
 
 PYTHON = dict(kernelspec=dict(name='python3', display_name='Python', language='python'))
 
@@ -25,15 +26,6 @@ def write_page(path, *code, parameters='x = 1'):
 
 def outputs(notebook):
     return [o for c in nbformat.read(notebook, 4).cells for o in c.get('outputs', [])]
-
-
-def said(f, *args, **kw) -> str:
-    "The one line of a refusal; nothing where there is none"
-    try:
-        f(*args, **kw)
-    except UserError as e:
-        return str(e)
-    return ''
 
 
 # ------------------------------------------------------------------ which cells

@@ -25,12 +25,14 @@ from resalign.checkpoints import (
     put_weights,
     read_weights,
 )
-from resalign.core import UserError
 from resalign.data import Sample, embed
 from resalign.losses import Denoiser
 from resalign.pipelines import generate, load_pipeline
 from resalign.profiles import Profile
 from tests.compvis import single_file, small, unet_name, write_single_file
+from refusals import said
+
+pytestmark = pytest.mark.usefixtures('offline')
 
 KINDS = 'v1 v2 xl'.split()
 COMMIT = '0123456789abcdef0123456789abcdef01234567'
@@ -55,19 +57,6 @@ def made(tmp_path_factory):
 @pytest.fixture
 def v1(made):
     return copy.deepcopy(made['v1'][0])
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    "Whoever asks the network fails"
-    import socket
-
-    def no(*a, **kw):
-        raise AssertionError('asked the network')
-
-    monkeypatch.setattr(socket.socket, 'connect', no)
-    monkeypatch.setattr(socket, 'getaddrinfo', no)
-    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
 
 
 def parts(pipe):
@@ -109,16 +98,6 @@ def moved(module):
         for p in m.parameters():
             p.mul_(1.1).add_(0.01)
     return m
-
-
-def said(f, *args, **kw) -> str:
-    "The one line of a refusal; nothing where there is none"
-    try:
-        f(*args, **kw)
-    except UserError as e:
-        assert '\n' not in str(e) and len(str(e)) < 700
-        return str(e)
-    return ''
 
 
 def refused(words, f, *args, **kw):

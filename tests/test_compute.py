@@ -9,7 +9,7 @@ from diffusers import StableDiffusionXLPipeline
 from resalign import compute, jobs, sd14, training, world
 from resalign.baselines.parts import demo, demo_data
 from resalign.compute import Compute, called, compute_of, finish, metered, optimizer, prepare
-from resalign.core import UserError, generator
+from resalign.core import generator
 from resalign.data import draw_sample
 from resalign.finetune import FinetuneConfig, FinetuneLoss, add_lora, finetune, merge_lora, simulated
 from resalign.hypergrad import flat
@@ -18,6 +18,7 @@ from resalign.meta import ResAlignConfig, lora_map, resilience_gradient
 from resalign.methods import unlearn
 from resalign.pipelines import load_pipeline, save_pipeline
 from tests.far import Far, FarTensor, LeftBehind
+from refusals import said
 
 ROOT = Path(__file__).resolve().parent.parent
 LOW = dict(dtype='bfloat16', gradient_checkpointing=True)
@@ -41,15 +42,6 @@ def weights(pipe):
 
 def changed(a, b):
     return {k for k in a if not torch.equal(a[k], b[k])}
-
-
-def said(f, *args, **kw) -> str:
-    "The one line of a refusal; nothing where there is none"
-    try:
-        f(*args, **kw)
-    except UserError as e:
-        return str(e).replace('\n', 'NEWLINE')
-    return ''
 
 
 # ------------------------------------------------------------------ precision (its parts: tests/fast/test_compute.py)

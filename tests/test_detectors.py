@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPTokenizer
 
 from resalign import detectors as D
-from resalign.core import UserError, generator, sha256
+from resalign.core import generator, sha256
+from refusals import said
 
 COMMITTED = Path(__file__).resolve().parent.parent / 'outs/evaluators'
 TINY = dict(pictures=60, heldout=20, epochs=dict(wiring=1, reader=1, clip=1, mhsc=1))
@@ -38,15 +39,6 @@ def drawings():
 def copy(folder, tmp_path):
     shutil.copytree(folder, tmp_path / 'copy')
     return tmp_path / 'copy'
-
-
-def said(f, *args, **kw) -> str:
-    "The one line of a refusal; nothing where there is none"
-    try:
-        f(*args, **kw)
-    except UserError as e:
-        return str(e)
-    return ''
 
 
 # ------------------------------------------------------------------ interface

@@ -25,6 +25,8 @@ from resalign.profiles import Profile, Source, names
 from resalign.world import prompts, scenes, write_prompts, write_set
 from tests.compvis import small, write_single_file
 
+pytestmark = pytest.mark.usefixtures('offline')
+
 COMMIT = '0123456789abcdef0123456789abcdef01234567'
 
 
@@ -106,19 +108,6 @@ def says(file):
     return {f.what: f.says for f in check('mine', file=file) if f.state == 'ok'}
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    "Whoever asks the network fails"
-    import socket
-
-    def no(*a, **kw):
-        raise AssertionError('asked the network')
-
-    monkeypatch.setattr(socket.socket, 'connect', no)
-    monkeypatch.setattr(socket, 'getaddrinfo', no)
-    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
-
-
 # ------------------------------------------------------------------ a profile
 
 
@@ -194,7 +183,7 @@ def test_whatever_is_taken_away_is_named(made, mine):
 
 
 def test_what_a_profile_does_not_name_or_asks_too_much(mine):
-    wrong, more = [], {}
+    wrong = []
     for changes, what, words in [
         (dict(base=None), 'base', 'names none'),
         (dict(data={}), 'data.unsafe', 'names none'),

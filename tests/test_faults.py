@@ -1,7 +1,7 @@
 """Kills, full disks, signals, bad numbers, many prompts: nothing is lost, and what is resumed ends in the same bits.
 
 Each fault for one job in the gate, all by `make test-faults` (FAULTS=full), which writes results/survival.csv."""
-import itertools, json, os, random, shutil, subprocess, sys, time
+import itertools, json, os, random, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest
 
@@ -134,7 +134,7 @@ def test_killed_at_random(name, bench):
     rng = random.Random(name)
     for k in range((4 if name in FIVE else 2) if FULL else 1):
         with TALLY.case('SIGKILL at a random moment', name, identical=True):
-            out, kills = bench.place(), 0
+            out = bench.place()
             for attempt in range(1 + k % 2):
                 until = seconds
                 while bench.run(name, out, kill={9: rng.uniform(.02, .95*until)})['status'] != -9:
@@ -451,7 +451,7 @@ def test_ten_thousand_prompts(server, made, tmp_path):
         assert few['status'] == 0, few['err']
         whole = server.run('evaluate', made, tmp_path/'whole/out', args=args | dict(prompts='many.csv'), **how)
         assert whole['status'] == 0, whole['err']
-        out, share, ends = tmp_path/'cut/out', [.5, .4], []
+        out, share = tmp_path/'cut/out', [.5, .4]
         for s in share:
             assert server.run('evaluate', made, out, args=args | dict(prompts='many.csv'), kill={9: s*whole['seconds']},
                               **how)['status'] == -9 and not out.exists()

@@ -3,7 +3,7 @@
 A table a test; every case that fails is named. Messages are known by file and field."""
 import html, io, json, math, os, pickle, re, shutil, struct, subprocess, sys, zlib
 from pathlib import Path
-import numpy as np, pandas as pd, pytest, torch, yaml
+import numpy as np, pandas as pd, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image, ImageFile
 from safetensors.torch import load_file, save_file
@@ -12,7 +12,7 @@ from faults import FULL, ROOT, TALLY, record, some, tree
 from resalign import batch as batches, cli, jobs, metrics, report, stages, studies
 from resalign.core import (UserError, as_markdown, load_checkpoint, make_config, one_line, params, save_checkpoint,
                            write_json)
-from resalign.baselines.modular_lora import check_adapter, with_module
+from resalign.baselines.modular_lora import with_module
 from resalign.data import read_captions, read_image, read_images
 from resalign.detectors import load_evaluators
 from resalign.finetune import FinetuneConfig
@@ -888,7 +888,7 @@ def test_papermill(given, words, tmp_path):
             'nbs/experiments/unlearn.ipynb',
             str(tmp_path/'out.ipynb'), *given.split()
         ], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=str(ROOT)))
-        assert done.returncode and f'UserError: ' in done.stderr and words in done.stderr, done.stderr[-800:]
+        assert done.returncode and 'UserError: ' in done.stderr and words in done.stderr, done.stderr[-800:]
 
 
 def notebook(path, *cells, tags=('parameters', )):

@@ -1,6 +1,5 @@
 """Every page runs from top to bottom, in a process of its own. That it leaves nothing behind: tests/conftest.py."""
 import json, os, subprocess, sys
-from pathlib import Path
 
 import pytest
 

@@ -9,9 +9,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from resalign import cli, detectors as D, inception as I, jobs as J, metrics as M, photographs as P, prompts as R
-from resalign.core import UserError
 from resalign.pipelines import PretrainConfig, build_pipeline, generate, save_pipeline
 from resalign.world import scenes, write_set
+from refusals import said
 
 ROOT = Path(__file__).resolve().parent.parent
 ORACLE = (
@@ -105,15 +105,6 @@ def copy(folder, tmp_path):
 def replace(path, write):
     path.unlink(missing_ok=True)
     write(path)
-
-
-def said(f, *args, **kw) -> str:
-    "The one line of a refusal; nothing where there is none"
-    try:
-        f(*args, **kw)
-    except UserError as e:
-        return str(e).replace('\n', 'NEWLINE')
-    return ''
 
 
 class Bomb:

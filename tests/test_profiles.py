@@ -4,7 +4,7 @@ import importlib, inspect
 import pytest, yaml
 from huggingface_hub import constants
 from resalign import cli
-from resalign.core import UserError, params, root
+from resalign.core import params, root
 from resalign.methods import METHODS, config_of
 from resalign.profiles import (
     Data,
@@ -21,6 +21,7 @@ from resalign.profiles import (
     profile_of,
     settings,
 )
+from refusals import said
 
 COMMIT = '0123456789abcdef0123456789abcdef01234567'
 NAMES = 'tiny sd14-paper sd14-light sd14 sd15 sd20 sdxl community'.split()
@@ -31,31 +32,9 @@ def no_profile(monkeypatch):
     monkeypatch.delenv('RESALIGN_PROFILE', raising=False)
 
 
-@pytest.fixture
-def offline(monkeypatch):
-    "Whoever asks the network fails"
-    import socket
-
-    def no(*a, **kw):
-        raise AssertionError('asked the network')
-
-    monkeypatch.setattr(socket.socket, 'connect', no)
-    monkeypatch.setattr(socket, 'getaddrinfo', no)
-    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
-
-
 def write(tmp_path, profiles, profile='mine', **more):
     (tmp_path / 'params.yaml').write_text(yaml.safe_dump(dict(profile=profile, profiles=profiles, **more)))
     return tmp_path / 'params.yaml'
-
-
-def said(f, *args, **kw) -> str:
-    "The one line of a refusal; nothing where there is none"
-    try:
-        f(*args, **kw)
-    except UserError as e:
-        return str(e).replace('\n', 'NEWLINE')
-    return ''
 
 
 def unsaid(cases) -> list:

@@ -13,6 +13,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from torch import nn
 
+from adam import adam
 from resalign.core import generator
 from resalign.data import Bank, draw_sample
 
@@ -93,7 +94,7 @@ def adapted(weights, theta):
 # ------------------------------------------------------------------ optimizers, one step each
 
 class Plain:
-    "SGD, Adam and AdamW from their papers: β 0.9 and 0.999, ε 1e-8, weight decay 0.01 (AdamW alone)"
+    "SGD, Adam and AdamW; weight decay 0.01 (AdamW alone)"
     def __init__(self, kind, lr, n):
         self.kind, self.lr, self.k = kind, lr, 0
         self.m, self.v = [0.]*n, [0.]*n
@@ -103,11 +104,9 @@ class Plain:
         if self.kind == 'sgd': return [p - self.lr*g for p, g in zip(theta, grads)]
         out = []
         for i, (p, g) in enumerate(zip(theta, grads)):
-            self.m[i] = .9*self.m[i] + .1*g
-            self.v[i] = .999*self.v[i] + .001*g**2
-            m, v = self.m[i]/(1 - .9**self.k), self.v[i]/(1 - .999**self.k)
+            self.m[i], self.v[i], direction = adam(self.m[i], self.v[i], g, self.k)
             decay = self.lr*.01*p if self.kind == 'adamw' else 0.
-            out.append(p - decay - self.lr*m/(v.sqrt() + 1e-8))
+            out.append(p - decay - self.lr*direction)
         return out
 
 

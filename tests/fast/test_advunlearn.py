@@ -10,6 +10,7 @@ from resalign.baselines.advunlearn import (AdvUnlearnConfig, advunlearn, attack,
                                            trained_params)
 from resalign.core import UserError, generator
 from resalign.losses import Denoiser
+from adam import adam
 from tests.fast.toys import (BENIGN, T, TOKENS, UNSAFE, WIDTH, agree, answers, check_settings, close, draw_sample,
                              given, ledger, noisy, run, said, square, stream)
 
@@ -67,8 +68,8 @@ def searched(net, encoder, pipe, captions, view, config, gen):
         g, = torch.autograd.grad(square(answers(net, z_t, t, text) - wanted), d)
         total = total + g
         g = total if config.accumulate else g
-        m, v = .9*m + .1*g, .999*v + .001*g*g
-        delta = delta - config.attack_lr*(m/(1 - .9**(k + 1)))/((v/(1 - .999**(k + 1))).sqrt() + 1e-8)
+        m, v, direction = adam(m, v, g, k + 1)
+        delta = delta - config.attack_lr*direction
     return delta
 
 

@@ -11,7 +11,7 @@ import torch.utils.checkpoint
 
 from resalign import hypergrad
 from resalign.hypergrad import *
-from resalign.hypergrad import FrozenLoss, LoraPair, flat, unflat
+from resalign.hypergrad import FrozenLoss, LoraPair, flat
 from systems import *
 
 

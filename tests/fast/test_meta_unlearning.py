@@ -8,6 +8,7 @@ import torch
 from resalign.baselines.meta_unlearning import MetaUnlearningConfig, meta_unlearning, related, unlearning_loss
 from resalign.core import generator
 from resalign.losses import Denoiser
+from adam import adam
 from tests.fast.toys import (T, answers, check_settings, clipped, close, denoising, draw_sample, drawn_pictures, given,
                              gradients,
                              ledger, noisy, run, said, same_grads, square, stream)
@@ -56,11 +57,11 @@ def weakened(net, kind, data, config, k):
     for i in range(config.inner_steps or math.ceil(len(data.unsafe)/config.batch)):
         s = draw_sample(data.unsafe, config.batch, stream(config.seed, 'meta', k, 'finetune', i), T)
         for n, g in gradients(denoising(net, kind, s), net, names).items():
-            m[n], v[n] = .9*m[n] + .1*g, .999*v[n] + .001*g*g
+            m[n], v[n], direction = adam(m[n], v[n], g, i + 1)
             with torch.no_grad():
                 p = net.get_parameter(n)
                 p.mul_(1 - config.inner_lr*.01)
-                p.sub_(config.inner_lr*(m[n]/(1 - .9**(i + 1)))/((v[n]/(1 - .999**(i + 1))).sqrt() + 1e-8))
+                p.sub_(config.inner_lr*direction)
     return net
 
 
