@@ -155,6 +155,59 @@ def write_single_file(pipe, kind, file):
     return Path(file)
 
 
+def eightfold_vae(**changes) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(32,) * 4,
+        down_block_types=['DownEncoderBlock2D'] * 4,
+        up_block_types=['UpDecoderBlock2D'] * 4,
+        latent_channels=4,
+        sample_size=64,
+        **changes,
+    )
+
+
+def two_layers(tokenizer, width: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        projection_dim=64,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+def narrow_xl(tokenizer, **schedule) -> StableDiffusionXLPipeline:
+    "Two text encoders, pooled embeddings, time ids, two transformer blocks a level, linear projections; 77 tokens"
+    torch.manual_seed(0)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.model_max_length = 77
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        cross_attention_dim=96,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D'),
+        up_block_types=('CrossAttnUpBlock2D', 'UpBlock2D'),
+        transformer_layers_per_block=(1, 2),
+        use_linear_projection=True,
+        addition_embed_type='text_time',
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=64 + 6 * 8,
+    )
+    return StableDiffusionXLPipeline(
+        eightfold_vae(force_upcast=False),
+        CLIPTextModel(two_layers(tokenizer, 32)),
+        CLIPTextModelWithProjection(two_layers(tokenizer, 64)),
+        tokenizer,
+        copy.deepcopy(tokenizer),
+        unet,
+        EulerDiscreteScheduler(beta_schedule='scaled_linear', beta_start=0.00085, beta_end=0.012, **schedule),
+    )
+
+
 def small(kind: str, folder) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
     """Random weights: four levels, 77 tokens, eightfold VAE; v2 predicts the velocity, has linear projections and
     23 text layers; XL two text encoders and time ids"""
@@ -178,14 +231,7 @@ def small(kind: str, folder) -> StableDiffusionPipeline | StableDiffusionXLPipel
             )
         )
 
-    vae = AutoencoderKL(
-        block_out_channels=(32,) * 4,
-        down_block_types=['DownEncoderBlock2D'] * 4,
-        up_block_types=['UpDecoderBlock2D'] * 4,
-        latent_channels=4,
-        sample_size=64,
-        layers_per_block=2,
-    )
+    vae = eightfold_vae(layers_per_block=2)
     shape = dict(sample_size=8, layers_per_block=2)
     if kind == 'xl':
         unet = UNet2DConditionModel(

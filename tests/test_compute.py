@@ -17,6 +17,7 @@ from resalign.losses import Denoiser, Harmful
 from resalign.meta import ResAlignConfig, lora_map, resilience_gradient
 from resalign.methods import unlearn
 from resalign.pipelines import load_pipeline, save_pipeline
+from tests.compvis import narrow_xl
 from tests.far import Far, FarTensor, LeftBehind
 from refusals import said
 
@@ -512,60 +513,9 @@ def test_two_outer_steps_at_sd14s_size(tmp_path):
 @pytest.fixture(scope='module')
 def sdxl(given, tmp_path_factory):
     "A diffusers folder in SDXL's layout, and pictures"
-    from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    torch.manual_seed(0)
     tmp = tmp_path_factory.mktemp('sdxl')
-    tokenizer = copy.deepcopy(given[0].tokenizer)
-    tokenizer.model_max_length = 77
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        cross_attention_dim=96,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D'),
-        up_block_types=('CrossAttnUpBlock2D', 'UpBlock2D'),
-        transformer_layers_per_block=(1, 2),
-        use_linear_projection=True,
-        addition_embed_type='text_time',
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=64 + 6 * 8,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(32,) * 4,
-        down_block_types=['DownEncoderBlock2D'] * 4,
-        up_block_types=['UpDecoderBlock2D'] * 4,
-        latent_channels=4,
-        sample_size=64,
-        force_upcast=False,
-    )
-    words = lambda width: CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        projection_dim=64,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
     for kind in 'epsilon', 'v_prediction':
-        scheduler = EulerDiscreteScheduler(
-            beta_schedule='scaled_linear', beta_start=0.00085, beta_end=0.012, prediction_type=kind
-        )
-        save_pipeline(
-            StableDiffusionXLPipeline(
-                vae,
-                CLIPTextModel(words(32)),
-                CLIPTextModelWithProjection(words(64)),
-                tokenizer,
-                copy.deepcopy(tokenizer),
-                unet,
-                scheduler,
-            ),
-            tmp / kind,
-        )
+        save_pipeline(narrow_xl(given[0].tokenizer, prediction_type=kind), tmp / kind)
     for name, n in dict(unsafe=4, benign=4).items():
         world.write_set(tmp / name, world.scenes(name.replace('benign', 'retain'), n))
     return tmp

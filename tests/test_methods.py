@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import PNDMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from transformers import CLIPTextModel
 
 from resalign import jobs, world
 from resalign.baselines import advunlearn, uce
@@ -18,6 +20,7 @@ from resalign.data import embed
 from resalign.losses import Denoiser
 from resalign.methods import METHODS, unlearn
 from resalign.pipelines import load_pipeline, save_pipeline
+from tests.compvis import eightfold_vae, narrow_xl, two_layers
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,55 +35,28 @@ def given(world_of_demo):
     return copy.deepcopy(pipe), data
 
 
-def untrained(tokenizer, unet, scheduler, **text):
-    "What both layouts share: 77 tokens, an eightfold VAE, reduced widths"
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig
-    torch.manual_seed(0)
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.model_max_length = 77
-    vae = AutoencoderKL(block_out_channels=(32,)*4, down_block_types=['DownEncoderBlock2D']*4,
-                        up_block_types=['UpDecoderBlock2D']*4,
-                        latent_channels=4, sample_size=64, force_upcast=False)
-    words = lambda width: CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=128,
-                                         num_hidden_layers=2,
-                                         num_attention_heads=4, projection_dim=64, bos_token_id=tokenizer.bos_token_id,
-                                         eos_token_id=tokenizer.eos_token_id)
-    return tokenizer, vae, words, UNet2DConditionModel(sample_size=8, layers_per_block=1, **unet), scheduler(
-        beta_schedule='scaled_linear', beta_start=.00085, beta_end=.012, **text)
-
-
 @pytest.fixture(scope='module')
 def sd14_shaped(world_of_demo):
-    "Four levels, 1x1 projections, PNDM; and data encoded by it"
-    from diffusers import PNDMScheduler, StableDiffusionPipeline
-    from transformers import CLIPTextModel
-    tokenizer, vae, words, unet, scheduler = untrained(world_of_demo[0].tokenizer,
-                                                       dict(cross_attention_dim=64, block_out_channels=(32, 32, 64,
-                                                               64)),
-                                                       PNDMScheduler, skip_prk_steps=True, steps_offset=1)
-    pipe = StableDiffusionPipeline(vae, CLIPTextModel(words(64)), tokenizer, unet, scheduler, None, None,
-                                   requires_safety_checker=False)
+    "SD v1.4's layout at reduced width: four levels, 1x1 projections, 77 tokens, PNDM; and data encoded by it"
+    torch.manual_seed(0)
+    tokenizer = copy.deepcopy(world_of_demo[0].tokenizer)
+    tokenizer.model_max_length = 77
+    unet = UNet2DConditionModel(sample_size=8, layers_per_block=1, cross_attention_dim=64,
+                                block_out_channels=(32, 32, 64, 64))
+    scheduler = PNDMScheduler(beta_schedule='scaled_linear', beta_start=.00085, beta_end=.012,
+                              skip_prk_steps=True, steps_offset=1)
+    text_encoder = CLIPTextModel(two_layers(tokenizer, 64))
+    pipe = StableDiffusionPipeline(eightfold_vae(force_upcast=False), text_encoder, tokenizer,
+                                   unet, scheduler, None, None, requires_safety_checker=False)
     for m in (pipe.unet, pipe.vae, pipe.text_encoder): m.requires_grad_(False).eval()
     return pipe, demo_data(pipe, 4)
 
 
 @pytest.fixture(scope='module')
 def sdxl_shaped(world_of_demo, tmp_path_factory):
-    "Two text encoders, pooled embeddings, time ids, two transformer blocks a level, linear projections; from disk"
-    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
-    shape = dict(cross_attention_dim=96, block_out_channels=(32, 64),
-                 down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D'),
-                 up_block_types=('CrossAttnUpBlock2D', 'UpBlock2D'), transformer_layers_per_block=(1, 2),
-                 use_linear_projection=True,
-                 addition_embed_type='text_time', addition_time_embed_dim=8,
-                 projection_class_embeddings_input_dim=64 + 6*8)
-    tokenizer, vae, words, unet, scheduler = untrained(world_of_demo[0].tokenizer, shape, EulerDiscreteScheduler)
-    pipe = StableDiffusionXLPipeline(vae, CLIPTextModel(words(32)), CLIPTextModelWithProjection(words(64)), tokenizer,
-                                     copy.deepcopy(tokenizer), unet, scheduler)
+    "SDXL's layout at reduced width, from disk; and data encoded by it"
     folder = tmp_path_factory.mktemp('sdxl')/'base'
-    save_pipeline(pipe, folder)
+    save_pipeline(narrow_xl(world_of_demo[0].tokenizer), folder)
     pipe = load_pipeline(folder)
     return pipe, demo_data(pipe, 4)
 
@@ -127,7 +103,6 @@ def test_exactly_the_said_parameters_move_on_the_layout_of_sd14(sd14_shaped, wha
 
 
 def test_and_on_sdxls_which_is_saved_and_draws(sdxl_shaped, tmp_path):
-    from diffusers import StableDiffusionXLPipeline
     for what, method in dict(cross='esd-x', kv='uce', self='safegen', all='salun', linear='resalign').items():
         pipe = check_what_moves(sdxl_shaped, what, method)
     save_pipeline(pipe, tmp_path)
