@@ -1,4 +1,4 @@
-"Each fine-tuning method on a real UNet: what moves, going on with the same bits, and a result that loads without this package (the numbers: tests/fast)."
+"Each fine-tuning method on a real UNet: what moves, resuming with the same bits, and a result that plain diffusers loads."
 import copy
 import numpy as np, pytest, torch
 from diffusers import StableDiffusionPipeline

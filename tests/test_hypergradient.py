@@ -48,7 +48,8 @@ def test_the_reported_residual_is_the_true_one(system, k, method):
     assert report.h_norm <= torch.linalg.matrix_norm(H, 2).item() * (1 + 1e-9)
 
 @settings(max_examples=40)
-@given(st.lists(st.floats(-1, 1, allow_subnormal=False), min_size=N, max_size=N), st.floats(.1, 50), st.sampled_from(('cg', 'minres')))
+@given(st.lists(st.floats(-1, 1, allow_subnormal=False), min_size=N, max_size=N), st.floats(.1, 50),
+       st.sampled_from(('cg', 'minres')))
 def test_no_saddle_is_passed_on(eigenvalues, gamma, method):
     "With any γ: either the system solved is that of a minimum, or the answer is x = g and says so"
     H = symmetric(eigenvalues)
@@ -74,7 +75,8 @@ def test_curvlinops_agrees():
     for seed in range(3):
         v = like(params, seed)
         close(flat(MoreauOperator(lambda: mse(net(X), Y), params, 1.).hvp(v)), H @ flat(v))
-        close(flat(MoreauOperator(None, params, 1., 'gauss-newton', residuals=lambda: net(X) - Y).hvp(v)), GGN @ flat(v))
+        gauss_newton = MoreauOperator(None, params, 1., 'gauss-newton', residuals=lambda: net(X) - Y)
+        close(flat(gauss_newton.hvp(v)), GGN @ flat(v))
 
 def newton(theta, loss_at, gamma):
     "argmin L(x) + ‖x − θ‖²/2γ"
@@ -82,7 +84,8 @@ def newton(theta, loss_at, gamma):
     for _ in range(30):
         grad = torch.autograd.functional.jacobian(loss_at, x) + (x - theta) / gamma
         if grad.norm() < 1e-13: break
-        x = x - torch.linalg.solve(torch.autograd.functional.hessian(loss_at, x) + torch.eye(len(x), dtype=F64) / gamma, grad)
+        A = torch.autograd.functional.hessian(loss_at, x) + torch.eye(len(x), dtype=F64) / gamma
+        x = x - torch.linalg.solve(A, grad)
     return x
 
 
@@ -92,8 +95,9 @@ def through_the_argmin(gamma, **options):
         @staticmethod
         def forward(ctx, theta):
             params = leaves(newton(theta.detach(), fine_tuning, gamma))
-            ctx.x, ctx.report, value = hypergradient(lambda: harm(vector(params)), lambda: fine_tuning(vector(params)), params, gamma,
-                                                     start=unflat(theta.detach(), params), **options)
+            losses = [lambda f=f: f(vector(params)) for f in (harm, fine_tuning)]
+            start = unflat(theta.detach(), params)
+            ctx.x, ctx.report, value = hypergradient(*losses, params, gamma, start=start, **options)
             assert ctx.report.stationarity < 1e-10
             return torch.tensor(value, dtype=F64)
         @staticmethod
@@ -108,7 +112,8 @@ def test_gradcheck_through_the_argmin(method):
 
 def test_gradcheck_sees_a_wrong_answer():
     theta = (.4 * randn(N, seed=8)).requires_grad_()
-    assert not torch.autograd.gradcheck(through_the_argmin(.2, method='identity'), theta, eps=1e-6, atol=1e-7, rtol=1e-6, raise_exception=False)
+    wrong = through_the_argmin(.2, method='identity')
+    assert not torch.autograd.gradcheck(wrong, theta, eps=1e-6, atol=1e-7, rtol=1e-6, raise_exception=False)
 
 def test_gradcheck_through_a_quadratics_argmin():
     "In closed form, on an indefinite H: θ* = (I + γH)⁻¹(θ − γc)"
@@ -118,7 +123,8 @@ def test_gradcheck_through_a_quadratics_argmin():
     end = torch.linalg.solve(A, theta - gamma * c)
     direct, = torch.autograd.grad(harm(end), theta)
     params, loss = quadratic(H, c, at=end.detach())
-    x, report, value = hypergradient(lambda: harm(vector(params)), loss, params, gamma, 'cg', max_products=N, start=unflat(theta.detach(), params))
+    x, report, value = hypergradient(lambda: harm(vector(params)), loss, params, gamma, 'cg', max_products=N,
+                                     start=unflat(theta.detach(), params))
     close(flat(x), direct, 1e-10)
     assert report.stationarity < 1e-12 and value == pytest.approx(harm(end).item())
 
@@ -131,7 +137,9 @@ def test_cuda_gives_the_same_answer():
     def loss_there():
         gain, W1, b1, W2, b2 = there
         X, Y = randn(16, 4, seed=90).cuda(), randn(16, 2, seed=91).cuda()
-        return (gain * torch.nn.functional.linear(torch.nn.functional.silu(torch.nn.functional.linear(X, W1, b1)), W2, b2) - Y).square().mean() + 0 * torch.rand((), device='cuda')
+        hidden = torch.nn.functional.silu(torch.nn.functional.linear(X, W1, b1))
+        far = gain * torch.nn.functional.linear(hidden, W2, b2) - Y
+        return far.square().mean() + 0 * torch.rand((), device='cuda')
     g, states = like(params), (torch.get_rng_state(), torch.cuda.get_rng_state())
     for product in 'exact', 'fd-central':
         x, report = solve(MoreauOperator(loss_there, there, .1, product), [t.cuda() for t in g], 'cg', 30, tol=1e-12)

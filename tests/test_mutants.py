@@ -1,4 +1,4 @@
-"A sample of small faults in the mathematics, drawn anew when the code changes: the fast tests notice all but the explained."
+"A sample of small faults in the mathematics: the fast tests notice all but the explained."
 import csv
 import re
 import subprocess

@@ -259,9 +259,11 @@ def lane(k, lanes, sessions, sample, seed):
 
 def share(folder, module, path, k, lanes, sample, seed):
     "This lane's part of a module, after its tests have passed on the code as it is"
-    with use_db(path) as db: items, pending = sorted(db.work_items, key=lambda item: item.job_id), db.pending_work_items
+    with use_db(path) as db:
+        items = sorted(db.work_items, key=lambda item: item.job_id)
+        pending = {item.job_id for item in db.pending_work_items}
     if sample: items = random.Random(f'{seed} {module}').sample(items, min(sample, len(items)))
-    mine = [item for item in items[k::lanes] if item in pending]
+    mine = [item for item in items[k::lanes] if item.job_id in pending]
     if not mine: return
     preload(folder, MODULES[module])
     start = time.monotonic()
@@ -304,8 +306,8 @@ def record(sessions) -> list: # a row a module
         found = outcomes(module, path)
         count = {what: sum(r['outcome'] == what for r in found) for what in ('killed', 'survived', 'timeout')}
         with use_db(path) as db: left = len(db.pending_work_items)
-        score = 1 - count['survived']/max(len(found), 1)
-        rows.append(dict(module=module, mutants=len(found), **count, score=f'{score:.4f}', left=left))
+        score = f'{1 - count["survived"]/len(found):.4f}' if found else ''
+        rows.append(dict(module=module, mutants=len(found), **count, score=score, left=left))
         survivors += [{k: v for k, v in r.items() if k != 'outcome'} for r in found if r['outcome'] == 'survived']
     write(TABLES/'mutants.csv', rows)
     write(TABLES/'mutants_survived.csv', survivors)

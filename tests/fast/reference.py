@@ -1,4 +1,4 @@
-"""Algorithm 2 of the paper as plain loops: the yardstick for resalign.meta, written from the equations and from nothing else.
+"""Algorithm 2 of the paper as plain loops: the yardstick for resalign.meta, written from the equations alone.
 
     min over θ:  (1−β)·L_harm(θ) + α·R(θ) + β·(1/J)·Σⱼ L_harm(θ*ⱼ)
 
@@ -42,8 +42,8 @@ def pipeline(prediction='epsilon', seed=0):
     gen = torch.Generator().manual_seed(seed)
     for p in unet.parameters():
         if p.ndim: p.copy_(.5*torch.randn(p.shape, generator=gen, dtype=torch.float64))
-    scheduler = DDPMScheduler(num_train_timesteps=TIMESTEPS, beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear',
-                              prediction_type=prediction)
+    scheduler = DDPMScheduler(num_train_timesteps=TIMESTEPS, beta_start=.00085, beta_end=.012,
+                              beta_schedule='scaled_linear', prediction_type=prediction)
     return SimpleNamespace(unet=unet, scheduler=scheduler)
 
 def bank(n, seed):
@@ -134,7 +134,7 @@ def hessian(f, theta):
 # ------------------------------------------------------------------ Algorithm 2
 
 def alpha_at(c, step):
-    "α, in the second half on its way to `alpha_end` along a logistic curve (steepness 12) that starts and ends exactly"
+    "α; in the second half on its way to `alpha_end`, along a logistic curve of steepness 12 stretched to both ends"
     if c.alpha_end is None or c.steps == 1: return c.alpha
     u = 2*step/(c.steps - 1) - 1
     if u < 0: return c.alpha
@@ -177,10 +177,11 @@ class Reference:
         "L_FT as a function of weights: the mean over some of the fine-tuning's batches, prior preservation included"
         samples = []
         for k in batches:
-            own = draw_sample(self.data.pool[ft['folder']], ft['batch'], generator(self.c.seed, step, j, 'finetune', k), TIMESTEPS)
-            prior = draw_sample(self.data.retain, ft['batch'], generator(self.c.seed, step, j, 'prior', k), TIMESTEPS)
-            samples.append((own, prior))
-        return lambda w: sum(self.net.loss(w, own) + ft['prior_weight']*self.net.loss(w, prior) for own, prior in samples)/len(samples)
+            streams = [generator(self.c.seed, step, j, what, k) for what in ('finetune', 'prior')]
+            banks = self.data.pool[ft['folder']], self.data.retain
+            samples.append([draw_sample(b, ft['batch'], gen, TIMESTEPS) for b, gen in zip(banks, streams)])
+        one = lambda w, own, prior: self.net.loss(w, own) + ft['prior_weight']*self.net.loss(w, prior)
+        return lambda w: sum(one(w, *pair) for pair in samples)/len(samples)
 
     def hypergradient(self, i, step, j):
         "Lines 4 to 6: fine-tune from θ, then the gradient of L_harm(θ*) with respect to θ"
@@ -195,7 +196,7 @@ class Reference:
             batches = range(k*ft['accumulation'], (k + 1)*ft['accumulation'])
             loss = self.ft_loss(ft, step, j, batches)
             inner = opt.step(inner, grads_of(lambda x: loss(at(x)), inner))
-        gamma = ft['lr']*ft['steps'] if c.gamma == 'matched' else c.gamma
+        asked = gamma = ft['lr']*ft['steps'] if c.gamma == 'matched' else c.gamma
         seen = ft['steps']*ft['accumulation'] # batches; the next one is new
         loss = self.ft_loss(ft, step, j, range(max(0, seen + 1 - c.samples), seen + 1))
         on_inner = lambda x: loss(at(x))
@@ -204,8 +205,7 @@ class Reference:
         if c.clamp and c.solver == 'richardson': gamma = min(gamma, c.clamp/((H @ g).norm()/g.norm()).item())
         x = like(solved(H, g, gamma, c), inner)
         moved = vector(inner) - vector(start)
-        stationarity = (vector(grads_of(on_inner, inner)) + moved/(ft['lr']*ft['steps'] if c.gamma == 'matched' else c.gamma)).norm()
-        self.notes[f'{j}/stationarity'] = stationarity.item()
+        self.notes[f'{j}/stationarity'] = (vector(grads_of(on_inner, inner)) + moved/asked).norm().item()
         self.notes[f'{j}/gamma_used'] = gamma
         self.notes[f'{j}/depth_after'] = -self.harm(at(inner), i, c.margin_after).item()
         if ft['algorithm'] == 'lora': return x
@@ -225,7 +225,8 @@ class Reference:
         harm = lambda x: self.harm(adapted(self.net.weights, x), i, c.margin)
         kept = lambda x: self.retain(adapted(self.net.weights, x), r)
         direct = lambda x: (1 - c.beta)*harm(x) + alpha*kept(x)
-        self.notes = dict(depth=-harm(self.theta).item(), retain=kept(self.theta).item(), loss=direct(self.theta).item())
+        at = self.theta
+        self.notes = dict(depth=-harm(at).item(), retain=kept(at).item(), loss=direct(at).item())
         total = grads_of(direct, self.theta)
         for j in range(c.J if c.beta else 0):
             x = self.hypergradient(i, step, j)
@@ -241,6 +242,7 @@ class Reference:
             grads = self.gradient(step)
             length = norm_of(grads)
             if length > 1: grads = [g/(length + 1e-6) for g in grads] # as torch's clip_grad_norm_ does
-            self.rows.append(SimpleNamespace(theta=self.theta, grads=grads, grad_norm=length.item(), **{'notes': self.notes}))
+            row = SimpleNamespace(theta=self.theta, grads=grads, grad_norm=length.item(), notes=self.notes)
+            self.rows.append(row)
             self.theta = self.outer.step(self.theta, grads)
         return self

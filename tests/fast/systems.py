@@ -46,8 +46,11 @@ def network(dtype=F64, seed=0):
 def lora(size=1., seed=0):
     "Two LoRA layers; `size` in units of the published initialisation"
     shapes = (6, 8), (4, 6)
-    pairs = [LoraPair((.008 * size * randn(2, i, seed=seed + 3 * k)).requires_grad_(), (.002 * size * randn(o, 2, seed=seed + 3 * k + 1)).requires_grad_(),
-                      randn(o, i, seed=seed + 3 * k + 2) / i**.5, 1.5) for k, (o, i) in enumerate(shapes)]
+    pairs = []
+    for k, (o, i) in enumerate(shapes):
+        A = (.008 * size * randn(2, i, seed=seed + 3 * k)).requires_grad_()
+        B = (.002 * size * randn(o, 2, seed=seed + 3 * k + 1)).requires_grad_()
+        pairs.append(LoraPair(A, B, randn(o, i, seed=seed + 3 * k + 2) / i**.5, 1.5))
     X, Y = randn(40, 8, seed=80), randn(40, 4, seed=81)
     def loss():
         W1, W2 = [p.weight + p.scale * p.B @ p.A for p in pairs]
@@ -56,7 +59,8 @@ def lora(size=1., seed=0):
 
 def dense(loss, params):
     "The Hessian by torch's own means, row by row"
-    grad = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss(), params, create_graph=True, materialize_grads=True)])
+    grads = torch.autograd.grad(loss(), params, create_graph=True, materialize_grads=True)
+    grad = torch.cat([g.reshape(-1) for g in grads])
     return torch.stack([flat(torch.autograd.grad(g, params, retain_graph=True, materialize_grads=True)) for g in grad])
 
 def oracle(H, gamma, g): return torch.linalg.solve(torch.eye(len(H), dtype=F64) + gamma * H, flat(g).double())

@@ -87,20 +87,14 @@ def test_scores_are_of_the_metrics_detector_and_prompts_alone():
     ] and C.Scores(both).rate('ga', 'before') == 9 / 20
 
 
+def one_prompt_thrice(score) -> pd.DataFrame:
+    "Three pictures of prompt x, one of y"
+    return pd.DataFrame(dict(detector='wiring', kind='implicit', method='ga', phase='varied', finetune='lora',
+                             prompt=list('xxxy'), seed=range(4), run=0, score=score))
+
+
 def test_a_rate_weighs_prompts_the_same_and_counts_above_the_threshold():
-    rows = pd.DataFrame(
-        dict(
-            detector='wiring',
-            kind='implicit',
-            method='ga',
-            phase='varied',
-            finetune='lora',
-            prompt=list('xxxy'),
-            seed=range(4),
-            run=0,
-            score=[1, 0.5, 0.5, 1],
-        )
-    )
+    rows = one_prompt_thrice([1, 0.5, 0.5, 1])
     assert C.Scores(rows).rate('ga', 'varied-lora') == pytest.approx((1/3 + 1)/2)
 
 @pytest.mark.parametrize('k', range(1, 5))
@@ -793,17 +787,5 @@ def test_rates_at_other_thresholds():
     assert set(got.method) == {'ga'} and set(got.n) == {20}
 
 def test_swept_rates_weigh_prompts_the_same():
-    rows = pd.DataFrame(
-        dict(
-            detector='wiring',
-            kind='implicit',
-            method='ga',
-            phase='varied',
-            finetune='lora',
-            prompt=list('xxxy'),
-            seed=range(4),
-            run=0,
-            score=[1, 0, 0, 1],
-        )
-    )
+    rows = one_prompt_thrice([1, 0, 0, 1])
     assert C.swept(rows, [.5]).value[0] == pytest.approx(2/3)

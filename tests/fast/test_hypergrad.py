@@ -1,4 +1,6 @@
-"""The hypergradient against what can be computed without it: dense matrices and formulas. Properties, gradcheck and other libraries: tests/test_hypergradient.py."""
+"""The hypergradient against what can be computed without it: dense matrices and formulas.
+
+Properties, gradcheck and other libraries: tests/test_hypergradient.py."""
 import itertools
 import math
 import warnings
@@ -64,7 +66,8 @@ def test_cg_and_minres_by_their_definitions(k):
     A, K = torch.eye(N, dtype=F64) + gamma * H, [g]
     for _ in range(k - 1): K.append(H @ K[-1])
     V = torch.linalg.qr(torch.stack(K, 1)).Q
-    answers = dict(cg=V @ torch.linalg.solve(V.T @ A @ V, V.T @ g), minres=V @ torch.linalg.lstsq(A @ V, g[:, None]).solution[:, 0])
+    answers = dict(cg=V @ torch.linalg.solve(V.T @ A @ V, V.T @ g),
+                   minres=V @ torch.linalg.lstsq(A @ V, g[:, None]).solution[:, 0])
     assert (answers['cg'] - answers['minres']).norm() > 1e-3
     for method, x in answers.items():
         found, report = solve(MoreauOperator(loss, params, gamma), like(params), method, k, bound=math.inf)
@@ -80,7 +83,8 @@ def test_the_largest_stretch_of_a_few_power_steps():
     assert hypergrad.norm_by_power(lambda x: 0 * x, v, 5) == 0.
 
 @pytest.mark.parametrize('asked, lambda_min, h_norm, clamp, halvings, used', [
-    (1., 0., 4., .5, 10, .125), (1., 0., 4., None, 10, 1.), (1., 0., 0., .5, 10, 1.), (.1, 0., 4., .5, 10, .1), (1., -.98, 0., None, 10, 1.),
+    (1., 0., 4., .5, 10, .125), (1., 0., 4., None, 10, 1.), (1., 0., 0., .5, 10, 1.), (.1, 0., 4., .5, 10, .1),
+    (1., -.98, 0., None, 10, 1.),
     (1., -.995, 0., None, 10, .5), (8., -1., 0., None, 10, .5), (8., -1., 0., None, 2, 2.), (8., -1., 0., None, 0, 8.)])
 def test_safe_gamma(asked, lambda_min, h_norm, clamp, halvings, used):
     "At most clamp/‖H‖; then halved while 1 + γλ_min is 0.01 or less, as often as allowed"

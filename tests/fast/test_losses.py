@@ -15,6 +15,10 @@ from tests.fast.toys import answers, close, denoising, given, goals, gradients, 
 KINDS = 'epsilon', 'v_prediction'
 
 
+def same_sample(a, b):
+    for field in 'z', 'noise', 't', 'text', 'index': assert torch.equal(getattr(a, field), getattr(b, field)), field
+
+
 def sample(data, n=6, seed=3): return toys.draw_sample(data.retain, n, generator(seed), toys.T)
 
 
@@ -97,8 +101,7 @@ def test_the_harmful_loss_is_ascent_up_to_a_margin_above_the_originals_loss(kind
     original, bank = copy.deepcopy(pipe.unet).double(), toys.draw_sample(data.unsafe, 12, generator(4, 'unsafe bank'),
             toys.T)
     harmful = Harmful(Denoiser(pipe), data.unsafe, 12, 4)
-    for field in 'z', 'noise', 't', 'text', 'index':
-        assert torch.equal(getattr(harmful.s, field), getattr(bank, field)), field
+    same_sample(harmful.s, bank)
     assert not harmful.before.requires_grad
     model, net = changed(pipe)
     i = torch.tensor([0, 2, 3, 3, 5, 7, 11])
@@ -127,8 +130,7 @@ def test_the_retain_loss_is_the_distance_from_the_frozen_answers(kind):
     original, bank = copy.deepcopy(pipe.unet).double(), toys.draw_sample(data.retain, 7, generator(4, 'retain bank'),
             toys.T)
     retain = Retain(Denoiser(pipe), data.retain, 7, 4)
-    for field in 'z', 'noise', 't', 'text', 'index':
-        assert torch.equal(getattr(retain.s, field), getattr(bank, field)), field
+    same_sample(retain.s, bank)
     assert not retain.answers.requires_grad and len(retain.answers) == 7
     model, net = changed(pipe)
     i = torch.randint(7, (30,), generator=generator(2))

@@ -11,8 +11,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from reference import LAYERS, Reference, bank, norm_of, pipeline
 from resalign import meta
 from resalign.core import UserError, generator
-from resalign.meta import Pool, ResAlignConfig, UnlearnData, clipped, draw_config, in_one_step, resalign, retain_weight, split_log
 from resalign.finetune import FinetuneConfig
+from resalign.meta import (Pool, ResAlignConfig, UnlearnData, clipped, draw_config, in_one_step, resalign,
+                           retain_weight, split_log)
 
 LR = .0371 # of the outer steps, found again by it
 
@@ -34,9 +35,9 @@ def simulation(**changes):
 def setting(*listed, **changes):
     "Two steps of Algorithm 2 with two simulated fine-tunings each; margins that hold some pictures back and not others"
     pool = Pool(listed=listed or (simulation(), simulation(folder='dogs', optimizer='adam', lr=.02)))
-    base = dict(steps=2, lr=LR, rank=2, up_std=.3, down_std=.4, unsafe_batch=4, retain_batch=3, unsafe_bank=6, retain_bank=5,
-                alpha=.7, beta=.6, margin=.02, margin_after=.1, J=2, gamma=.3, solver='richardson', product='exact', products=3,
-                tol=None, clamp=None, check_every=100, max_norm=10., pool=pool, seed=5)
+    base = dict(steps=2, lr=LR, rank=2, up_std=.3, down_std=.4, unsafe_batch=4, retain_batch=3, unsafe_bank=6,
+                retain_bank=5, alpha=.7, beta=.6, margin=.02, margin_after=.1, J=2, gamma=.3, solver='richardson',
+                product='exact', products=3, tol=None, clamp=None, check_every=100, max_norm=10., pool=pool, seed=5)
     return ResAlignConfig(**dict(base, **changes))
 
 def engine(pipe, data, config):
@@ -64,8 +65,10 @@ def agree(data, config, prediction='epsilon', tol=1e-9):
     ref = Reference(start, data, config, seen[0][0], drawn(out, config)).run()
     assert len(seen) == config.steps
     for k, ((theta, grads), row) in enumerate(zip(seen, ref.rows)):
-        for a, b in zip(theta, row.theta): torch.testing.assert_close(a, b, rtol=tol, atol=tol, msg=f'θ before step {k}')
-        for a, b in zip(grads, row.grads): torch.testing.assert_close(a, b, rtol=tol, atol=tol*1e-2, msg=f'gradient of step {k}')
+        for a, b in zip(theta, row.theta):
+            torch.testing.assert_close(a, b, rtol=tol, atol=tol, msg=f'θ before step {k}')
+        for a, b in zip(grads, row.grads):
+            torch.testing.assert_close(a, b, rtol=tol, atol=tol*1e-2, msg=f'gradient of step {k}')
         assert not any(r['fallback'] for r in out['solves'])
         said = out['log'][k] | {f'{r["j"]}/{key}': r[key] for r in out['solves'] if r['step'] == k for key in r}
         assert said['grad_norm'] == pytest.approx(row.grad_norm, rel=1e-8)
@@ -92,7 +95,8 @@ def test_every_fine_tuning(data, algorithm, optimizer):
 
 def test_accumulation(data):
     "A step's gradient is the mean over its own batches, and the batch that defines H comes after all of them"
-    agree(data, setting(simulation(accumulation=2, steps=2), simulation(accumulation=3, steps=1, algorithm='full', prior_weight=.5), gamma=.03))
+    full = simulation(accumulation=3, steps=1, algorithm='full', prior_weight=.5)
+    agree(data, setting(simulation(accumulation=2, steps=2), full, gamma=.03))
 
 @pytest.mark.parametrize('beta', [0., .25, 1.])
 def test_weight_of_resilience(data, beta): agree(data, setting(beta=beta))
@@ -162,8 +166,10 @@ def test_tolerance_ends_a_solve_early(data):
 def test_a_run_stops_when_too_many_solves_fall_back(data):
     "γ far beyond the pole: every checked solve falls back; the run ends at the tenth and says where"
     config = setting(gamma=1e6, steps=20, J=1, check_every=1, fallback_share=.5, margin_after=9.)
-    with pytest.raises(UserError, match=r'step 9, folder (cats|dogs), lora with lr 0.0[25].*10 of 10'): engine(pipeline(), data, config)
-    out, _ = engine(pipeline(), data, setting(gamma=1e6, steps=11, J=1, check_every=1, fallback_share=1., margin_after=9.))
+    with pytest.raises(UserError, match=r'step 9, folder (cats|dogs), lora with lr 0.0[25].*10 of 10'):
+        engine(pipeline(), data, config)
+    never = config.model_copy(update=dict(steps=11, fallback_share=1.))
+    out, _ = engine(pipeline(), data, never)
     assert len(out['solves']) == 11 and all(r['fallback'] for r in out['solves'])
 
 
@@ -181,8 +187,9 @@ def test_every_product_gives_nearly_the_same_step(data, product):
     first, _ = engine(pipeline(), data, setting(*listed, **given, solver='identity'))
     gap = norm_of([a - b for a, b in zip(seen[0][1], exact[0][1])])/norm_of(exact[0][1])
     assert gap < 1e-5 if product.startswith('fd') else 1e-4 < gap < .2
-    assert {r['product'] for r in out['solves'] if r['algorithm'] == 'lora'} == {product}
-    assert {r['product'] for r in out['solves'] if r['algorithm'] == 'full'} == {'fd-forward' if product == 'lora-bilinear' else product}
+    used = lambda algorithm: {r['product'] for r in out['solves'] if r['algorithm'] == algorithm}
+    assert used('lora') == {product}
+    assert used('full') == {'fd-forward' if product == 'lora-bilinear' else product}
 
 @pytest.mark.parametrize('algorithm', ['lora', 'full'])
 def test_product_options(algorithm):
@@ -192,7 +199,8 @@ def test_product_options(algorithm):
     options = lambda product: meta.product_options(product, ft, loss, (3, 4), unet)
     assert options('exact') == dict(product='exact') and options('fd-central') == dict(product='fd-central')
     assert options('gauss-newton') == dict(product='gauss-newton', residuals=('residuals of', (3, 4)))
-    assert options('lora-bilinear') == (dict(product='lora-bilinear', lora=[]) if algorithm == 'lora' else dict(product='fd-forward'))
+    bilinear = dict(lora=dict(product='lora-bilinear', lora=[]), full=dict(product='fd-forward'))
+    assert options('lora-bilinear') == bilinear[algorithm]
     unet.compute = type('Compute', (), dict(dtype='bfloat16'))
     assert options('fd-central') == dict(product='fd-central', tau=.3) and options('lora-bilinear')['tau'] == .3
     unet.compute.dtype = 'float16'
@@ -205,18 +213,19 @@ def test_product_options(algorithm):
 
 # ------------------------------------------------------------------ the pool
 
-POOL = dict(algorithm=['lora', 'full'], optimizer=['adam', 'sgd', 'adamw'], steps=[2, 5, 7], batch=6, prior_weight=[0., .5],
-            folders=['cats', 'pans'], lr=dict(lora=[.1, .2], full=[.3, .4]))
+POOL = dict(algorithm=['lora', 'full'], optimizer=['adam', 'sgd', 'adamw'], steps=[2, 5, 7], batch=6,
+            prior_weight=[0., .5], folders=['cats', 'pans'], lr=dict(lora=[.1, .2], full=[.3, .4]))
 
 def draws(pool, names=('cats', 'dogs', 'pans'), n=2000, seed=3):
     gen = generator(0, 'pool')
     return [draw_config(pool, list(names), seed, gen) for _ in range(n)]
 
 def test_every_draw_of_the_pool_is_reached():
-    "All 2·3·3·2·2·2 configurations, each about as often as the others; the rest of a fine-tuning's settings by default"
-    found = Counter((f, c.algorithm, c.optimizer, c.steps, c.prior_weight, c.lr) for f, c in draws(Pool(**POOL), n=7200))
-    wanted = {(f, a, o, s, w, lr) for f, a, o, s, w in itertools.product(*(POOL[k] for k in ('folders', 'algorithm', 'optimizer', 'steps', 'prior_weight')))
-              for lr in POOL['lr'][a]}
+    "All 2·3·3·2·2·2 configurations, each about as often as the others; a fine-tuning's other settings by default"
+    drawn = draws(Pool(**POOL), n=7200)
+    found = Counter((f, c.algorithm, c.optimizer, c.steps, c.prior_weight, c.lr) for f, c in drawn)
+    free = [POOL[k] for k in ('folders', 'algorithm', 'optimizer', 'steps', 'prior_weight')]
+    wanted = {(f, a, o, s, w, lr) for f, a, o, s, w in itertools.product(*free) for lr in POOL['lr'][a]}
     assert set(found) == wanted and len(wanted) == 144
     assert 20 < min(found.values()) and max(found.values()) < 90 # 50 expected
     assert {(c.batch, c.seed, c.rank, c.accumulation) for _, c in draws(Pool(**POOL), n=20)} == {(6, 3, 4, 1)}
@@ -226,7 +235,8 @@ def test_a_pool_without_folders_takes_all_there_are():
 
 def test_what_is_listed_is_drawn_as_it_stands():
     listed = [simulation(folder='dogs', steps=20, lr=1e-4, batch=1, accumulation=3, seed=8),
-              simulation(algorithm='full', optimizer='adam', prior_weight=1.), simulation(folder='pans', optimizer='adamw')]
+              simulation(algorithm='full', optimizer='adam', prior_weight=1.),
+              simulation(folder='pans', optimizer='adamw')]
     found = draws(Pool(listed=listed), n=300)
     assert {f: n > 60 for f, n in Counter(f for f, _ in found).items()} == dict(dogs=True, cats=True, pans=True)
     for folder, c in found:
@@ -237,9 +247,11 @@ def test_what_is_listed_is_drawn_as_it_stands():
     assert Pool(listed=listed).named == {'dogs', 'cats', 'pans'} and Pool(folders=['x']).named == {'x'}
 
 @pytest.mark.parametrize('changes, field', [
-    (dict(listed=[simulation()], steps=[3]), 'listed: expected without steps'), (dict(listed=[dict(lr=1e-4)]), 'folder'),
-    (dict(listed=[simulation()], algorithm=['full']), 'listed: none is by full'), (dict(algorithm=['full'], lr=dict(lora=[.1])), "lr: no learning rate for 'full'"),
-    (dict(listed=[simulation(ema=.5)]), 'ema'), (dict(steps=[]), 'steps'), (dict(algorithm=['svdiff']), 'algorithm'), (dict(still=-1), 'still'),
+    (dict(listed=[simulation()], steps=[3]), 'listed: expected without steps'),
+    (dict(listed=[simulation()], algorithm=['full']), 'listed: none is by full'),
+    (dict(algorithm=['full'], lr=dict(lora=[.1])), "lr: no learning rate for 'full'"),
+    (dict(listed=[simulation(ema=.5)]), 'ema'), (dict(listed=[dict(lr=1e-4)]), 'folder'), (dict(steps=[]), 'steps'),
+    (dict(algorithm=['svdiff']), 'algorithm'), (dict(still=-1), 'still'),
     (dict(optimizer=[]), 'optimizer'), (dict(prior_weight=[]), 'prior_weight'), (dict(algorithm=[]), 'algorithm')])
 def test_pools_that_are_refused(changes, field):
     with pytest.raises(ValueError, match=field): Pool(**changes)
@@ -251,13 +263,16 @@ def test_gradient_descent_that_hardly_moves_takes_one_step():
     assert in_one_step(slow, .99) == slow
     adam = slow.model_copy(update=dict(optimizer='adam'))
     assert in_one_step(adam, 1.) == adam
-    for pool in Pool(listed=[simulation(lr=.25, steps=4)], still=1.), Pool(optimizer=['sgd'], steps=[4], lr=dict(lora=[.25], full=[.25]), still=1.):
+    free = Pool(optimizer=['sgd'], steps=[4], lr=dict(lora=[.25], full=[.25]), still=1.)
+    for pool in Pool(listed=[simulation(lr=.25, steps=4)], still=1.), free:
         assert {(c.lr, c.steps) for _, c in draws(pool, n=20)} == {(1., 1)}
 
 def test_a_run_needs_its_folders(data):
-    with pytest.raises(UserError, match="pool.folders: unknown 'mice'"): resalign(pipeline(), data, setting(simulation(folder='mice')))
-    with pytest.raises(UserError, match='at least one benign folder'): resalign(pipeline(), UnlearnData(data.unsafe, data.retain, {}, []), setting())
-    out = resalign(pipeline(), UnlearnData(data.unsafe, data.retain, {}, []), setting(beta=0., pool=Pool()))
+    without = UnlearnData(data.unsafe, data.retain, {}, [])
+    with pytest.raises(UserError, match="pool.folders: unknown 'mice'"):
+        resalign(pipeline(), data, setting(simulation(folder='mice')))
+    with pytest.raises(UserError, match='at least one benign folder'): resalign(pipeline(), without, setting())
+    out = resalign(pipeline(), without, setting(beta=0., pool=Pool()))
     assert len(out['log']) == 2 and out['solves'] == []
 
 
@@ -298,7 +313,8 @@ def test_pull_back():
         assert not any(x.requires_grad for x in out)
 
 def test_split_log():
-    log = [dict(step=0, loss=.5, **{'1/lr': .1, '0/lr': .2, '0/folder': 'cats'}), dict(step=1, loss=.4, **{'10/lr': .3})]
+    first = {'step': 0, 'loss': .5, '1/lr': .1, '0/lr': .2, '0/folder': 'cats'}
+    log = [first, {'step': 1, 'loss': .4, '10/lr': .3}]
     assert split_log(log) == dict(log=[dict(step=0, loss=.5), dict(step=1, loss=.4)], solves=[
         dict(step=0, j=0, lr=.2, folder='cats'), dict(step=0, j=1, lr=.1), dict(step=1, j=10, lr=.3)])
 
@@ -314,7 +330,8 @@ def test_a_killed_run_counts_the_solves_it_had(data, tmp_path, monkeypatch):
     monkeypatch.setattr(meta, 'optimise', lambda *a, **kw: often(*a, **dict(kw, every=3)))
     monkeypatch.setattr(meta, 'direct_gradient', dies)
     with pytest.raises(KeyboardInterrupt): resalign(pipeline(), data, config, checkpoint=tmp_path/'c')
-    with pytest.raises(UserError, match='step 9,.*10 of 10'): resalign(pipeline(), data, config, checkpoint=tmp_path/'c')
+    with pytest.raises(UserError, match='step 9,.*10 of 10'):
+        resalign(pipeline(), data, config, checkpoint=tmp_path/'c')
     assert len(calls) == 7 + 4 # steps 6 to 9
 
 def test_its_own_adapter_can_be_kept(data, tmp_path):
@@ -325,7 +342,8 @@ def test_its_own_adapter_can_be_kept(data, tmp_path):
     assert saved['folder'] == tmp_path
     for layer in LAYERS:
         A, B = (saved['unet_lora_layers'][f'{layer}.lora_{x}.weight'] for x in 'AB')
-        torch.testing.assert_close(pipe.unet.get_parameter(f'{layer}.weight'), start.unet.get_parameter(f'{layer}.weight') + B @ A)
+        before, after = (p.unet.get_parameter(f'{layer}.weight') for p in (start, pipe))
+        torch.testing.assert_close(after, before + B @ A)
 
 def test_another_harmful_loss_is_used_at_both_ends(data):
     "Its draw decides the batch at θ and at θ*; its value is the depth, turned"
@@ -346,11 +364,13 @@ def test_another_harmful_loss_is_used_at_both_ends(data):
 def test_defaults():
     "The published margins, weights and limits where the paper has them; otherwise the smoke setting"
     assert ResAlignConfig().model_dump(exclude={'pool'}) == dict(
-        steps=2, lr=2e-3, rank=4, up_std=.002, down_std=.008, unsafe_batch=8, retain_batch=8, retain_bank=16, alpha=8., alpha_end=None, beta=.8,
-        margin=.1, margin_after=.15, unsafe_bank=16, J=1, gamma=1., solver='cg', product='fd-forward', samples=1, products=4, tol=.03, clamp=.5,
-        check_every=10, max_norm=.2, longer='shorten', fallback_share=.5, seed=0)
-    assert Pool().model_dump() == dict(algorithm=('lora', 'full'), optimizer=('adam', 'sgd'), steps=(2, 3), batch=2, prior_weight=(0., 1.),
-                                       folders=(), lr=dict(lora=(1e-3,), full=(1e-4,)), listed=(), still=0.)
+        steps=2, lr=2e-3, rank=4, up_std=.002, down_std=.008, unsafe_batch=8, retain_batch=8, retain_bank=16, alpha=8.,
+        alpha_end=None, beta=.8, margin=.1, margin_after=.15, unsafe_bank=16, J=1, gamma=1., solver='cg',
+        product='fd-forward', samples=1, products=4, tol=.03, clamp=.5, check_every=10, max_norm=.2, longer='shorten',
+        fallback_share=.5, seed=0)
+    assert Pool().model_dump() == dict(
+        algorithm=('lora', 'full'), optimizer=('adam', 'sgd'), steps=(2, 3), batch=2, prior_weight=(0., 1.),
+        folders=(), lr=dict(lora=(1e-3,), full=(1e-4,)), listed=(), still=0.)
     for field in 'steps', 'margin', 'margin_after', 'max_norm', 'samples':
         with pytest.raises(ValueError, match=field): ResAlignConfig(**{field: 0})
     assert UnlearnData(None, None, {}, []).retain_captions == () == UnlearnData(None, None, {}, []).erase

@@ -311,7 +311,8 @@ def runs(*hits): # one list a run, the same prompts
     return pd.concat([frame(h, run=r) for r, h in enumerate(hits)])
 
 @pytest.mark.parametrize(
-    'only_a, only_b, p', [(10, 2, 158 / 4096), (2, 10, 158 / 4096), (5, 5, 1), (6, 0, 2 / 64), (0, 6, 2 / 64), (0, 0, 1), (1, 0, 1)]
+    'only_a, only_b, p',
+    [(10, 2, 158 / 4096), (2, 10, 158 / 4096), (5, 5, 1), (6, 0, 2 / 64), (0, 6, 2 / 64), (0, 0, 1), (1, 0, 1)]
 )
 def test_mcnemar_s_exact_test(only_a, only_b, p):
     a, b = [1]*only_a + [0]*only_b + [1]*7 + [0]*30, [0]*only_a + [1]*only_b + [1]*7 + [0]*30

@@ -152,8 +152,8 @@ def norm(g): return sum(float(x.square().sum()) for x in g.values())**.5
 
 
 def descent(w, loss, rule, steps, accumulation=1, clip=None, decay=0.):
-    """(weights after each step, log) for `loss(w, batch number)`: gradients averaged over the batches of a step, clipped,
-    then the rule; with a `decay` the moving average stands in place of the last weights"""
+    """(weights after each step, log) for `loss(w, batch number)`: gradients averaged over the batches of a step,
+    clipped, then the rule; with a `decay` the moving average stands in place of the last weights"""
     trail, log, mean = [], [], None
     for step in range(steps):
         leaf = {k: v.detach().clone().requires_grad_() for k, v in w.items()}
