@@ -2,13 +2,16 @@
 
 `make mutants` runs all of them, resumable; `--sample N` runs N drawn at random. The tool is cosmic-ray: its operators,
 and three more (a dropped operand, a dropped method call, a dropped statement). Starting Python with torch and diffusers
-takes ten seconds, so each mutant's tests run in a fork of a process that has imported the libraries, never resalign."""
+takes ten seconds, so each mutant's tests run in a fork of a process that has imported the libraries, never resalign.
+Only tests that run the changed statement are asked, the quickest first: the first failure ends a mutant."""
 import argparse
+import ast
 import contextlib
 import csv
 import gc
 import hashlib
 import importlib
+import json
 import multiprocessing
 import os
 import random
@@ -21,6 +24,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import coverage
 import parso
 import pytest
 from cosmic_ray.ast import ast_nodes, get_ast_from_path
@@ -128,22 +132,53 @@ def operators() -> dict: # name -> operator
 
 # ------------------------------------------------------------------ one mutant
 
-def run_tests(folder:Path, test:str, limit:float, caches=False) -> str: # 'survived', 'killed' or 'timeout'
+class Recorder:
+    "A pytest plugin: which lines of a module each test runs, and how long it takes"
+    def __init__(self, file):
+        self.file, self.seconds = str(file), {}
+        self.coverage = coverage.Coverage(data_file=None, include=[self.file])
+        self.coverage.start()
+
+    def pytest_runtest_logstart(self, nodeid):
+        self.coverage.switch_context(nodeid)
+
+    def pytest_runtest_logreport(self, report):
+        self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0) + report.duration
+
+    def save(self, path):
+        self.coverage.stop()
+        lines = self.coverage.get_data().contexts_by_lineno(self.file)
+        path.write_text(json.dumps(dict(lines=lines, seconds=self.seconds)))
+
+
+class Order:
+    "A pytest plugin: quick tests first; of given lines, only those that run one of them, unless an import runs it too"
+    def __init__(self, recorded, lines=()):
+        self.seconds = recorded['seconds']
+        self.near = {test for line in lines for test in recorded['lines'].get(str(line), ())}
+        self.all = not lines or '' in self.near
+
+    def pytest_collection_modifyitems(self, items):
+        items[:] = [item for item in items if self.all or item.nodeid in self.near]
+        items.sort(key=lambda item: self.seconds.get(item.nodeid, 0))
+
+
+def run_tests(folder:Path, test:str, limit:float, plugin=lambda: None, caches=False) -> str: # how it ended
     "pytest on one fast file in a fork of this process, with the copy of the package in `folder`"
     pid = os.fork()
     if pid == 0:
         sys.dont_write_bytecode = not caches
-        child(folder, test)
+        child(folder, test, plugin)
     end = time.monotonic() + limit
     while time.monotonic() < end:
         done, status = os.waitpid(pid, os.WNOHANG)
-        if done: return 'survived' if os.waitstatus_to_exitcode(status) == 0 else 'killed'
+        if done: return 'survived' if os.waitstatus_to_exitcode(status) in (0, 5) else 'killed' # 5: no test was asked
         time.sleep(.01)
     os.killpg(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     return 'timeout'
 
-def child(folder, test):
+def child(folder, test, plugin):
     "Never returns"
     os.setsid()
     os.chdir(folder)
@@ -153,7 +188,11 @@ def child(folder, test):
         os.dup2(said.fileno(), 2)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     status = 3
-    try: status = int(pytest.main(['-x', '-q', '--tb=line', '--noconftest', *PLUGINS, f'{FAST}/{test}']))
+    try:
+        used = plugin()
+        asked = ['-x', '-q', '--tb=line', '--noconftest', *PLUGINS, f'{FAST}/{test}']
+        status = int(pytest.main(asked, plugins=[used] if used else []))
+        if isinstance(used, Recorder): used.save(folder/'recorded')
     finally: os._exit(status)
 
 def known_modules(folder, test) -> list:
@@ -230,16 +269,25 @@ def compiles(code) -> bool:
     except (SyntaxError, ValueError): return False
     return True
 
-def tried(folder, module, spec, limit) -> WorkResult:
+def statement(code, line) -> range: # lines
+    "The smallest statement around a line, as far as its body"
+    spans = [(n.lineno, n.body[0].lineno - 1 if hasattr(n, 'body') else n.end_lineno)
+             for n in ast.walk(ast.parse(code)) if isinstance(n, ast.stmt)]
+    around = [(last - first, first, last) for first, last in spans if first <= line <= last]
+    _, first, last = min(around, default=(0, line, line))
+    return range(first, last + 1)
+
+def tried(folder, module, spec, limit, recorded) -> WorkResult:
     "A mutant put in the place of the module, its tests, and the module again"
     code, mutant = mutate(module, spec)
     if mutant is None or mutant == code or not compiles(mutant): return WorkResult(WorkerOutcome.SKIPPED)
     file = folder/'resalign'/f'{module}.py'
     file.write_text(mutant, encoding='utf-8')
-    try: outcome = run_tests(folder, MODULES[module], limit)
+    line, before, after = changed(code, mutant)
+    order = Order(recorded, statement(code, line))
+    try: outcome = run_tests(folder, MODULES[module], limit, lambda: order)
     finally: file.write_text(code, encoding='utf-8')
     survived = TestOutcome.SURVIVED if outcome == 'survived' else TestOutcome.KILLED
-    line, before, after = changed(code, mutant)
     return WorkResult(WorkerOutcome.NORMAL, outcome, survived, f'{line}\t{before}\t{after}')
 
 def copied(folder) -> Path:
@@ -257,6 +305,15 @@ def lane(k, lanes, sessions, sample, seed):
         folder = copied(Path(tmp))
         for module, path in sessions.items(): share(folder, module, path, k, lanes, sample, seed)
 
+def record_tests(folder, module) -> dict: # lines: tests of each; seconds of each test
+    "The tests on the code as it is: all of them pass, in the order of the file and quick ones first"
+    file = folder/'resalign'/f'{module}.py'
+    as_written = run_tests(folder, MODULES[module], 600, lambda: Recorder(file), caches=True)
+    recorded = json.loads((folder/'recorded').read_text()) if as_written == 'survived' else {}
+    if recorded and run_tests(folder, MODULES[module], 600, lambda: Order(recorded)) == 'survived': return recorded
+    said = (folder/'said').read_text()[-2000:]
+    sys.exit(f'mutants: {FAST}/{MODULES[module]} fails on the code as it is:\n{said}')
+
 def share(folder, module, path, k, lanes, sample, seed):
     "This lane's part of a module, after its tests have passed on the code as it is"
     with use_db(path) as db:
@@ -267,12 +324,10 @@ def share(folder, module, path, k, lanes, sample, seed):
     if not mine: return
     preload(folder, MODULES[module])
     start = time.monotonic()
-    if run_tests(folder, MODULES[module], 600, caches=True) != 'survived':
-        said = (folder/'said').read_text()[-2000:]
-        sys.exit(f'mutants: {FAST}/{MODULES[module]} fails on the code as it is:\n{said}')
+    recorded = record_tests(folder, module)
     limit = 10 + 5*(time.monotonic() - start)
     for n, item in enumerate(mine, 1):
-        result = tried(folder, module, item.mutations[0], limit)
+        result = tried(folder, module, item.mutations[0], limit, recorded)
         with use_db(path) as db: db.set_result(item.job_id, result)
         if n % 50 and n < len(mine): continue
         print(f'{module}: lane {k}: {n}/{len(mine)} {time.monotonic() - start:.0f}s', flush=True)
