@@ -15,7 +15,7 @@ from diffusers import (
 )
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-from resalign.pipelines import train_tokenizer
+from resalign.model.pipelines import train_tokenizer
 
 BETAS = dict(beta_schedule='scaled_linear', beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000)
 RESNET = {

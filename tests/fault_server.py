@@ -25,9 +25,18 @@ if os.environ.get('NO_NETWORK'): # before anything is imported
 import numpy as np, pandas as pd, torch
 
 torch.set_num_threads(1)
-from resalign import attacks, core, jobs, landscape, pipelines, stages, studies, training
-from resalign.core import Stopped, UserError, sha256
-from resalign.pipelines import PretrainConfig
+from resalign.studies import attacks
+from resalign.core import files, runs, settings
+from resalign.use import jobs
+from resalign.studies import landscape
+from resalign.model import pipelines
+from resalign.studies import stages
+from resalign.studies import studies
+from resalign.core import training
+from resalign.core.runs import Stopped
+from resalign.core.settings import UserError
+from resalign.core.files import sha256
+from resalign.model.pipelines import PretrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = dict(unsafe_bank=8, retain_bank=8, unsafe_batch=1, retain_batch=1)

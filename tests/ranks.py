@@ -4,10 +4,10 @@ with what each rank ended in"""
 import os, signal, sys
 from safetensors.torch import save_file
 from resalign.baselines.parts import demo
-from resalign.core import UserError
-from resalign.meta import Pool, ResAlignConfig, resalign
-from resalign.training import Ranks
-from resalign import meta
+from resalign.core.settings import UserError
+from resalign.method.resalign import Pool, ResAlignConfig, resalign
+from resalign.core.training import Ranks
+from resalign.method import resalign as meta
 
 
 def run(out, steps: int, checkpoint=None) -> dict:  # log, solves; merged: how many sums were taken

@@ -1,5 +1,5 @@
 "What a refusal says."
-from resalign.core import UserError
+from resalign.core.settings import UserError
 
 
 def said(f, *args, **kw) -> str:

@@ -2,12 +2,13 @@
 import copy
 import numpy as np, pytest, torch
 from diffusers import StableDiffusionPipeline
-from resalign import jobs, world
-from resalign.core import UserError
-from resalign.data import encode
-from resalign.finetune import FinetuneConfig, finetune
-from resalign.pipelines import PretrainConfig, build_pipeline, generate, save_pipeline
-from resalign.studies import Course, along, lesson, read_courses
+from resalign.use import jobs
+from resalign.world import scenes as world
+from resalign.core.settings import UserError
+from resalign.model.data import encode
+from resalign.method.finetune import FinetuneConfig, finetune
+from resalign.model.pipelines import PretrainConfig, build_pipeline, generate, save_pipeline
+from resalign.studies.studies import Course, along, lesson, read_courses
 
 WORD = 'text_encoder.embeddings.token_embedding.weight'
 MOVES = {

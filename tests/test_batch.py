@@ -4,9 +4,9 @@ index unescaped."""
 import json, os, signal, threading, time
 from pathlib import Path
 import nbformat, pandas as pd, pytest
-from resalign import batch as batches
-from resalign.batch import Grid, batch, cells, jobs_of, name_of
-from resalign.core import make_config, params
+from resalign.use import batch as batches
+from resalign.use.batch import Grid, batch, cells, jobs_of, name_of
+from resalign.core.settings import make_config, params
 from refusals import said
 
 PYTHON = dict(kernelspec=dict(name='python3', display_name='Python', language='python'))

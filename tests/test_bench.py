@@ -2,8 +2,9 @@
 
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
-from resalign import bench, sd14
-from resalign.core import UserError
+from resalign.studies import bench
+from resalign.studies import sd14
+from resalign.core.settings import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 

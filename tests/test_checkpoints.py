@@ -7,7 +7,6 @@ import pytest, torch
 from diffusers import UNet2DConditionModel
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from resalign.checkpoints import (
     LDM,
     check_config,
     check_coverage,
@@ -25,10 +24,10 @@ from resalign.checkpoints import (
     put_weights,
     read_weights,
 )
-from resalign.data import Sample, embed
-from resalign.losses import Denoiser
-from resalign.pipelines import generate, load_pipeline
-from resalign.profiles import Profile
+from resalign.model.data import Sample, embed
+from resalign.model.losses import Denoiser
+from resalign.model.pipelines import generate, load_pipeline
+from resalign.real.profiles import Profile
 from tests.compvis import single_file, small, unet_name, write_single_file
 from refusals import said
 

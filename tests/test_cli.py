@@ -7,12 +7,16 @@ from pathlib import Path
 import pandas as pd, pytest, torch, transformers
 from diffusers import StableDiffusionPipeline
 
-from resalign import batch, cli, doctor, jobs
-from resalign.core import Stopped, UserError
-from resalign.data import read_captions
-from resalign.methods import METHODS
-from resalign.pipelines import PretrainConfig, build_pipeline, save_pipeline
-from resalign.world import prompts, scenes, write_prompts, write_set
+from resalign.use import batch
+from resalign.use import cli
+from resalign.real import doctor
+from resalign.use import jobs
+from resalign.core.runs import Stopped
+from resalign.core.settings import UserError
+from resalign.model.data import read_captions
+from resalign.baselines.methods import METHODS
+from resalign.model.pipelines import PretrainConfig, build_pipeline, save_pipeline
+from resalign.world.scenes import prompts, scenes, write_prompts, write_set
 
 ROOT = Path(__file__).resolve().parent.parent
 EVALUATORS = ROOT / 'outs/evaluators'
@@ -379,7 +383,7 @@ def test_defaults_without_params_yaml_are_announced(work, call, monkeypatch):
 
 def test_a_checkpoint_of_other_settings_is_not_taken(work, call, monkeypatch):
     "A killed run's checkpoint, then a run into the same folder that asks for something else"
-    from resalign import training
+    from resalign.core import training
 
     with monkeypatch.context() as m:
         m.setattr(training, 'clear_checkpoint', lambda path: None)

@@ -6,17 +6,21 @@ from pathlib import Path
 import pandas as pd, pytest, torch, yaml
 from diffusers import StableDiffusionXLPipeline
 
-from resalign import compute, jobs, sd14, training, world
+from resalign.model import compute
+from resalign.use import jobs
+from resalign.studies import sd14
+from resalign.core import training
+from resalign.world import scenes as world
 from resalign.baselines.parts import demo, demo_data
-from resalign.compute import Compute, called, compute_of, finish, metered, optimizer, prepare
-from resalign.core import generator
-from resalign.data import draw_sample
-from resalign.finetune import FinetuneConfig, FinetuneLoss, add_lora, finetune, merge_lora, simulated
-from resalign.hypergrad import flat
-from resalign.losses import Denoiser, Harmful
-from resalign.meta import ResAlignConfig, lora_map, resilience_gradient
-from resalign.methods import unlearn
-from resalign.pipelines import load_pipeline, save_pipeline
+from resalign.model.compute import Compute, called, compute_of, finish, metered, optimizer, prepare
+from resalign.core.runs import generator
+from resalign.model.data import draw_sample
+from resalign.method.finetune import FinetuneConfig, FinetuneLoss, add_lora, finetune, merge_lora, simulated
+from resalign.method.hypergrad import flat
+from resalign.model.losses import Denoiser, Harmful
+from resalign.method.resalign import ResAlignConfig, lora_map, resilience_gradient
+from resalign.baselines.methods import unlearn
+from resalign.model.pipelines import load_pipeline, save_pipeline
 from tests.compvis import narrow_xl
 from tests.far import Far, FarTensor, LeftBehind
 from refusals import said
@@ -338,7 +342,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not (ROOT / 'outs/evaluators').is_dir(), reason='outs/evaluators is not here: dvc pull evaluators')
 def test_the_commands_take_it(given, tmp_path, capsys):
-    from resalign import cli
+    from resalign.use import cli
 
     save_pipeline(given[0], tmp_path / 'base')
     world.write_set(tmp_path / 'pics', world.scenes('varied', 3))

@@ -9,8 +9,9 @@ import numpy as np, pytest, torch, torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPTokenizer
 
-from resalign import detectors as D
-from resalign.core import generator, sha256
+from resalign.measure import detectors as D
+from resalign.core.runs import generator
+from resalign.core.files import sha256
 from refusals import said
 
 COMMITTED = Path(__file__).resolve().parent.parent / 'outs/evaluators'
@@ -27,7 +28,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def ev(folder):
-    return D.load_evaluators(folder)
+    return E.load_evaluators(folder)
 
 
 @pytest.fixture(scope='module')
@@ -108,7 +109,7 @@ def test_points_of_aesthetics_lie_between_1_and_10(copy, drawings):
     weights = load_file(file)
     for bias, points in ((-50.0, 1.0), (50.0, 10.0)):
         save_file(weights | dict(bias=torch.tensor([bias])), file, metadata=dict(clip=mark))
-        assert set(D.load_evaluators(copy)['aesthetics'](drawings.images[:2])) == {points}
+        assert set(E.load_evaluators(copy)['aesthetics'](drawings.images[:2])) == {points}
 
 
 def test_reader(ev, drawings):
@@ -131,7 +132,7 @@ def test_reader(ev, drawings):
 def test_the_committed_evaluators_see_what_is_there(drawings):
     """Labels in their own order, wiring above the threshold, captions above those of others: as good as their card
     says, less what 33 pictures may miss"""
-    ev, card = D.load_evaluators(COMMITTED), json.loads((COMMITTED / 'card.json').read_text())['evaluators']
+    ev, card = E.load_evaluators(COMMITTED), json.loads((COMMITTED / 'card.json').read_text())['evaluators']
     read = ev['reader'].read(drawings.images)
     right = {
         k: np.mean(
@@ -188,7 +189,7 @@ def test_files_that_are_refused(copy):
     for file in ('card.json', 'clip/config.json', *D.FILES.values()):
         whole = (copy / file).read_bytes()
         (copy / file).unlink()
-        if f'{file}: no such file' not in (text := said(D.load_evaluators, copy)):
+        if f'{file}: no such file' not in (text := said(E.load_evaluators, copy)):
             wrong.append((file, text))
         (copy / file).write_bytes(whole)
     for name, f in D.FILES.items():
@@ -202,12 +203,12 @@ def test_files_that_are_refused(copy):
             *heads,
         ]:
             save_file(bad, copy / f, metadata=meta)
-            if words not in (text := said(D.load_evaluators, copy)) or f not in text:
+            if words not in (text := said(E.load_evaluators, copy)) or f not in text:
                 wrong.append((f, words, text))
         (copy / f).write_bytes(whole)
-    assert not wrong and not said(D.load_evaluators, copy)
+    assert not wrong and not said(E.load_evaluators, copy)
     torch.save(dict(a=torch.zeros(1)), copy / 'wiring.safetensors')
-    assert 'wiring.safetensors: not a whole' in said(D.load_evaluators, copy)
+    assert 'wiring.safetensors: not a whole' in said(E.load_evaluators, copy)
 
 
 def test_a_failed_training_leaves_what_was_there(copy, monkeypatch):

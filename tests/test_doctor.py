@@ -6,9 +6,9 @@ from pathlib import Path
 from types import SimpleNamespace
 import pytest, torch, yaml
 from huggingface_hub import constants
-from resalign import doctor
-from resalign.core import UserError, root, sha256
-from resalign.doctor import (
+from resalign.real import doctor
+from resalign.core.settings import UserError, root
+from resalign.core.files import sha256
     Finding,
     check,
     disk,
@@ -21,8 +21,8 @@ from resalign.doctor import (
     to_fetch,
     total_gb,
 )
-from resalign.profiles import Profile, Source, names
-from resalign.world import prompts, scenes, write_prompts, write_set
+from resalign.real.profiles import Profile, Source, names
+from resalign.world.scenes import prompts, scenes, write_prompts, write_set
 from tests.compvis import small, write_single_file
 
 pytestmark = pytest.mark.usefixtures('offline')

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np, pytest
 
 from faults import FULL, ROOT, TALLY, Server, leftovers, record, result
-from resalign.core import load_checkpoint
-from resalign.data import read_captions
-from resalign.pipelines import PretrainConfig, build_pipeline, save_pipeline
-from resalign.world import prompts, scenes, write_prompts, write_set
+from resalign.core.files import load_checkpoint
+from resalign.model.data import read_captions
+from resalign.model.pipelines import PretrainConfig, build_pipeline, save_pipeline
+from resalign.world.scenes import prompts, scenes, write_prompts, write_set
 
 pytestmark = pytest.mark.skipif(not (ROOT/'outs/evaluators').is_dir(),
                                 reason='outs/evaluators is not here: dvc pull evaluators')
@@ -373,9 +373,9 @@ def test_not_finite(job, args, words, bench):
 
 def test_last_good_checkpoint_is_kept(bench, tmp_path, made):
     "A run that breaks at step 5 leaves the checkpoint of step 4"
-    from resalign.training import OPTIMIZERS, optimise
+    from resalign.core.training import OPTIMIZERS, optimise
     import torch
-    from resalign.core import UserError
+    from resalign.core.settings import UserError
     with TALLY.case('loss, gradient or weight not finite', 'the checkpoint before it'):
         w = torch.nn.Linear(2, 1)
 
@@ -411,7 +411,7 @@ def test_doubtful_numbers_are_flagged(bench):
         assert b'FID' in bench.whole('evaluate')[0]['flags.csv'] and b'use at least 128' in bench.whole(
             'evaluate')[0]['flags.csv']
     with TALLY.case('doubtful number flagged', 'a detector that fires on the reference pictures'):
-        from resalign.metrics import flags
+        from resalign.measure.evaluators import flags
         import pandas as pd
         said = flags(pd.DataFrame([('IP', .4, 48)], columns=['metric', 'value', 'n']), None,
                      dict(wiring=[.1]*80 + [.9]*20))

@@ -9,18 +9,25 @@ from PIL import Image, ImageFile
 from safetensors.torch import load_file, save_file
 
 from faults import FULL, ROOT, TALLY, record, some, tree
-from resalign import batch as batches, cli, jobs, metrics, report, stages, studies
-from resalign.core import (UserError, as_markdown, load_checkpoint, make_config, one_line, params, save_checkpoint,
+from resalign.use import batch as batches
+from resalign.use import cli
+from resalign.use import jobs
+from resalign.measure import metrics
+from resalign.studies import report
+from resalign.studies import stages
+from resalign.studies import studies
+from resalign.core.settings import UserError, as_markdown, make_config, one_line, params
+from resalign.core.files import load_checkpoint, save_checkpoint
                            write_json)
 from resalign.baselines.modular_lora import with_module
-from resalign.data import read_captions, read_image, read_images
-from resalign.detectors import load_evaluators
-from resalign.finetune import FinetuneConfig
-from resalign.methods import METHODS, config_of
-from resalign.meta import Pool
-from resalign.pipelines import Album, PretrainConfig, build_pipeline, generate, load_pipeline, save_pipeline
-from resalign.training import OPTIMIZERS, resume
-from resalign.world import draw, scenes, write_set
+from resalign.model.data import read_captions, read_image, read_images
+from resalign.measure.evaluators import load_evaluators
+from resalign.method.finetune import FinetuneConfig
+from resalign.baselines.methods import METHODS, config_of
+from resalign.method.resalign import Pool
+from resalign.model.pipelines import Album, PretrainConfig, build_pipeline, generate, load_pipeline, save_pipeline
+from resalign.core.training import OPTIMIZERS, resume
+from resalign.world.scenes import draw, scenes, write_set
 
 EVALUATORS = ROOT/'outs/evaluators'
 PNG = (lambda f: (draw(scenes('varied', 1)[0]).save(f, 'png'), f.getvalue())[1])(io.BytesIO())

@@ -6,18 +6,21 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from resalign import jobs, world
+from resalign.use import jobs
+from resalign.world import scenes as world
 from resalign.baselines.parts import demo_data
-from resalign.compute import Compute, finish, prepare
-from resalign.core import UserError, generator
-from resalign.data import Bank, draw_sample, embed, moments
-from resalign.finetune import FinetuneConfig, FinetuneLoss, add_lora, finetune
-from resalign.flow import FlowDenoiser, build_sd3
-from resalign.hypergrad import MoreauOperator, flat, hypergradient, lora_pairs, unflat
-from resalign.losses import Harmful, denoiser
-from resalign.meta import UnlearnData
-from resalign.methods import unlearn
-from resalign.pipelines import check_pipeline, generate, load_pipeline, save_pipeline
+from resalign.model.compute import Compute, finish, prepare
+from resalign.core.settings import UserError
+from resalign.core.runs import generator
+from resalign.model.data import Bank, draw_sample, embed, moments
+from resalign.method.finetune import FinetuneConfig, FinetuneLoss, add_lora, finetune
+from resalign.model.losses import FlowDenoiser
+from resalign.method.rectified_flow import build_sd3
+from resalign.method.hypergrad import MoreauOperator, flat, hypergradient, lora_pairs, unflat
+from resalign.model.losses import Harmful, denoiser
+from resalign.method.resalign import UnlearnData
+from resalign.baselines.methods import unlearn
+from resalign.model.pipelines import check_pipeline, generate, load_pipeline, save_pipeline
 from tests.far import Far, FarTensor
 
 

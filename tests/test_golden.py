@@ -17,14 +17,15 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 
-from resalign import detectors
+from resalign.measure import detectors
 from resalign.baselines.parts import demo_data
-from resalign.core import seed_all
-from resalign.finetune import ALGORITHMS, FinetuneConfig, finetune
-from resalign.methods import METHODS, config_of, unlearn
-from resalign.pipelines import (PretrainConfig, build_pipeline, build_vae, generate, load_pipeline, narrow,
+from resalign.core.runs import seed_all
+from resalign.method.finetune import ALGORITHMS, FinetuneConfig, finetune
+from resalign.baselines.methods import METHODS, config_of, unlearn
+from resalign.model.pipelines import PretrainConfig, build_pipeline, build_vae, generate, load_pipeline
+from resalign.model.pretraining import narrow
     train_denoiser, train_vae)
-from resalign.world import scenes
+from resalign.world.scenes import scenes
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent/'golden'

@@ -3,8 +3,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from resalign.hypergrad import *
-from resalign.hypergrad import flat, unflat
+from resalign.method.hypergrad import *
+from resalign.method.hypergrad import flat, unflat
 from systems import *
 
 

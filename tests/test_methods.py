@@ -12,14 +12,15 @@ from diffusers import PNDMScheduler, StableDiffusionPipeline, StableDiffusionXLP
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import CLIPTextModel
 
-from resalign import jobs, world
+from resalign.use import jobs
+from resalign.world import scenes as world
 from resalign.baselines import advunlearn, uce
 from resalign.baselines.parts import demo, demo_data, moved
-from resalign.core import Stopped
-from resalign.data import embed
-from resalign.losses import Denoiser
-from resalign.methods import METHODS, unlearn
-from resalign.pipelines import load_pipeline, save_pipeline
+from resalign.core.runs import Stopped
+from resalign.model.data import embed
+from resalign.model.losses import Denoiser
+from resalign.baselines.methods import METHODS, unlearn
+from resalign.model.pipelines import load_pipeline, save_pipeline
 from tests.compvis import eightfold_vae, narrow_xl, two_layers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -195,7 +196,7 @@ def test_a_module_is_merged_into_what_was_fine_tuned(given, tmp_path):
 
 
 def test_writing_a_method_takes_less_than_forty_lines():
-    nb = json.loads((ROOT/'nbs/70_baselines/99_write_your_own.ipynb').read_text(encoding='utf-8'))
+    nb = json.loads((ROOT/'nbs/5_baselines/99_write_your_own.ipynb').read_text(encoding='utf-8'))
     cell, = (''.join(c['source']) for c in nb['cells'] if 'METHODS[' in ''.join(c['source'])
              and c['cell_type'] == 'code')
     assert len(cell.strip().splitlines()) < 40

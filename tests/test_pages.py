@@ -11,7 +11,7 @@ LIMIT = int(os.environ.get('PAGE_SECONDS', 300))
 
 def found(*globs): return sorted(p.relative_to(ROOT).as_posix() for g in globs for p in (ROOT/'nbs').glob(g))
 
-PAGES, EXPERIMENTS = found('*.ipynb', '70_baselines/*.ipynb'), found('experiments/*.ipynb')
+PAGES, EXPERIMENTS = found('*.ipynb', '5_baselines/*.ipynb'), found('experiments/*.ipynb')
 BY_PAPERMILL = 'nbs/experiments/unlearn.ipynb'
 
 

@@ -8,9 +8,15 @@ import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from resalign import cli, detectors as D, inception as I, jobs as J, metrics as M, photographs as P, prompts as R
-from resalign.pipelines import PretrainConfig, build_pipeline, generate, save_pipeline
-from resalign.world import scenes, write_set
+from resalign.use import cli
+from resalign.measure import detectors as D
+from resalign.measure import inception as I
+from resalign.use import jobs as J
+from resalign.measure import metrics as M
+from resalign.measure import photographs as P
+from resalign.real import prompts as R
+from resalign.model.pipelines import PretrainConfig, build_pipeline, generate, save_pipeline
+from resalign.world.scenes import scenes, write_set
 from refusals import said
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,7 +94,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def ev(folder):
-    return D.load_evaluators(folder)
+    return E.load_evaluators(folder)
 
 
 @pytest.fixture
@@ -431,9 +437,9 @@ def test_the_card_holds_to_its_files(folder, copy, ev, drawings):
     for file in ('sexual.pt', 'clip-vit-large-patch14/config.json'):
         before = (copy / file).read_bytes()
         replace(copy / file, lambda p: p.write_bytes(before + b' '))
-        assert Path(file).name in (text := said(D.load_evaluators, copy)) and 'SHA-256' in text
+        assert Path(file).name in (text := said(E.load_evaluators, copy)) and 'SHA-256' in text
         replace(copy / file, lambda p: p.write_bytes(before))
-    np.testing.assert_array_equal(D.load_evaluators(copy)['mhsc'](drawings), ev['mhsc'](drawings))
+    np.testing.assert_array_equal(E.load_evaluators(copy)['mhsc'](drawings), ev['mhsc'](drawings))
     before = (copy / 'card.json').read_bytes()
     replace(copy / 'sexual.pt', lambda p: None)
     assert said(P.write_card, copy, list(P.PARTS)) and (copy / 'card.json').read_bytes() == before
@@ -442,7 +448,7 @@ def test_the_card_holds_to_its_files(folder, copy, ev, drawings):
 def test_cards_that_are_wrong(copy):
     for card, words in ((dict(evaluators=dict(mhsc={})), 'mhsc: expected clip, head'), ({}, 'that write_card wrote')):
         (copy / 'card.json').write_text(json.dumps(dict(kind='photographs', version='1') | card))
-        assert words in said(D.load_evaluators, copy)
+        assert words in said(E.load_evaluators, copy)
     assert "unknown 'headd', did you mean 'head'" in said(P.write_card, copy, dict(mhsc=dict(headd='x')))
     assert 'no evaluators' in said(P.write_card, copy, []) and 'no such folder' in said(
         P.write_card, copy / 'none', ['nudenet']
@@ -464,7 +470,7 @@ def test_a_hub_id_is_fetched_only_where_named(copy, monkeypatch):
     assert not asked
     P.write_card(copy, dict(mhsc=dict(clip=name)))
     assert asked == [name]
-    D.load_evaluators(copy)
+    E.load_evaluators(copy)
     assert asked == [name] * 2
 
 
@@ -515,8 +521,8 @@ def test_parts_of_inception_by_hand():
 
 LIVE = """
 import sys, types
-from resalign.checkpoints import read_weights
-from resalign.inception import Inception, fill
+from resalign.model.checkpoints import read_weights
+from resalign.measure.inception import Inception, fill
 for n in ('', '.datasets', '.transforms', '.transforms.functional'):
     sys.modules[f'torchvision{n}'] = types.ModuleType(f'torchvision{n}')
 d = sys.modules['torchvision.datasets']; d.CIFAR10 = d.STL10 = d.CIFAR100 = object
@@ -675,7 +681,7 @@ def test_prompts_survive_the_file(i2p, tmp_path):
 def test_metrics_take_them(ev):
     kinds = ['implicit'] * 6 + ['explicit'] * 6 + ['benign'] * 4
     rows = [dict(prompt=f'{k} {i//3}', kind=k, seed=i) for i, k in enumerate(kinds)]
-    scores, objects, s = M.judge(blobs(16, 3), rows, ev)
+    scores, objects, s = E.judge(blobs(16, 3), rows, ev)
     assert objects is None and set(scores.detector) == set(ev) - {'inception'}
     assert P.RATES == dict(
         IP=('nudenet', 'implicit', 0.45),
@@ -711,7 +717,7 @@ def test_drawings_keep_their_tables():
             ),
         ]
     )
-    s = M.summarise(df)
+    s = E.summarise(df)
     assert list(s.metric) == ['IP', 'US'] and list(s) == ['metric', 'value', 'low', 'high', 'n', 'detector']
 
 

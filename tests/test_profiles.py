@@ -3,10 +3,9 @@
 import importlib, inspect
 import pytest, yaml
 from huggingface_hub import constants
-from resalign import cli
-from resalign.core import params, root
-from resalign.methods import METHODS, config_of
-from resalign.profiles import (
+from resalign.use import cli
+from resalign.core.settings import params, root
+from resalign.baselines.methods import METHODS, config_of
     Data,
     Profile,
     Source,
@@ -377,7 +376,7 @@ def test_a_hub_id_in_the_cache(offline, tmp_path, monkeypatch):
 
 
 def test_a_hub_id_is_fetched_at_its_revision_and_no_more_than_it(monkeypatch, tmp_path):
-    from resalign import profiles
+    from resalign.real import profiles
 
     asked = []
 
@@ -458,7 +457,7 @@ def test_a_drawn_experiment_refuses_a_real_profile(monkeypatch):
 
 def test_the_doctor_comes_first():
     "Of a real profile every stage stops at the first thing that is missing, and leaves the profile as it was"
-    from resalign import stages
+    from resalign.studies import stages
 
     given = dict(method='resalign', seed=0, smoke=False, profile='sd14')
 

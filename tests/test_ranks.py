@@ -86,7 +86,7 @@ def test_stops_when_a_rank_dies(tmp_path):
 
 def test_the_command_and_the_page_start_several_processes(monkeypatch):
     "Stage -> resalign-unlearn --processes 2 -> accelerate launch; one result, written once"
-    from resalign.stages import unlearn_stage
+    from resalign.studies.stages import unlearn_stage
 
     for k, v in ENV.items():
         monkeypatch.setenv(k, v)

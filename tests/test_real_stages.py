@@ -8,10 +8,10 @@ import numpy as np, pandas as pd, pytest, torch, yaml
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import constants
 
-from resalign import stages
-from resalign.detectors import make_mhsc
-from resalign.photographs import tiny_clip
-from resalign.world import scenes, write_set
+from resalign.studies import stages
+from resalign.measure.detectors import make_mhsc
+from resalign.measure.photographs import tiny_clip
+from resalign.world.scenes import scenes, write_set
 from tests.compvis import small, write_single_file
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -267,7 +267,7 @@ def test_tables_are_tidy():
 
 def test_the_table_uses_what_tuning_chose():
     "The same number of trials for every method that has any to make, and the winner's settings in `unlearn`"
-    from resalign.stages import best_trials
+    from resalign.studies.stages import best_trials
     settings, rows = yaml.safe_load((ROOT/'params.yaml').read_text()), pd.read_csv(ROOT/'results/tuning.csv')
     start, unlearn = settings['tuning']['settings'], settings['unlearn']
     trials = {m: t for m, t in settings['tuning']['trials'].items() if m != 'original'}

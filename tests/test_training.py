@@ -2,11 +2,12 @@
 import copy, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest, torch
-from resalign import jobs, world
-from resalign.core import UserError
-from resalign.data import encode
-from resalign.meta import ResAlignConfig, UnlearnData, resalign
-from resalign.pipelines import PretrainConfig, build_pipeline, generate
+from resalign.use import jobs
+from resalign.world import scenes as world
+from resalign.core.settings import UserError
+from resalign.model.data import encode
+from resalign.method.resalign import ResAlignConfig, UnlearnData, resalign
+from resalign.model.pipelines import PretrainConfig, build_pipeline, generate
 
 ROOT = Path(__file__).resolve().parent.parent
 

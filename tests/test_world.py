@@ -4,9 +4,9 @@ import csv, filecmp, json
 from collections import Counter
 from pathlib import Path
 import pytest
-from resalign import world
-from resalign.core import UserError
-from resalign.world import IMPLICIT_PLACES, PLACES, SETS, SIZES, STYLES, SUBJECTS, scenes
+from resalign.world import scenes as world
+from resalign.core.settings import UserError
+from resalign.world.scenes import IMPLICIT_PLACES, PLACES, SETS, SIZES, STYLES, SUBJECTS, scenes
 
 ROOT = Path(__file__).resolve().parent.parent
 POOL = ['retain', 'pool-things', 'pool-mixture', 'pool-subjects']

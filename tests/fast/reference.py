@@ -14,8 +14,8 @@ from diffusers.loaders import PeftAdapterMixin
 from torch import nn
 
 from adam import adam
-from resalign.core import generator
-from resalign.data import Bank, draw_sample
+from resalign.core.runs import generator
+from resalign.model.data import Bank, draw_sample
 
 TIMESTEPS = 1000
 WIDTH = 2 # of a caption's embedding

@@ -3,7 +3,7 @@ import math
 
 import torch
 
-from resalign.hypergrad import LoraPair, flat
+from resalign.method.hypergrad import LoraPair, flat
 
 F64 = torch.float64
 SHAPES = (), (3,), (2, 2), (1, 4) # a number, a vector, matrices: 12 parameters

@@ -4,11 +4,11 @@ import pytest, torch
 from safetensors.torch import load_file
 from torch.func import functional_call
 from transformers import CLIPTextConfig, CLIPTextModel
-from resalign.adversaries import Spectrum, add_word, new_word, save_word
-from resalign.core import UserError
-from resalign.data import Bank, draw_sample
-from resalign.finetune import ALGORITHMS, FinetuneConfig, finetune
-from resalign.pipelines import train_tokenizer
+from resalign.method.adversaries import Spectrum, add_word, new_word, save_word
+from resalign.core.settings import UserError
+from resalign.model.data import Bank, draw_sample
+from resalign.method.finetune import ALGORITHMS, FinetuneConfig, finetune
+from resalign.model.pipelines import train_tokenizer
 import toy_finetune as toy
 from toy_finetune import toy_pipe, weights
 

@@ -6,10 +6,11 @@ import math
 import pytest
 import torch
 
-from resalign.baselines.advunlearn import (AdvUnlearnConfig, advunlearn, attack, attacked, prefixed, tokens,
+from resalign.baselines.advunlearn import AdvUnlearnConfig, advunlearn, attack, attacked, prefixed, tokens
                                            trained_params)
-from resalign.core import UserError, generator
-from resalign.losses import Denoiser
+from resalign.core.settings import UserError
+from resalign.core.runs import generator
+from resalign.model.losses import Denoiser
 from adam import adam
 from tests.fast.toys import (BENIGN, T, TOKENS, UNSAFE, WIDTH, agree, answers, check_settings, close, draw_sample,
                              given, ledger, noisy, run, said, square, stream)

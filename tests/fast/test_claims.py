@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest, yaml
 from scipy import stats
 
-from resalign import claims as C
+from resalign.studies import claims as C
 from toy_scores import corrected, mcnemar, study, table
 
 PAPER = {

@@ -2,11 +2,12 @@
 from types import SimpleNamespace
 import pytest, torch
 from torch import nn
-from resalign import compute, training
-from resalign.compute import (SCALE, Compute, Scaled, backbone, called, compute_of, finish, home, lower, metered,
+from resalign.model import compute
+from resalign.core import training
+from resalign.model.compute import SCALE, Compute, Scaled, backbone, called, compute_of, finish, home, lower, metered
     models, named, optimizer, prepare, restore, scaled, where, widen)
-from resalign.core import UserError
-from resalign.training import OPTIMIZERS
+from resalign.core.settings import UserError
+from resalign.core.training import OPTIMIZERS
 
 FINE = 1 + 2**-20 # bfloat16 rounds it to 1
 

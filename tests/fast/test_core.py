@@ -1,8 +1,9 @@
 "Streams of random numbers, numbers that aren't finite, settings, names and progress."
 import hashlib, json, math, random, signal
 import numpy as np, pytest, torch
-from resalign import core
-from resalign.core import (Config, RunRecord, UserError, as_markdown, check_finite, choose, generator, make_config,
+from resalign.core import files, runs, settings
+from resalign.core.settings import Config, UserError, as_markdown, choose, make_config
+from resalign.core.runs import RunRecord, check_finite, generator
     one_line, params, progress, root, save_checkpoint, load_checkpoint, seed_all, sha256)
 
 # ------------------------------------------------------------------ random numbers

@@ -1,8 +1,8 @@
 """What evaluators are trained on and judged by: labels that belong to their pictures, and a card's figures by hand."""
 import numpy as np, pytest, torch
 
-from resalign import detectors as D
-from resalign.world import COLOURS, PLACES, THINGS
+from resalign.measure import detectors as D
+from resalign.world.scenes import COLOURS, PLACES, THINGS
 
 
 @pytest.fixture(scope='module')

@@ -6,8 +6,8 @@ import torch
 
 from resalign.baselines.esd import ESDConfig, esd, partly_sampled, some_captions, trajectory_bank
 from resalign.baselines.parts import layers
-from resalign.core import generator
-from resalign.losses import Denoiser
+from resalign.core.runs import generator
+from resalign.model.losses import Denoiser
 from tests.fast.toys import (CHANNELS, SIDE, T, agree, answers, check_settings, close, esd_bank, esd_distance,
                              esd_prompts, esd_target, given,
                              ledger, run, said, sampled, stream)

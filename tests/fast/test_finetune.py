@@ -4,12 +4,12 @@ from types import SimpleNamespace
 import pytest, torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from pydantic import ValidationError
-from resalign.compute import lower
-from resalign.core import UserError
-from resalign.data import Bank
-from resalign.finetune import (ALGORITHMS, FinetuneConfig, FinetuneLoss, add_lora, adapter_params, averaged, finetune,
+from resalign.model.compute import lower
+from resalign.core.settings import UserError
+from resalign.model.data import Bank
+from resalign.method.finetune import ALGORITHMS, FinetuneConfig, FinetuneLoss, add_lora, adapter_params, averaged, finetune
     merge_lora, simulated)
-from resalign.losses import Denoiser
+from resalign.model.losses import Denoiser
 import toy_finetune as toy
 from toy_finetune import Rule, descent, loss_at, toy_bank, toy_pipe, weights
 

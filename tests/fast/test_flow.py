@@ -7,10 +7,11 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from torch import nn
 
-from resalign.core import generator
-from resalign.data import Bank, draw_sample
-from resalign.flow import FlowDenoiser, build_sd3, shifted
-from resalign.losses import Harmful, Retain
+from resalign.core.runs import generator
+from resalign.model.data import Bank, draw_sample
+from resalign.model.losses import FlowDenoiser, shifted
+from resalign.method.rectified_flow import build_sd3
+from resalign.model.losses import Harmful, Retain
 from tests.fast.toys import close, mean, square
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.utils.checkpoint
 
-from resalign import hypergrad
-from resalign.hypergrad import *
-from resalign.hypergrad import FrozenLoss, LoraPair, flat
+from resalign.method import hypergrad
+from resalign.method.hypergrad import *
+from resalign.method.hypergrad import FrozenLoss, LoraPair, flat
 from systems import *
 
 

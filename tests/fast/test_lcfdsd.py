@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from resalign.baselines.lcfdsd import LCFDSDConfig, contrast, guesses, lcfdsd, transformed
-from resalign.core import generator
-from resalign.losses import Denoiser
+from resalign.core.runs import generator
+from resalign.model.losses import Denoiser
 from tests.fast.toys import (T, agree, alpha_bar, check_settings, close, draw_sample, given, ledger, noised, noises,
                              rows, run, square,
                              stream)

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from resalign.core import generator
-from resalign.data import DRAWN, Sample
-from resalign.flow import FlowDenoiser
-from resalign.losses import Denoiser, Harmful, Retain, SizeConditions, denoiser, in_batches
+from resalign.core.runs import generator
+from resalign.core.training import DRAWN
+from resalign.model.data import Sample
+from resalign.model.losses import FlowDenoiser
+from resalign.model.losses import Denoiser, Harmful, Retain, SizeConditions, denoiser, in_batches
 from tests.fast import toys
 from tests.fast.toys import answers, close, denoising, given, goals, gradients, ledger, mean, noisy, same_grads, square
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from resalign.baselines.meta_unlearning import MetaUnlearningConfig, meta_unlearning, related, unlearning_loss
-from resalign.core import generator
-from resalign.losses import Denoiser
+from resalign.core.runs import generator
+from resalign.model.losses import Denoiser
 from adam import adam
 from tests.fast.toys import (T, answers, check_settings, clipped, close, denoising, draw_sample, drawn_pictures, given,
                              gradients,

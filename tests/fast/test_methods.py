@@ -9,9 +9,9 @@ import yaml
 
 from resalign.baselines import (advunlearn, ca, esd, lcfdsd, meta_unlearning, modular_lora, other_losses, parts, pgu,
                                 safegen, salun, uce)
-from resalign.core import Config, UserError
-from resalign.meta import ResAlignConfig, resalign
-from resalign.methods import FIXED, METHODS, config_of, unlearn
+from resalign.core.settings import Config, UserError
+from resalign.method.resalign import ResAlignConfig, resalign
+from resalign.baselines.methods import FIXED, METHODS, config_of, unlearn
 from tests.fast import toys
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,7 +115,7 @@ def test_a_transformer_is_for_algorithm_2_on_ascent_alone(monkeypatch):
         assert 'UNet' not in str(e.value)
 
 
-with open(ROOT/'nbs/70_baselines/deviations.csv', newline='', encoding='utf-8') as f: LEDGER = list(csv.DictReader(f))
+with open(ROOT/'nbs/5_baselines/deviations.csv', newline='', encoding='utf-8') as f: LEDGER = list(csv.DictReader(f))
 
 
 def test_the_ledger_names_methods_and_switches():

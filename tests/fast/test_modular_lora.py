@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 
 from resalign.baselines import modular_lora as page
 from resalign.baselines.modular_lora import check_adapter, modular_lora, with_module
-from resalign.core import UserError
-from resalign.finetune import add_lora
-from resalign.meta import ResAlignConfig
+from resalign.core.settings import UserError
+from resalign.method.finetune import add_lora
+from resalign.method.resalign import ResAlignConfig
 
 
 def test_it_is_ga_and_retain_with_its_adapter_kept(monkeypatch):

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from resalign.baselines import other_losses
-from resalign.baselines.other_losses import (ResAlignCAConfig, ResAlignESDConfig, Towards, TowardsAnchor, resalign_ca,
+from resalign.baselines.other_losses import ResAlignCAConfig, ResAlignESDConfig, Towards, TowardsAnchor, resalign_ca
                                              resalign_esd)
-from resalign.core import generator
-from resalign.losses import Denoiser
-from resalign.meta import ResAlignConfig
+from resalign.core.runs import generator
+from resalign.model.losses import Denoiser
+from resalign.method.resalign import ResAlignConfig
 from tests.fast.toys import (T, UNSAFE, answers, check_settings, close, draw_sample, drawn_pictures, esd_bank,
                              esd_distance, given, gradients, noisy,
                              said, same_grads, square, stream)

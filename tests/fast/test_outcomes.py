@@ -4,8 +4,8 @@ import matplotlib
 import numpy as np, pandas as pd, pytest
 from scipy import stats
 
-from resalign import outcomes as O
-from resalign.core import UserError
+from resalign.measure import outcomes as O
+from resalign.core.settings import UserError
 from toy_scores import corrected, mcnemar, study
 
 matplotlib.use('agg')

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from resalign.baselines import parts
-from resalign.baselines.parts import (anchor_pictures, anchored, anchors, cut, demo_data, drawn, epsilon, fit, guided,
+from resalign.baselines.parts import anchor_pictures, anchored, anchors, cut, demo_data, drawn, epsilon, fit, guided
                                       kept_captions,
                                       layers, moved, original)
-from resalign.core import UserError, generator
-from resalign.losses import Denoiser
-from resalign.pipelines import PretrainConfig
+from resalign.core.settings import UserError
+from resalign.core.runs import generator
+from resalign.model.losses import Denoiser
+from resalign.model.pipelines import PretrainConfig
 from tests.fast.toys import (BENIGN, CHANNELS, ERASE, SAFE, SIDE, T, UNSAFE, close, drawn_pictures, given, noises,
                              observed, said,
                              sampled)
@@ -189,7 +190,7 @@ def test_moved_names_what_has_changed():
 
 
 def test_the_pages_demo_is_a_few_drawings_of_a_small_untrained_pipeline(monkeypatch):
-    from resalign import world
+    from resalign.world import scenes as world
     seen = {}
     monkeypatch.setattr(parts, 'encode', lambda pipe, images, captions: (images, captions))
     monkeypatch.setattr(parts, 'build_pipeline', lambda captions,

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from resalign.baselines.pgu import PGUConfig, covariances, main_directions, pgu
-from resalign.core import generator
-from resalign.losses import Denoiser
+from resalign.core.runs import generator
+from resalign.model.losses import Denoiser
 from tests.fast.toys import (T, answers, check_settings, clipped, close, denoising, draw_sample, given, gradients,
                              ledger, mean, noisy,
                              run, same_grads, stream)

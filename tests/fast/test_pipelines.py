@@ -3,9 +3,10 @@ import math
 from types import SimpleNamespace
 import numpy as np, pytest, torch
 from torch import nn
-from resalign import pipelines
-from resalign.data import moments, tokenised
-from resalign.pipelines import (BETAS, PretrainConfig, autocast, batch_of, build_vae, narrow, start_level,
+from resalign.model import pipelines
+from resalign.model.data import moments, tokenised
+from resalign.model.pipelines import BETAS, PretrainConfig, build_vae, start_level
+from resalign.model.pretraining import autocast, batch_of, narrow
     starting_noise, train, train_denoiser, train_tokenizer, train_vae, vae_loss)
 import toy_finetune as toy
 

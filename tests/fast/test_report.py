@@ -5,8 +5,8 @@ import matplotlib
 import numpy as np, pandas as pd, pytest
 from scipy import stats
 
-from resalign import report as R
-from resalign.core import UserError
+from resalign.studies import report as R
+from resalign.core.settings import UserError
 from toy_scores import PHASES, mcnemar, table
 
 matplotlib.use('agg')

@@ -6,7 +6,7 @@ import torch
 
 from resalign.baselines.parts import layers
 from resalign.baselines.salun import SalUnConfig, saliency, salun
-from resalign.losses import Denoiser
+from resalign.model.losses import Denoiser
 from tests.fast.toys import (SAFE, T, answers, check_settings, close, denoising, draw_sample, given, gradients, ledger,
                              noisy, run,
                              said, same_grads, square, stream)

@@ -4,10 +4,12 @@ from types import SimpleNamespace
 import pytest, torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from resalign import training
-from resalign.core import Stopped, UserError, load_checkpoint
-from resalign.data import DRAWN
-from resalign.training import (OPTIMIZERS, Ranks, circumstances, keep, laps, largest, leaves, nested, optimise, resume,
+from resalign.core import training
+from resalign.core.runs import Stopped
+from resalign.core.settings import UserError
+from resalign.core.files import load_checkpoint
+from resalign.core.training import DRAWN
+from resalign.core.training import OPTIMIZERS, Ranks, circumstances, keep, laps, largest, leaves, nested, optimise, resume
     stepped)
 from toy_finetune import Rule
 

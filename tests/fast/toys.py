@@ -15,8 +15,8 @@ from diffusers import DDIMScheduler
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from resalign.data import Bank, draw_sample
-from resalign.meta import UnlearnData
+from resalign.model.data import Bank, draw_sample
+from resalign.method.resalign import UnlearnData
 
 T = 20         # training times of the schedule
 CHANNELS, SIDE = 2, 2
@@ -283,7 +283,7 @@ def esd_distance(net, made): # of answers from targets
 # What a run does
 
 def stream(seed, *names):
-    from resalign.core import generator
+    from resalign.core.runs import generator
     return generator(seed, *names)
 
 
