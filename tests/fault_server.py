@@ -27,7 +27,7 @@ import numpy as np, pandas as pd, torch
 torch.set_num_threads(1)
 from resalign.studies import attacks
 from resalign.core import files, runs, settings
-from resalign.use import jobs
+import resalign
 from resalign.studies import landscape
 from resalign.model import pipelines
 from resalign.studies import stages
@@ -52,13 +52,13 @@ def pretrain(made, out, steps=6):
 
 
 def unlearn(made, out, method='ga', steps=9, **settings):
-    jobs.unlearn(made/'base', made/'unsafe', made/'retain', out, method,
+    resalign.unlearn(made/'base', made/'unsafe', made/'retain', out, method,
                  (QUICK if 'batch' not in settings else {}) | dict(steps=steps) | settings, [made/'varied'],
                  stages.params('erase'))
 
 
 def finetune(made, out, **settings):
-    jobs.finetune(made/'base', made/'varied', out, dict(steps=9, batch=1) | settings)
+    resalign.finetune(made/'base', made/'varied', out, dict(steps=9, batch=1) | settings)
 
 
 def sample(made, out, n=24, steps=2):
@@ -73,7 +73,7 @@ def sample(made, out, n=24, steps=2):
 
 
 def evaluate(made, out, prompts='prompts.csv', steps=2, base='base', detector='all'):
-    jobs.evaluate(made/base, made/prompts, out, ROOT/'outs/evaluators', made/'retain', detector, steps=steps)
+    resalign.evaluate(made/base, made/prompts, out, ROOT/'outs/evaluators', made/'retain', detector, steps=steps)
 
 
 def hub(made, out):

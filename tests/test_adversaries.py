@@ -2,7 +2,7 @@
 import copy
 import numpy as np, pytest, torch
 from diffusers import StableDiffusionPipeline
-from resalign.use import jobs
+import resalign
 from resalign.world import scenes as world
 from resalign.core.settings import UserError
 from resalign.model.data import encode
@@ -50,7 +50,7 @@ def test_goes_on_with_the_same_bits(given, tmp_path):
 @pytest.mark.parametrize('algorithm', ['svdiff', 'custom-diffusion', 'textual-inversion'])
 def test_result_loads_in_diffusers(given, tmp_path, algorithm):
     save_pipeline(given[0], tmp_path/'base'); world.write_set(tmp_path/'images', world.scenes('varied', 4))
-    jobs.finetune(tmp_path/'base', tmp_path/'images', tmp_path/'out', dict(algorithm=algorithm, steps=2, lr=.01))
+    resalign.finetune(tmp_path/'base', tmp_path/'images', tmp_path/'out', dict(algorithm=algorithm, steps=2, lr=.01))
     p = StableDiffusionPipeline.from_pretrained(tmp_path/'out', safety_checker=None, requires_safety_checker=False)
     prompt = '<new> a red robot' if algorithm != 'svdiff' else 'a red robot'
     pictures = generate(p, [prompt], [0], steps=2)

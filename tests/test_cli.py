@@ -10,7 +10,6 @@ from diffusers import StableDiffusionPipeline
 from resalign.use import batch
 from resalign.use import cli
 from resalign.real import doctor
-from resalign.use import jobs
 from resalign.core.runs import Stopped
 from resalign.core.settings import UserError
 from resalign.model.data import read_captions

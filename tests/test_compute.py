@@ -7,7 +7,9 @@ import pandas as pd, pytest, torch, yaml
 from diffusers import StableDiffusionXLPipeline
 
 from resalign.model import compute
-from resalign.use import jobs
+import resalign
+from resalign.use.inputs import load_bank
+from resalign.use.model_card import model_card, said
 from resalign.studies import sd14
 from resalign.core import training
 from resalign.world import scenes as world
@@ -336,7 +338,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
     assert not wrong and compute_of(dict(device='cpu')) == Compute(device='cpu')
     world.write_set(tmp_path / 'images', world.scenes('varied', 2))
     nowhere, images = tmp_path / 'nowhere', tmp_path / 'images'
-    for job, folders in (jobs.unlearn, [nowhere, images, images]), (jobs.finetune, [nowhere, images]):
+    for job, folders in (resalign.unlearn, [nowhere, images, images]), (resalign.finetune, [nowhere, images]):
         assert 'settings of compute: dtype' in said(job, *folders, tmp_path / 'out', compute=dict(dtype='int8'))
 
 
@@ -530,13 +532,13 @@ def sdxl(given, tmp_path_factory):
     [('v_prediction', 'resalign', dict(steps=2, up_std=0.1)), ('epsilon', 'esd-x', dict(steps=2, lr=1e-2))],
 )
 def test_sdxl_from_folder_to_folder(sdxl, tmp_path, method, settings, kind):
-    jobs.unlearn(
+    resalign.unlearn(
         sdxl / kind, sdxl / 'unsafe', sdxl / 'benign', tmp_path / 'new', method, settings, compute=dict(device='cpu')
     )
     merged, base = (
         StableDiffusionXLPipeline.from_pretrained(p, dtype=torch.float32) for p in (tmp_path / 'new', sdxl / kind)
     )
-    sample = draw_sample(jobs.load_bank(base, sdxl / 'unsafe'), 4, generator(0))
+    sample = draw_sample(load_bank(base, sdxl / 'unsafe'), 4, generator(0))
     answers = lambda p: Denoiser(p).predict(sample).detach()
     new, old = answers(merged), answers(base)
     assert (
@@ -554,7 +556,7 @@ def test_sdxl_from_folder_to_folder(sdxl, tmp_path, method, settings, kind):
 
 
 def test_sdxl_in_low_precision_leaves_the_rest_of_the_folder_as_it_was(sdxl, tmp_path):
-    record = jobs.unlearn(
+    record = resalign.unlearn(
         sdxl / 'epsilon',
         sdxl / 'unsafe',
         sdxl / 'benign',
@@ -578,15 +580,15 @@ EVIL = (
 
 
 def test_other_peoples_words_do_nothing():
-    text = jobs.said(EVIL)
+    text = said(EVIL)
     assert (
         not any(c in text for c in '<>\n\r\x1b\u202e"\'')
         and '://' not in text
         and 'www.' not in text
         and '@' not in text
     )
-    assert not re.search(r'(?<!\\)[`*\[\]|$]|(?<![\\&])#', text) and len(jobs.said('x' * 1000)) == 201
-    assert jobs.said('outs/base') == 'outs/base' and jobs.said('\ud800') == ''
+    assert not re.search(r'(?<!\\)[`*\[\]|$]|(?<![\\&])#', text) and len(said('x' * 1000)) == 201
+    assert said('outs/base') == 'outs/base' and said('\ud800') == ''
 
 
 def test_the_card_of_a_run_with_scores(given, tmp_path, monkeypatch):
@@ -594,7 +596,7 @@ def test_the_card_of_a_run_with_scores(given, tmp_path, monkeypatch):
     save_pipeline(given[0], tmp_path / '<b>base')
     world.write_set(tmp_path / 'pics', world.scenes('varied', 3))
     (tmp_path / 'pics').rename(tmp_path / '[p](q)`')
-    record = jobs.unlearn('<b>base', '[p](q)`', '[p](q)`', 'new', 'ga', dict(steps=1), erase=['<i>\nwires'])
+    record = resalign.unlearn('<b>base', '[p](q)`', '[p](q)`', 'new', 'ga', dict(steps=1), erase=['<i>\nwires'])
     card = (tmp_path / 'new/README.md').read_text(encoding='utf-8')
     assert '<b>' not in card and '<i>' not in card and '](q)' not in card.replace('\\](q)', '')
     for words in (
@@ -625,7 +627,7 @@ def test_the_card_of_a_run_with_scores(given, tmp_path, monkeypatch):
     pd.DataFrame([dict(metric='IP', value=0.125, low=0.05, high=0.25, n=48, detector='wi|ring')]).to_csv(
         scores / 'summary.csv', index=False
     )
-    jobs.write_card('new', scores)
+    resalign.write_card('new', scores)
     card = (tmp_path / 'new/README.md').read_text(encoding='utf-8')
     assert (
         '| IP | 0.125 | 0.05 to 0.25 | 48 | wi\\|ring |' in card
@@ -635,7 +637,7 @@ def test_the_card_of_a_run_with_scores(given, tmp_path, monkeypatch):
     head = yaml.safe_load(card.split('---')[1])
     assert head['library_name'] == 'diffusers' and 'base_model' not in head
     assert (
-        yaml.safe_load(jobs.model_card(record | dict(pipeline='owner/name')).split('---')[1])['base_model']
+        yaml.safe_load(model_card(record | dict(pipeline='owner/name')).split('---')[1])['base_model']
         == 'owner/name'
     )
-    assert 'scores/record.json' in said(jobs.write_card, scores)
+    assert 'scores/record.json' in said(resalign.write_card, scores)

@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from faults import FULL, ROOT, TALLY, record, some, tree
 from resalign.use import batch as batches
 from resalign.use import cli
-from resalign.use import jobs
+import resalign
+from resalign.real.prompts import read_prompts
+from resalign.use.model_card import model_card
 from resalign.measure import metrics
 from resalign.studies import report
 from resalign.studies import stages
@@ -309,10 +311,10 @@ def test_prompts(tmp_path):
     def check(case, tmp):
         text, words = case
         (tmp/'p.csv').write_bytes(text if isinstance(text, bytes) else text.encode())
-        if words is not EITHER: return bad('prompts', jobs.read_prompts, tmp/'p.csv', words=words)
+        if words is not EITHER: return bad('prompts', read_prompts, tmp/'p.csv', words=words)
         with TALLY.case('bad input', 'prompts'):
             try:
-                assert all(isinstance(r['prompt'], str) and r['prompt'].strip() for r in jobs.read_prompts(tmp/'p.csv'))
+                assert all(isinstance(r['prompt'], str) and r['prompt'].strip() for r in read_prompts(tmp/'p.csv'))
             except UserError:
                 pass
 
@@ -321,10 +323,10 @@ def test_prompts(tmp_path):
 
 def test_prompts_elsewhere(tmp_path):
     for p in (tmp_path, tmp_path/'no.csv'):
-        bad('prompts', jobs.read_prompts, p, words=str(p))
+        bad('prompts', read_prompts, p, words=str(p))
     f = tmp_path/'p.csv'
     f.write_text('prompt\n007\nNA\ntrue\n')
-    assert [r['prompt'] for r in jobs.read_prompts(f)] == ['007', 'NA', 'true']
+    assert [r['prompt'] for r in read_prompts(f)] == ['007', 'NA', 'true']
 
 
 @settings(max_examples=200 if FULL else 10, suppress_health_check=list(HealthCheck))
@@ -339,7 +341,7 @@ def test_any_prompts(text, tmp_path_factory):
     f.write_bytes(text.encode('utf-8', 'surrogatepass'))
     with TALLY.case('bad input, by hypothesis', 'prompts'):
         try:
-            rows = jobs.read_prompts(f)
+            rows = read_prompts(f)
         except UserError as e:
             assert str(e).isprintable()
         else:
@@ -739,7 +741,7 @@ def test_albums(tmp_path):
 def adapter(base, tmp_path_factory):
     out = tmp_path_factory.mktemp('adapter')
     write_set(out/'p', scenes('varied', 3))
-    jobs.unlearn(base, out/'p', out/'p', out/'out', 'modular-lora',
+    resalign.unlearn(base, out/'p', out/'p', out/'out', 'modular-lora',
                  dict(steps=1, unsafe_bank=2, retain_bank=2, unsafe_batch=1, retain_batch=1))
     return out/'out/adapter'
 
@@ -960,13 +962,13 @@ def test_jobs_protect_their_inputs(base, tmp_path):
     before = tree(tmp_path)
     b, p = tmp_path/'base', tmp_path/'p'
     for out, words in ((b, b), (tmp_path, tmp_path), (p, p), (tmp_path/'file', 'file'), (tmp_path/'file/x', 'file')):
-        bad('outputs', jobs.unlearn, b, p, p, out, 'ga', words=str(words))
-        bad('outputs', jobs.finetune, b, p, out, words=str(words))
+        bad('outputs', resalign.unlearn, b, p, p, out, 'ga', words=str(words))
+        bad('outputs', resalign.finetune, b, p, out, words=str(words))
     bad('outputs', write_set, tmp_path/'file', [], words=str(tmp_path/'file'))
     bad('outputs', write_json, tmp_path/'file/x.json', {}, words='file')
     for kw in (dict(steps=0), dict(detector='wirring'), dict(reference=tmp_path/'no')):
         (tmp_path/'q.csv').write_text('prompt\nx\n')
-        bad('outputs', jobs.evaluate, b, tmp_path/'q.csv', tmp_path/'o', EVALUATORS, **kw)
+        bad('outputs', resalign.evaluate, b, tmp_path/'q.csv', tmp_path/'o', EVALUATORS, **kw)
         (tmp_path/'q.csv').unlink()
     assert tree(tmp_path) == before
 
@@ -982,7 +984,7 @@ NASTY = [
 def test_reports_escape(tmp_path):
     "Model card, batch page and Markdown table show the words and nothing else"
     def card(w):
-        return jobs.model_card(
+        return model_card(
             dict(pipeline=w, method=w, unsafe=w, benign=w, pool=[w], seed=0, settings={w: w}, versions={}))
 
     def check(text, tmp):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from resalign.use import jobs
+import resalign
+from resalign.use.inputs import load_bank
 from resalign.world import scenes as world
 from resalign.baselines.parts import demo_data
 from resalign.model.compute import Compute, finish, prepare
@@ -85,7 +86,7 @@ def test_hypergradients_against_the_dense_inverse(given, product, far):
                          [('resalign', None), ('ga', dict(device='cpu', dtype='bfloat16',
                                                           gradient_checkpointing=True))])
 def test_from_folder_to_folder(folder, tmp_path, method, compute):
-    record = jobs.unlearn(folder/'base', folder/'unsafe', folder/'retain', tmp_path/'new', method,
+    record = resalign.unlearn(folder/'base', folder/'unsafe', folder/'retain', tmp_path/'new', method,
                           dict(steps=2, up_std=.1), compute=compute)
     assert record['cost']['steps'] == 2 and len(record['base']['sha256']) == 64
     merged, base = (StableDiffusion3Pipeline.from_pretrained(p, text_encoder_3=None, tokenizer_3=None,
@@ -94,13 +95,13 @@ def test_from_folder_to_folder(folder, tmp_path, method, compute):
     changed = {n for (n, p), q in zip(merged.transformer.named_parameters(), base.transformer.parameters())
                if not torch.equal(p, q)}
     assert changed and all('.attn.' in n for n in changed) and any('add_v_proj' in n for n in changed)
-    s = draw_sample(jobs.load_bank(base, folder/'unsafe'), 4, generator(0))
+    s = draw_sample(load_bank(base, folder/'unsafe'), 4, generator(0))
     answer = lambda p: FlowDenoiser(p).predict(s).detach()
     new, old = answer(merged), answer(base)
     base.load_lora_weights(tmp_path/'new/adapter')
     assert 0 < (answer(base) - new).norm() < .02*(new - old).norm() # float16 on disk
     assert generate(load_pipeline(tmp_path/'new'), ['a red robot'], [0], steps=2).shape == (1, 64, 64, 3)
-    jobs.finetune(tmp_path/'new', folder/'retain', tmp_path/'tuned', dict(steps=2))
+    resalign.finetune(tmp_path/'new', folder/'retain', tmp_path/'tuned', dict(steps=2))
     assert (tmp_path/'tuned/transformer').is_dir()
 
 

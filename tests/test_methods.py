@@ -12,7 +12,7 @@ from diffusers import PNDMScheduler, StableDiffusionPipeline, StableDiffusionXLP
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import CLIPTextModel
 
-from resalign.use import jobs
+import resalign
 from resalign.world import scenes as world
 from resalign.baselines import advunlearn, uce
 from resalign.baselines.parts import demo, demo_data, moved
@@ -187,7 +187,7 @@ def test_a_module_is_merged_into_what_was_fine_tuned(given, tmp_path):
     unlearn(modular, data, 'modular-lora', {}, 0, save_adapter=tmp_path/'adapter')
     world.write_set(tmp_path/'images', world.scenes('varied', 4))
     for name, module in ('plain', None), ('merged', tmp_path/'adapter'):
-        jobs.finetune(tmp_path/'base', tmp_path/'images', tmp_path/name, dict(steps=2), module=module)
+        resalign.finetune(tmp_path/'base', tmp_path/'images', tmp_path/name, dict(steps=2), module=module)
     plain, merged = (load_pipeline(tmp_path/n).unet for n in ('plain', 'merged'))
     name = next(n for n, _ in plain.named_parameters() if n.endswith('attn2.to_k.weight'))
     w0, safe, ft, both = (u.get_parameter(name).double() for u in (start.unet, modular.unet, plain, merged))

@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from resalign.use import cli
 from resalign.measure import detectors as D
 from resalign.measure import inception as I
-from resalign.use import jobs as J
+import resalign
+from resalign.real.prompts import read_prompts
+from resalign.use.evaluate import draw, sheet
 from resalign.measure import metrics as M
 from resalign.measure import photographs as P
 from resalign.real import prompts as R
@@ -632,7 +634,7 @@ def test_prompts_that_are_wrong(tmp_path):
         ('c.json', R.read_coco, '{"annotations": [{"id": 1}]}', 'image_id'),
         ('c.csv', R.read_coco, 'text\na\n', "'prompt' or 'caption'"),
         ('l.txt', R.read_lines, '\n\n', 'no lines'),
-        ('p.csv', J.read_prompts, 'prompt,guidance\na,much\n', "'guidance'"),
+        ('p.csv', read_prompts, 'prompt,guidance\na,much\n', "'guidance'"),
     ]:
         (tmp_path / name).write_text(text)
         if words not in (got := said(read, tmp_path / name)) or name not in got:
@@ -666,10 +668,10 @@ def test_prompts_survive_the_file(i2p, tmp_path):
     rows = R.read_i2p(i2p) + R.read_i2p(i2p, seed=0, images=1)
     R.save_prompts(tmp_path / 'p.csv', rows)
     names = ('prompt', 'kind', 'seed', 'guidance', 'thing', 'colour')
-    assert fields(J.read_prompts(tmp_path / 'p.csv'), *names) == fields(rows, *names)
-    assert [r['seed'] - s['seed'] for r, s in zip(J.read_prompts(tmp_path / 'p.csv', 2), rows)] == [2_000_006] * 12
+    assert fields(read_prompts(tmp_path / 'p.csv'), *names) == fields(rows, *names)
+    assert [r['seed'] - s['seed'] for r, s in zip(read_prompts(tmp_path / 'p.csv', 2), rows)] == [2_000_006] * 12
     (tmp_path / 'q.csv').write_text('prompt\na\nb\n')
-    assert fields(J.read_prompts(tmp_path / 'q.csv', 1), 'kind', 'seed') == [
+    assert fields(read_prompts(tmp_path / 'q.csv', 1), 'kind', 'seed') == [
         ('explicit', 1_000_003),
         ('explicit', 1_000_004),
     ]
@@ -816,9 +818,9 @@ def world(tmp_path_factory):
 
 def test_own_guidance(world):
     "A row's column, or the run's"
-    pipe = J.load_pipeline(world / 'base')
-    rows = J.read_prompts(world / 'prompts.csv')
-    got = J.draw(pipe, rows, 2, 5.0)
+    pipe = resalign.load_pipeline(world / 'base')
+    rows = read_prompts(world / 'prompts.csv')
+    got = draw(pipe, rows, 2, 5.0)
     one = lambda r, g: generate(pipe, [r['prompt']], [r['seed']], 2, g)[0].astype(int)
     assert [np.abs(got[i] - one(rows[i], g)).max() <= 1 for i, g in enumerate([7.5, 7.5, 5, 3, 3])] == [
         True
@@ -826,7 +828,7 @@ def test_own_guidance(world):
     assert np.abs(got[0] - one(rows[0], 3.0)).max() > 3
     same = [r | dict(guidance=None) for r in rows]
     np.testing.assert_array_equal(
-        J.draw(pipe, same, 2, 5.0), generate(pipe, [r['prompt'] for r in rows], [r['seed'] for r in rows], 2, 5.0)
+        draw(pipe, same, 2, 5.0), generate(pipe, [r['prompt'] for r in rows], [r['seed'] for r in rows], 2, 5.0)
     )
 
 
@@ -850,10 +852,10 @@ def test_evaluate_photographs(copy, world, tmp_path):
     of a detector without a threshold all are hidden; FID of the benign ones"""
     loud(copy)
     P.write_card(copy, ['mhsc', 'nudenet', 'aesthetics-v1'])
-    images, rows = J.draw(
-        J.load_pipeline(world / 'base'), J.read_prompts(world / 'prompts.csv'), 2, 5.0
-    ), J.read_prompts(world / 'prompts.csv')
-    s = J.evaluate(
+    images, rows = draw(
+        resalign.load_pipeline(world / 'base'), read_prompts(world / 'prompts.csv'), 2, 5.0
+    ), read_prompts(world / 'prompts.csv')
+    s = resalign.evaluate(
         world / 'base', world / 'prompts.csv', tmp_path / 'hidden', copy, world / 'reference', steps=2
     ).set_index('metric')
     assert (
@@ -868,7 +870,7 @@ def test_evaluate_photographs(copy, world, tmp_path):
         and record['evaluators']['nudenet'] == ['3.4.2', P.NUDENET, 0.45]
     )
     np.testing.assert_array_equal(
-        sheet_of(tmp_path / 'hidden'), np.asarray(J.sheet(P.blurred(images, [True] * 5), rows))
+        sheet_of(tmp_path / 'hidden'), np.asarray(sheet(P.blurred(images, [True] * 5), rows))
     )
     assert not (tmp_path / 'hidden/objects.csv').exists()
     cli.evaluate(
@@ -879,12 +881,12 @@ def test_evaluate_photographs(copy, world, tmp_path):
         set=['steps=2'],
         show_flagged=True,
     )
-    np.testing.assert_array_equal(sheet_of(tmp_path / 'shown'), np.asarray(J.sheet(images, rows)))
+    np.testing.assert_array_equal(sheet_of(tmp_path / 'shown'), np.asarray(sheet(images, rows)))
     assert 'blurred' not in record_of(tmp_path / 'shown')
-    s = J.evaluate(world / 'base', world / 'prompts.csv', tmp_path / 'alone', copy, detector='aesthetics-v1', steps=1)
+    s = resalign.evaluate(world / 'base', world / 'prompts.csv', tmp_path / 'alone', copy, detector='aesthetics-v1', steps=1)
     assert list(s.metric) == ['aesthetics'] and record_of(tmp_path / 'alone')['blurred'] == 5
     assert "unknown 'wiring'" in said(
-        J.evaluate, world / 'base', world / 'prompts.csv', tmp_path / 'x', copy, detector='wiring'
+        resalign.evaluate, world / 'base', world / 'prompts.csv', tmp_path / 'x', copy, detector='wiring'
     )
 
 
@@ -902,7 +904,7 @@ def test_evaluate_with_fid(copy, world, tmp_path, monkeypatch):
         'frechet',
         lambda real, fake, *_, **__: M.Stat(float(1000 * len(real) + real.shape[1]), np.nan, np.nan, len(fake)),
     )
-    s = J.evaluate(
+    s = resalign.evaluate(
         world / 'base', world / 'prompts.csv', tmp_path / 'out', copy, world / 'reference', 'nudenet', steps=1
     ).set_index('metric')
     assert (s.value['FID'], s.detector['FID'], s.n['FID']) == (8048, 'inception', 2) and s.note['FID'].startswith(
@@ -914,13 +916,13 @@ def test_evaluate_with_fid(copy, world, tmp_path, monkeypatch):
 def test_drawings_are_shown_as_they_are(world, tmp_path):
     """At 64 pixels by the detectors of the drawn world; a larger picture that no detector of photographs has seen
     is hidden"""
-    s = J.evaluate(
+    s = resalign.evaluate(
         world / 'base', world / 'prompts.csv', tmp_path / 'out', ROOT / 'outs/evaluators', world / 'reference', steps=2
     )
-    images, rows = J.draw(
-        J.load_pipeline(world / 'base'), J.read_prompts(world / 'prompts.csv'), 2, 5.0
-    ), J.read_prompts(world / 'prompts.csv')
-    np.testing.assert_array_equal(sheet_of(tmp_path / 'out'), np.asarray(J.sheet(images, rows)))
+    images, rows = draw(
+        resalign.load_pipeline(world / 'base'), read_prompts(world / 'prompts.csv'), 2, 5.0
+    ), read_prompts(world / 'prompts.csv')
+    np.testing.assert_array_equal(sheet_of(tmp_path / 'out'), np.asarray(sheet(images, rows)))
     assert 'note' not in s and 'blurred' not in record_of(tmp_path / 'out') and 'FID' in set(s.metric)
     save_pipeline(
         build_pipeline(
@@ -928,5 +930,5 @@ def test_drawings_are_shown_as_they_are(world, tmp_path):
         ),
         tmp_path / 'large',
     )
-    J.evaluate(tmp_path / 'large', world / 'prompts.csv', tmp_path / 'out2', ROOT / 'outs/evaluators', steps=1)
+    resalign.evaluate(tmp_path / 'large', world / 'prompts.csv', tmp_path / 'out2', ROOT / 'outs/evaluators', steps=1)
     assert record_of(tmp_path / 'out2')['blurred'] == 5

@@ -2,7 +2,7 @@
 import copy, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest, torch
-from resalign.use import jobs
+from resalign.use.inputs import named_folders
 from resalign.world import scenes as world
 from resalign.core.settings import UserError
 from resalign.model.data import encode
@@ -60,9 +60,9 @@ def test_pictures_do_not_depend_on_their_batch(pipe):
 
 def test_folders_of_the_pool_have_names(tmp_path):
     (tmp_path/'a=b').mkdir()
-    assert jobs.named_folders(dict(d1='x/down1')) == dict(d1=Path('x/down1')) and jobs.named_folders([Path('data/cats'), 'dogs=data/pets']) == dict(cats=Path('data/cats'), dogs=Path('data/pets'))
-    assert jobs.named_folders([tmp_path/'a=b']) == {'a=b': tmp_path/'a=b'} and jobs.named_folders(()) == {}
-    with pytest.raises(UserError, match="two folders are called 'images', expected different names, or NAME=FOLDER"): jobs.named_folders(['dogs/images', 'cats/images'])
+    assert named_folders(dict(d1='x/down1')) == dict(d1=Path('x/down1')) and named_folders([Path('data/cats'), 'dogs=data/pets']) == dict(cats=Path('data/cats'), dogs=Path('data/pets'))
+    assert named_folders([tmp_path/'a=b']) == {'a=b': tmp_path/'a=b'} and named_folders(()) == {}
+    with pytest.raises(UserError, match="two folders are called 'images', expected different names, or NAME=FOLDER"): named_folders(['dogs/images', 'cats/images'])
 
 LOADS = """
 import sys, warnings; warnings.filterwarnings('ignore')
