@@ -18,9 +18,8 @@ from resalign.measure import metrics
 from resalign.studies import report
 from resalign.studies import stages
 from resalign.studies import studies
-from resalign.core.settings import UserError, as_markdown, make_config, one_line, params
-from resalign.core.files import load_checkpoint, save_checkpoint
-                           write_json)
+from resalign.core.settings import UserError, escape_markdown, make_config, one_line, params
+from resalign.core.files import load_checkpoint, save_checkpoint, write_json
 from resalign.baselines.modular_lora import with_module
 from resalign.model.data import read_captions, read_image, read_images
 from resalign.measure.evaluators import load_evaluators
@@ -1003,4 +1002,4 @@ def test_reports_escape(tmp_path):
 
 def test_words_stay_words():
     assert one_line('a\x1b[2Jb\nc') == 'a [2Jb c' and html.unescape(re.sub(
-        r'\\(.)', r'\1', as_markdown('a<b>|`*[]&\\'))) == 'a<b>|`*[]&\\'
+        r'\\(.)', r'\1', escape_markdown('a<b>|`*[]&\\'))) == 'a<b>|`*[]&\\'

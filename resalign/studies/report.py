@@ -11,7 +11,7 @@ __all__ = ['CELL', 'HEADS', 'LABELS', 'GRID', 'UNCOMMITTED', 'FROM_BASE', 'read_
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns
 from scipy import stats
-from ..core.settings import UserError, as_markdown, params, root
+from ..core.settings import UserError, escape_markdown, params, root
 from ..measure.metrics import Stat, paired, rate
 from ..measure.evaluators import tables
 from .stages import COLUMNS, PHASES, column_of, split_phase
@@ -97,7 +97,7 @@ def main_table(rows:pd.DataFrame, metric:str, paper=None) -> pd.DataFrame: # one
     "One metric, laid out to be read; the paper's own figures in columns of their own"
     out, show = [], plain if metric in ('FID', 'CLIP', 'aesthetics') else percent
     for m, g in rows[rows.metric == metric].groupby('method', sort=False):
-        row = dict(method=as_markdown(NAMES.get(m, m)))
+        row = dict(method=escape_markdown(NAMES.get(m, m)))
         for key, head in HEADS.items():
             hit = g[(g.phase == key[0]) & (g.finetune == key[1])]
             row[head] = show(hit.iloc[0]) if len(hit) else ''

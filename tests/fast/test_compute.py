@@ -2,12 +2,12 @@
 from types import SimpleNamespace
 import pytest, torch
 from torch import nn
-from resalign.model import compute
 from resalign.core import training
-from resalign.model.compute import SCALE, Compute, Scaled, backbone, called, compute_of, finish, home, lower, metered
-    models, named, optimizer, prepare, restore, scaled, where, widen)
 from resalign.core.settings import UserError
 from resalign.core.training import OPTIMIZERS
+from resalign.model import compute
+from resalign.model.compute import (SCALE, Compute, Scaled, backbone, called, compute_of, finish, home, lower, metered,
+                                    models, named, optimizer, prepare, restore, scaled, where, widen)
 
 FINE = 1 + 2**-20 # bfloat16 rounds it to 1
 

@@ -1,10 +1,10 @@
 "Streams of random numbers, numbers that aren't finite, settings, names and progress."
 import hashlib, json, math, random, signal
 import numpy as np, pytest, torch
-from resalign.core import files, runs, settings
-from resalign.core.settings import Config, UserError, as_markdown, choose, make_config
-from resalign.core.runs import RunRecord, check_finite, generator
-    one_line, params, progress, root, save_checkpoint, load_checkpoint, seed_all, sha256)
+from resalign.core import runs
+from resalign.core.files import load_checkpoint, save_checkpoint, sha256
+from resalign.core.runs import RunRecord, check_finite, generator, progress, seed_all
+from resalign.core.settings import Config, UserError, escape_markdown, choose, make_config, one_line, params, root
 
 # ------------------------------------------------------------------ random numbers
 
@@ -72,7 +72,7 @@ def test_words_of_others_are_one_line_and_not_too_many():
         and one_line('abcd', 3) == 'abc ...'
     )
     assert str(UserError('a\nb')) == 'a b' and UserError('a')._render_traceback_() == ['UserError: a']
-    assert as_markdown('a|b `c` *d* [e](f) \\ <i>&"\n') == r'a\|b \`c\` \*d\* \[e\](f) \\ &lt;i&gt;&amp;" '
+    assert escape_markdown('a|b `c` *d* [e](f) \\ <i>&"\n') == r'a\|b \`c\` \*d\* \[e\](f) \\ &lt;i&gt;&amp;" '
 
 # ------------------------------------------------------------------ settings
 
@@ -136,7 +136,7 @@ def lines(monkeypatch, capsys, tick, n=5, every=30, setting='', **kw):
     def clock():
         now[0] += tick
         return now[0]
-    monkeypatch.setattr(core.time, 'monotonic', clock)
+    monkeypatch.setattr(runs.time, 'monotonic', clock)
     monkeypatch.setenv('PROGRESS', setting)
     bar = progress(range(n) if 'total' not in kw else iter(range(n)), desc='it', every=every, **kw)
     for i in bar: bar.note(f'note {i}')
@@ -163,8 +163,8 @@ def test_on_a_terminal_there_is_a_bar_with_the_note(monkeypatch):
             made.append(self)
         def __iter__(self): return iter(self.it)
         def set_postfix_str(self, text, refresh): self.said.append((text, refresh))
-    monkey.setattr(core, 'tqdm', Bar)
-    monkey.setattr(core.sys.stderr, 'isatty', lambda: True, raising=False)
+    monkey.setattr(runs, 'tqdm', Bar)
+    monkey.setattr(runs.sys.stderr, 'isatty', lambda: True, raising=False)
     monkey.setenv('PROGRESS', '1')
     bar = progress(range(2), desc='d')
     bar.note('before')
@@ -196,7 +196,7 @@ def test_a_hash_is_of_names_and_contents(tmp_path):
 
 def test_a_record_keeps_what_it_took_beside_it(tmp_path, monkeypatch):
     now = [10.]
-    monkeypatch.setattr(core.time, 'monotonic', lambda: now[0])
+    monkeypatch.setattr(runs.time, 'monotonic', lambda: now[0])
     record = RunRecord(job='x', cost=dict(steps=3))
     now[0] = 12.34
     record.save(tmp_path/'record.json')
@@ -205,7 +205,7 @@ def test_a_record_keeps_what_it_took_beside_it(tmp_path, monkeypatch):
 
 def test_a_signal_is_noted_and_a_second_one_interrupts(capfd):
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), core.stop_signals() as asked:
+    with pytest.raises(KeyboardInterrupt), runs.stop_signals() as asked:
         signal.raise_signal(signal.SIGTERM)
         assert asked == [signal.SIGTERM]
         signal.raise_signal(signal.SIGINT)

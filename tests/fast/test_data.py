@@ -3,12 +3,12 @@ import json
 from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
-from resalign.model import data
-from resalign.core.settings import UserError
 from resalign.core.runs import generator
+from resalign.core.settings import UserError
 from resalign.core.training import DRAWN
-from resalign.model.data import FORMATS, Bank, Sample, check_captions, draw_sample, embed, encode, moments, reach
-    read_captions, read_image, read_images, tokenised, two_encoders)
+from resalign.model import data
+from resalign.model.data import (FORMATS, Bank, Sample, check_captions, draw_sample, embed, encode, moments, reach,
+                                 read_captions, read_image, read_images, tokenised, two_encoders)
 from resalign.model.pipelines import train_tokenizer
 
 

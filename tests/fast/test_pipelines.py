@@ -5,9 +5,9 @@ import numpy as np, pytest, torch
 from torch import nn
 from resalign.model import pipelines
 from resalign.model.data import moments, tokenised
-from resalign.model.pipelines import BETAS, PretrainConfig, build_vae, start_level
-from resalign.model.pretraining import autocast, batch_of, narrow
-    starting_noise, train, train_denoiser, train_tokenizer, train_vae, vae_loss)
+from resalign.model.pipelines import (BETAS, PretrainConfig, autocast, build_vae, start_level, starting_noise,
+                                      train_tokenizer)
+from resalign.model.pretraining import batch_of, narrow, train, train_denoiser, train_vae, vae_loss
 import toy_finetune as toy
 
 CAPTIONS = ['a red cat', 'a blue dog', 'red', 'a dog', 'blue cat', 'a cat']

@@ -5,12 +5,11 @@ import pytest, torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from resalign.core import training
+from resalign.core.files import load_checkpoint
 from resalign.core.runs import Stopped
 from resalign.core.settings import UserError
-from resalign.core.files import load_checkpoint
-from resalign.core.training import DRAWN
-from resalign.core.training import OPTIMIZERS, Ranks, circumstances, keep, laps, largest, leaves, nested, optimise, resume
-    stepped)
+from resalign.core.training import (DRAWN, OPTIMIZERS, Ranks, circumstances, keep, laps, largest, leaves, nested,
+                                    optimise, resume, stepped)
 from toy_finetune import Rule
 
 START = [3., -4.]
