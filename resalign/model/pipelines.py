@@ -22,7 +22,7 @@ from .compute import backbone
 from pydantic import Field
 from ..core.settings import Config, UserError, choose
 from ..core.runs import Stopped, progress, seed_all, stop_signals
-from ..core.files import room_for, write_json
+from ..core.files import disk_errors, write_json
 
 # %% ../../nbs/3_model/20_pipelines.ipynb #d6330475
 class PretrainConfig(Config):
@@ -222,7 +222,7 @@ class Album:
     def __init__(self, folder, n:int, # pictures in the end
                  asked=''):           # what they are pictures of: an album of something else is begun anew
         self.file, self.index, self.n = Path(folder)/'pictures', Path(folder)/'index.json', n
-        with room_for(folder): Path(folder).mkdir(parents=True, exist_ok=True)
+        with disk_errors(folder): Path(folder).mkdir(parents=True, exist_ok=True)
         try: found = json.loads(self.index.read_text())
         except (OSError, ValueError): found = {}
         self.state = found if isinstance(found, dict) and found.get('asked') == asked else dict(asked=asked, shape=[], batches=[])
@@ -242,7 +242,7 @@ class Album:
     def add(self, images): # uint8 (k, size, size, 3)
         "The next pictures; they are on the disk when this returns"
         data = np.ascontiguousarray(images.transpose(0, 3, 1, 2)).tobytes() # colour by colour, as pipelines return them: the bits of a detector's sums depend on it
-        with room_for(self.file), open(self.file, 'r+b' if self.file.is_file() else 'wb') as f:
+        with disk_errors(self.file), open(self.file, 'r+b' if self.file.is_file() else 'wb') as f:
             f.seek(self.end); f.write(data); f.truncate(); f.flush(); os.fsync(f.fileno())
         self.state['shape'] = list(images.shape[1:]); self.state['batches'].append([len(data), hashlib.sha256(data).hexdigest()])
         write_json(self.index, self.state); self.end += len(data)

@@ -12,7 +12,7 @@ import torch, torch.nn.functional as F
 from diffusers import (AutoencoderKL, DDPMScheduler, StableDiffusionPipeline)
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..core.runs import generator
-from ..core.files import atomic_dir, clear_checkpoint, room_for, sha256
+from ..core.files import atomic_dir, clear_checkpoint, disk_errors, sha256
 from ..core.training import DRAWN
 from .data import moments, read_images, tokenised
 from ..core.training import OPTIMIZERS, optimise
@@ -109,7 +109,7 @@ def pretrain(folder,              # captioned images
     out, asked = Path(out), hashlib.sha256(f'{config.model_dump()} {sha256(folder)}'.encode()).hexdigest()[:8]
     checkpoints = Path(checkpoints or out.with_name(f'.{out.name}.checkpoints')/asked)
     images, captions = read_images(folder, config.size)
-    with room_for(tempfile.gettempdir()): pipe = build_pipeline(captions, config)
+    with disk_errors(tempfile.gettempdir()): pipe = build_pipeline(captions, config)
     wide = build_vae(config, config.wide_channels)
     vae_losses = train_vae(wide, images, config, config.vae_steps, checkpoints/'vae')
     pipe.register_modules(vae=narrow(wide, images, config.latent_channels))
