@@ -1,7 +1,7 @@
 """Runs jobs in children of one process that has imported everything: a run that is killed costs a second, not ten.
 
 A line of JSON on stdin is a job, with what should happen to it; a line of JSON on stdout is what became of it."""
-import json, os, resource, signal, socket, sys, tempfile, time, traceback
+import hashlib, json, os, re, resource, signal, socket, sys, tempfile, time, traceback
 from pathlib import Path
 
 ATTEMPTS = []
@@ -26,10 +26,10 @@ import numpy as np, pandas as pd, torch
 
 torch.set_num_threads(1)
 from resalign.studies import attacks
-from resalign.core import files, runs, settings
+from resalign.core import files as core_files
 import resalign
 from resalign.studies import landscape
-from resalign.model import pipelines
+from resalign.model import pipelines, pretraining
 from resalign.studies import stages
 from resalign.studies import studies
 from resalign.core import training
@@ -45,7 +45,7 @@ QUICK = dict(unsafe_bank=8, retain_bank=8, unsafe_batch=1, retain_batch=1)
 # ------------------------------------------------------------------ jobs: what they leave in `out`
 
 def pretrain(made, out, steps=6):
-    pipelines.pretrain(
+    pretraining.pretrain(
         made/'retain', out,
         PretrainConfig(size=32, vae_channels=(8, 8, 16), unet_channels=(16, 32), vae_batch=2, batch=2, text_width=32,
                        text_layers=1, vae_steps=steps, decoder_steps=steps, steps=steps))
@@ -98,15 +98,15 @@ def stage(made, out, names=()):
 def fingerprint(value) -> str:
     if isinstance(value, (tuple, list)): return [fingerprint(v) for v in value]
     if isinstance(value, pd.DataFrame):
-        return core.hashlib.sha256(value.to_csv(float_format='%.17g').encode()).hexdigest()[:16]
-    return core.hashlib.sha256(json.dumps(steady(value), default=lambda o: type(o).__name__,
+        return hashlib.sha256(value.to_csv(float_format='%.17g').encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(steady(value), default=lambda o: type(o).__name__,
                                           sort_keys=True).encode()).hexdigest()[:16]
 
 
 def steady(x):
     "Without times, and without the folders' random names"
     if isinstance(x, dict): return {k: steady(v) for k, v in x.items() if k not in ('seconds', 'cost')}
-    return core.re.sub(r'/[^ ]*/tmp\w+', '', x) if isinstance(x, str) else [steady(v)
+    return re.sub(r'/[^ ]*/tmp\w+', '', x) if isinstance(x, str) else [steady(v)
                                                                             for v in x] if isinstance(x, list) else x
 
 
@@ -114,7 +114,7 @@ def files(folder) -> dict: # path: hash; but for what it cost
     out = {}
     for p in sorted(Path(folder).rglob('*')):
         if not p.is_file() or p.name == 'cost.json': continue
-        name = core.re.sub(r'tmp\w{8}/', '', p.relative_to(folder).as_posix())
+        name = re.sub(r'tmp\w{8}/', '', p.relative_to(folder).as_posix())
         out[name] = fingerprint(json.loads(p.read_text())) if p.name in ('record.json', 'card.json') else sha256(p)[:16]
     return out
 
@@ -135,7 +135,7 @@ def at_operation(n: int, what: str):
 
         return g
 
-    os.replace, os.fsync, os.mkdir, core._exchange = map(around, (os.replace, os.fsync, os.mkdir, core._exchange))
+    os.replace, os.fsync, os.mkdir, core_files._exchange = map(around, (os.replace, os.fsync, os.mkdir, core_files._exchange))
     if what == 'kill': os.unlink, os.rmdir = around(os.unlink), around(os.rmdir)
     return count
 
@@ -156,7 +156,7 @@ def signal_at(number: int, n: int, then: int = 0):
 
         return g
 
-    training.stepped, pipelines.Album.add = around(training.stepped), around(pipelines.Album.add)
+    training.optimizer_step, pipelines.Album.add = around(training.optimizer_step), around(pipelines.Album.add)
 
 
 def count_batches() -> list:

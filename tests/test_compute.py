@@ -306,7 +306,7 @@ def test_the_bill_of_a_gpu_and_of_a_run(given, monkeypatch):
         yield [1.0, 9.0, 2.0]
 
     with monkeypatch.context() as m:
-        m.setattr(compute, 'laps', laps)
+        m.setattr(compute, 'step_seconds', laps)
         with metered(far) as bill:
             assert told == ['reset_peak_memory_stats']
     assert bill == dict(device='A card', steps=3, seconds_per_step=2.0, peak_gb=7.25, peak_of='allocated on the GPU')

@@ -226,7 +226,7 @@ def test_asked_to_stop(name, number, bench):
         with TALLY.case('SIGINT' if number == 2 else 'SIGTERM', name, identical=True):
             out = bench.place()
             said = bench.run(name, out, signal=[number, n], every=10**6)
-            assert said['status'] == 128 + number and 'the same command goes on from there' in said[
+            assert said['status'] == 128 + number and 'the same command resumes from' in said[
                 'err'] and 'Traceback' not in said['err'], said
             bench.intact(name, out)
             bench.goes_on(name, out)

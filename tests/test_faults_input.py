@@ -27,7 +27,7 @@ from resalign.method.finetune import FinetuneConfig
 from resalign.baselines.methods import METHODS, config_of
 from resalign.method.resalign import Pool
 from resalign.model.pipelines import Album, PretrainConfig, build_pipeline, generate, load_pipeline, save_pipeline
-from resalign.core.training import OPTIMIZERS, resume
+from resalign.core.training import OPTIMIZERS, load_state
 from resalign.world.scenes import draw, scenes, write_set
 
 EVALUATORS = ROOT/'outs/evaluators'
@@ -689,8 +689,8 @@ def test_checkpoints(tmp_path, capsys):
 
 def test_checkpoint_of_another_model(tmp_path):
     p, net, opt = saved(tmp_path)
-    bad('checkpoints', resume, p, dict(net=torch.nn.Linear(9, 2)), opt, words=str(p))
-    bad('checkpoints', resume, p, dict(other=net), opt, words=str(p))
+    bad('checkpoints', load_state, p, dict(net=torch.nn.Linear(9, 2)), opt, words=str(p))
+    bad('checkpoints', load_state, p, dict(other=net), opt, words=str(p))
 
 
 INDEX = 'index.json'

@@ -196,23 +196,23 @@ def resalign(pipe,                     # unlearned in place
     def gradients(step):
         gen = generator(config.seed, 'outer', step)
         i = harmful.draw(config.unsafe_batch, gen)
-        total, row = ranks.once(*direct_gradient(model, harmful, i, retain, params, config, gen, step))   # line 2
+        total, row = ranks.on_first(*direct_gradient(model, harmful, i, retain, params, config, gen, step))   # line 2
         for j in range(config.J if config.beta else 0):                                                   # line 3
             folder, ft = draw_config(config.pool, sorted(data.pool), config.seed, gen)                    # line 4
-            if not ranks.mine(j): continue
+            if not ranks.owns(j): continue
             loss = FinetuneLoss(model, data.pool[folder], ft, (step, j), data.retain)
             x, report, after = resilience_gradient(model, harmful, i, loss, params, where, ft, config, step % config.check_every == 0) # lines 5, 6
             try: budget.count(report)
             except TooManyFallbacks as e: raise UserError(f'resalign: step {step}, folder {folder}, {ft.algorithm} with lr {ft.lr:g}: {e}') from None
             total = [g + config.beta/config.J*v for g, v in zip(total, clipped(x, config.max_norm, config.longer))] # line 7
             row |= {f'{j}/{k}': v for k, v in dict(folder=folder, **ft.model_dump(), **report.asdict(), depth_after=after).items()}
-        total, row = ranks.merged(total, row)
+        total, row = ranks.reduce(total, row)
         for p, g in zip(params, total): p.grad = g
         return row
 
     def resumed(log): budget.solves, budget.fallbacks = len(before := split_log(log)['solves']), sum(s['fallback'] for s in before)
     log = optimise('resalign' if config.beta else 'ga', gradients, config.steps, params, optimizer('adamw', params, config.lr, net),
-                   dict(unet=net), max_norm=1., checkpoint=checkpoint, resumed=resumed)                             # line 8
+                   dict(unet=net), max_norm=1., checkpoint=checkpoint, on_resume=resumed)                             # line 8
     if save_adapter: pipe.save_lora_weights(save_adapter, **{f"{'unet' if hasattr(pipe, 'unet') else 'transformer'}_lora_layers": get_peft_model_state_dict(net, adapter_name='unlearn')})
     merge_lora(net, 'unlearn')
     return split_log(log)

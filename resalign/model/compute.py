@@ -14,7 +14,7 @@ from accelerate import PartialState
 from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 from ..core.settings import Config, UserError, make_config
-from ..core.training import OPTIMIZERS, laps
+from ..core.training import OPTIMIZERS, step_seconds
 
 # %% ../../nbs/3_model/00_compute.ipynb #c0de0006
 class Compute(Config):
@@ -140,7 +140,7 @@ def metered(pipe):
     "Fills a dict at the end: device, steps, seconds_per_step (median), peak_gb, peak_of"
     bill, there = {}, home(backbone(pipe))
     if there.type == 'cuda': torch.cuda.reset_peak_memory_stats(there)
-    with laps() as seconds: yield bill
+    with step_seconds() as seconds: yield bill
     if there.type == 'cuda': gb, of = torch.cuda.max_memory_allocated(there)/1e9, 'allocated on the GPU'
     else: gb, of = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)/1e9, 'resident set of the process'
     bill |= dict(device=named(there), steps=len(seconds), seconds_per_step=round(statistics.median(seconds), 4) if seconds else None, peak_gb=round(gb, 3), peak_of=of)

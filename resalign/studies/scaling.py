@@ -14,7 +14,7 @@ import numpy as np, pandas as pd, torch, yaml
 from ..core.settings import Config, make_config, params, root
 from ..core.files import write_json
 from ..model.data import encode, read_captions, read_images
-from ..use.jobs import size_of
+from ..use.inputs import size_of
 from ..model.losses import Denoiser, Harmful
 from ..method.resalign import ResAlignConfig, UnlearnData, resalign
 from ..model.pipelines import generate, load_pipeline
@@ -45,7 +45,7 @@ def outer_steps_on(processes:int, J:int, steps:int, settings:dict={}, pictures:i
     with tempfile.TemporaryDirectory() as tmp:
         asked, out = Path(tmp)/'asked.json', Path(tmp)/'seconds.json'
         asked.write_text(json.dumps(dict(J=J, steps=steps, settings=settings, pictures=pictures)))
-        run = [sys.executable, '-c', f'from resalign.scaling import rank; rank({str(asked)!r}, {str(out)!r})']
+        run = [sys.executable, '-c', f'from resalign.studies.scaling import rank; rank({str(asked)!r}, {str(out)!r})']
         launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--no-python', '--nproc_per_node', str(processes)]*(processes > 1)
         subprocess.run(launch + run, check=True, env=os.environ | dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', ACCELERATE_USE_CPU='true', PROGRESS='0'))
         return json.loads(out.read_text())
@@ -53,7 +53,7 @@ def outer_steps_on(processes:int, J:int, steps:int, settings:dict={}, pictures:i
 def rank(asked, out):
     "What each of them runs"
     seconds = outer_steps(**json.loads(Path(asked).read_text()))
-    if Ranks().first: write_json(out, seconds)
+    if Ranks().is_first: write_json(out, seconds)
 
 # %% ../../nbs/9_studies/09_scaling.ipynb #aeb326ef
 def step_rows(Js, processes, steps:int, settings:dict={}, **kw) -> list: # dicts: what, x, workers, repeat, seconds

@@ -228,7 +228,7 @@ def test_the_bill_has_the_median_of_the_steps(monkeypatch):
     pipe = SimpleNamespace(unet=Probe())
     with metered(pipe) as bill:
         assert bill == {}
-        training._laps.get().extend([.5, .1, .30004])
+        training._step_seconds.get().extend([.5, .1, .30004])
     assert bill == dict(
         device=named(torch.device('cpu')),
         steps=3,

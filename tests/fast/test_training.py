@@ -8,8 +8,8 @@ from resalign.core import training
 from resalign.core.files import load_checkpoint
 from resalign.core.runs import Stopped
 from resalign.core.settings import UserError
-from resalign.core.training import (DRAWN, OPTIMIZERS, Ranks, circumstances, keep, laps, largest, leaves, nested,
-                                    optimise, resume, stepped)
+from resalign.core.training import (DRAWN, OPTIMIZERS, Ranks, describe_step, save_state, step_seconds, sum_of_maxima, flatten_moments, unflatten_moments,
+                                    optimise, load_state, optimizer_step)
 from toy_finetune import Rule
 
 START = [3., -4.]
@@ -99,17 +99,17 @@ def test_after_is_called_once_a_step_behind_it():
 def test_laps_are_the_seconds_of_every_step_made_inside(monkeypatch):
     clock = iter(range(100))
     monkeypatch.setattr(training.time, 'perf_counter', lambda: next(clock)**2)
-    with laps() as seconds: Run()(3)
+    with step_seconds() as seconds: Run()(3)
     assert seconds == [1, 5, 9] # of the squares 0 1, 4 9, 16 25
-    with laps() as outer:
-        with laps() as inner: Run()(1)
+    with step_seconds() as outer:
+        with step_seconds() as inner: Run()(1)
         assert len(inner) == 1 and outer == []
         Run()(2)
     Run()(1)
     assert len(outer) == 2 and len(inner) == 1 and len(seconds) == 3
 
 def test_laps_are_over_after_an_error():
-    with pytest.raises(ZeroDivisionError), laps() as seconds: 1/0
+    with pytest.raises(ZeroDivisionError), step_seconds() as seconds: 1/0
     Run()(1)
     assert seconds == []
 
@@ -153,26 +153,26 @@ def test_a_learning_rate_beyond_float32_is_not_finite_and_other_errors_pass():
         def step(): raise RuntimeError(words)
         return SimpleNamespace(step=step)
     said = []
-    stepped(fails('value cannot be converted without overflow'), said.append)
+    optimizer_step(fails('value cannot be converted without overflow'), said.append)
     assert said == [float('inf')]
-    with pytest.raises(RuntimeError, match='shape'): stepped(fails('shape'), said.append)
+    with pytest.raises(RuntimeError, match='shape'): optimizer_step(fails('shape'), said.append)
     assert len(said) == 1
     run = Run(lr=1e300)
     with pytest.raises(UserError, match='run toy, step 0'): run(1)
 
 def test_largest_is_the_sum_of_the_largest_sizes():
-    assert largest([]).item() == 0.
-    assert largest([torch.tensor([1., -3.]), torch.zeros(0), torch.tensor([[2.]], dtype=torch.bfloat16)]).item() == 5.
-    assert largest([nn.Parameter(torch.tensor([-2.]))]).requires_grad is False
+    assert sum_of_maxima([]).item() == 0.
+    assert sum_of_maxima([torch.tensor([1., -3.]), torch.zeros(0), torch.tensor([[2.]], dtype=torch.bfloat16)]).item() == 5.
+    assert sum_of_maxima([nn.Parameter(torch.tensor([-2.]))]).requires_grad is False
     for bad in float('nan'), float('inf'), -float('inf'):
-        assert not largest([torch.tensor([1.0, bad]), torch.ones(2)]).isfinite()
+        assert not sum_of_maxima([torch.tensor([1.0, bad]), torch.ones(2)]).isfinite()
 
 
 def test_circumstances_name_learning_rate_settings_pictures_and_checkpoint(tmp_path):
     DRAWN.clear()
     opt = torch.optim.SGD([nn.Parameter(torch.ones(1))], .25)
-    assert circumstances(dict(loss=1.), opt) == 'lr 0.25'
-    assert circumstances(dict(loss=1.), opt, tmp_path/'none') == 'lr 0.25'
+    assert describe_step(dict(loss=1.), opt) == 'lr 0.25'
+    assert describe_step(dict(loss=1.), opt, tmp_path/'none') == 'lr 0.25'
     DRAWN.extend([torch.tensor([3, 1]), torch.tensor([2])])
     (tmp_path/'c').write_text('')
     row = {
@@ -186,7 +186,7 @@ def test_circumstances_name_learning_rate_settings_pictures_and_checkpoint(tmp_p
         'lr': 9,
     }
     assert (
-        circumstances(row, opt, tmp_path / 'c')
+        describe_step(row, opt, tmp_path / 'c')
         == '0/folder cats, 0/algorithm lora, 0/optimizer sgd, 0/lr 0.1, 0/steps 7; lr 0.25; pictures 3, 1; pictures 2; '
         f'the checkpoint in {tmp_path / "c"} is kept'
     )
@@ -205,7 +205,7 @@ def test_pictures_of_earlier_steps_are_not_named():
 def test_a_run_goes_on_where_its_checkpoint_ends(kind, tmp_path):
     Run(kind, scheduled=True)(2, tmp_path/'c')
     later, seen = Run(kind, scheduled=True), []
-    log = later(5, tmp_path/'c', resumed=lambda log: seen.extend(r['step'] for r in log))
+    log = later(5, tmp_path/'c', on_resume=lambda log: seen.extend(r['step'] for r in log))
     assert seen == [0, 1] and later.seen == [2, 3, 4]
     assert [r['step'] for r in log] == list(range(5))
     near(later.p, path(kind, scheduled=True)[0][-1])
@@ -223,9 +223,9 @@ def test_a_checkpoint_holds_weights_moments_and_log(tmp_path):
     assert tensors['opt/0/step'].item() == 2
 
 def kept(monkeypatch):
-    steps, inner = [], training.keep
+    steps, inner = [], training.save_state
     monkeypatch.setattr(
-        training, 'keep', lambda path, state, opt, log: steps.append(log[-1]['step']) or inner(path, state, opt, log)
+        training, 'save_state', lambda path, state, opt, log: steps.append(log[-1]['step']) or inner(path, state, opt, log)
     )
     return steps
 
@@ -269,15 +269,15 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     Run()(1, tmp_path/'c')
     other = Run()
     with pytest.raises(UserError, match=f'{tmp_path/"c"}: a checkpoint of another model'):
-        resume(tmp_path/'c', dict(net=nn.ParameterList([nn.Parameter(torch.ones(3))])), other.opt)
-    with pytest.raises(UserError, match='another model'): resume(tmp_path/'c', dict(other=other.module), other.opt)
-    keep(tmp_path/'d', dict(net=nn.ParameterList([nn.Parameter(torch.ones(n)) for n in (1, 2)])), other.opt, [])
+        load_state(tmp_path/'c', dict(net=nn.ParameterList([nn.Parameter(torch.ones(3))])), other.opt)
+    with pytest.raises(UserError, match='another model'): load_state(tmp_path/'c', dict(other=other.module), other.opt)
+    save_state(tmp_path/'d', dict(net=nn.ParameterList([nn.Parameter(torch.ones(n)) for n in (1, 2)])), other.opt, [])
     with pytest.raises(UserError, match=r'another model \(size mismatch for 1: .*\); remove it'): # the last of several
-        resume(tmp_path/'d', dict(net=nn.ParameterList([nn.Parameter(torch.ones(3)) for n in (1, 2)])), other.opt)
+        load_state(tmp_path/'d', dict(net=nn.ParameterList([nn.Parameter(torch.ones(3)) for n in (1, 2)])), other.opt)
 
 def test_without_a_checkpoint_a_run_starts_anew(tmp_path):
     run = Run()
-    assert resume(None, dict(net=run.module), run.opt) == [] == resume(tmp_path/'none', dict(net=run.module), run.opt)
+    assert load_state(None, dict(net=run.module), run.opt) == [] == load_state(tmp_path/'none', dict(net=run.module), run.opt)
     assert run.p.tolist() == START
 
 def test_several_modules_and_moments_come_back_to_their_own(tmp_path):
@@ -285,10 +285,10 @@ def test_several_modules_and_moments_come_back_to_their_own(tmp_path):
     opt = torch.optim.Adam([*a.parameters(), *b.parameters()], .1)
     for i, p in enumerate(opt.param_groups[0]['params']): p.grad = torch.full_like(p, i + 1.)
     opt.step()
-    keep(tmp_path/'c', dict(a=a, ab=b), opt, [1, 2])
+    save_state(tmp_path/'c', dict(a=a, ab=b), opt, [1, 2])
     c, d = nn.Linear(1, 2), nn.Linear(1, 2)
     fresh = torch.optim.Adam([*c.parameters(), *d.parameters()], .3)
-    assert resume(tmp_path/'c', dict(a=c, ab=d), fresh) == [1, 2]
+    assert load_state(tmp_path/'c', dict(a=c, ab=d), fresh) == [1, 2]
     for old, new in ((a, c), (b, d)): assert all(map(torch.equal, old.state_dict().values(), new.state_dict().values()))
     assert [fresh.state[p]['exp_avg'].flatten()[0].item() for p in fresh.param_groups[0]['params']] == pytest.approx(
         [0.1, 0.2, 0.3, 0.4]
@@ -322,7 +322,7 @@ def test_a_scheduler_that_is_wound_forward_does_not_warn(tmp_path, recwarn):
 def test_leaves_name_nested_moments_and_leave_out_what_is_none():
     table = torch.arange(3.)
     state = dict(step=torch.tensor(2.), exp_avg=torch.ones(2), none=None, quant=dict(code=table, deep=dict(n=7)))
-    out = dict(leaves(state))
+    out = dict(flatten_moments(state))
     assert list(out) == ['step', 'exp_avg', 'quant.code', 'quant.deep.n']
     assert out['exp_avg'] is state['exp_avg']  # on top: the very tensor
     assert (
@@ -333,7 +333,7 @@ def test_leaves_name_nested_moments_and_leave_out_what_is_none():
 def test_leaves_of_tensors_of_another_kind_are_dequantized():
     class Eight(torch.Tensor):
         def dequantize(self): return self.as_subclass(torch.Tensor)*2
-    out = dict(leaves(dict(m=torch.ones(2).as_subclass(Eight), plain=torch.ones(2), number=3)))
+    out = dict(flatten_moments(dict(m=torch.ones(2).as_subclass(Eight), plain=torch.ones(2), number=3)))
     assert out['m'].tolist() == [2., 2.] and out['plain'].tolist() == [1., 1.] and out['number'].item() == 3
 
 def test_nested_undoes_leaves():
@@ -342,7 +342,7 @@ def test_nested_undoes_leaves():
         exp_avg=torch.ones(2),
         quant=dict(code=torch.arange(3), deep=dict(n=7, m=torch.zeros(1))),
     )
-    back = nested(dict(leaves(state)))
+    back = unflatten_moments(dict(flatten_moments(state)))
     assert type(back['quant']['deep']['n']) is int and back['quant']['deep']['n'] == 7
     assert torch.is_tensor(back['step']) and back['step'] == 2.
     assert (
@@ -364,45 +364,45 @@ def rank(index, count, reduce=None):
 
 def test_alone_every_term_is_mine_and_nothing_is_exchanged():
     ranks, tensors, row = Ranks(), [torch.ones(2)], dict(a=1)
-    assert ranks.first and all(ranks.mine(j) for j in range(4))
-    out = ranks.merged(tensors, row)
+    assert ranks.is_first and all(ranks.owns(j) for j in range(4))
+    out = ranks.reduce(tensors, row)
     assert out[0] is tensors and out[1] is row
 
 def test_terms_go_round_the_ranks():
-    assert [[j for j in range(7) if rank(i, 3).mine(j)] for i in range(3)] == [[0, 3, 6], [1, 4], [2, 5]]
-    assert [rank(i, 3).first for i in range(3)] == [True, False, False]
+    assert [[j for j in range(7) if rank(i, 3).owns(j)] for i in range(3)] == [[0, 3, 6], [1, 4], [2, 5]]
+    assert [rank(i, 3).is_first for i in range(3)] == [True, False, False]
 
 def test_what_all_have_computed_is_counted_on_the_first_alone():
     tensors, row = [torch.ones(2), torch.ones(1, 3)], dict(a=1)
-    assert rank(0, 2).once(tensors, row) == (tensors, row)
-    zeros, empty = rank(1, 2).once(tensors, row)
+    assert rank(0, 2).on_first(tensors, row) == (tensors, row)
+    zeros, empty = rank(1, 2).on_first(tensors, row)
     assert empty == {} and [z.shape for z in zeros] == [t.shape for t in tensors] and not any(z.any() for z in zeros)
 
 def test_merged_tensors_are_summed_and_rows_joined(monkeypatch):
     monkeypatch.setattr(training, 'gather_object', lambda rows: rows + [dict(b=2)])
     other, how = torch.tensor([10., 20., 30., 40., 50.]), []
     ranks = rank(0, 2, lambda flat, kind: how.append(kind) or flat + other)
-    (a, b), row = ranks.merged([torch.tensor([1., 2.]), torch.tensor([[3.], [4.], [5.]])], dict(a=1))
+    (a, b), row = ranks.reduce([torch.tensor([1., 2.]), torch.tensor([[3.], [4.], [5.]])], dict(a=1))
     assert a.tolist() == [11., 22.] and b.tolist() == [[33.], [44.], [55.]] and row == dict(a=1, b=2) and how == ['sum']
 
 def test_a_rank_that_has_died_is_said_in_one_line():
     def reduce(flat, kind): raise RuntimeError('Connection closed ' + 'x'*200 + '\nmore')
 
     with pytest.raises(UserError, match='another process of this run has died') as e:
-        rank(0, 2, reduce).merged([torch.ones(1)], {})
+        rank(0, 2, reduce).reduce([torch.ones(1)], {})
     assert ('Connection closed ' + 'x'*102 + ')') in str(e.value)
 
 def test_the_first_ranks_result_is_written_and_the_others_thrown_away(tmp_path):
     for name in 'c', 'c.prev': (tmp_path/name).write_text('kept')
-    with rank(1, 2).result(tmp_path/'out', tmp_path/'c') as tmp: (tmp/'f').write_text('other')
+    with rank(1, 2).output_dir(tmp_path/'out', tmp_path/'c') as tmp: (tmp/'f').write_text('other')
     assert not tmp.exists() and not (tmp_path/'out').exists() and (tmp_path/'c').exists()
-    with pytest.raises(ZeroDivisionError), rank(0, 2).result(tmp_path/'out', tmp_path/'c'): 1/0
+    with pytest.raises(ZeroDivisionError), rank(0, 2).output_dir(tmp_path/'out', tmp_path/'c'): 1/0
     assert not (tmp_path/'out').exists() and (tmp_path/'c').exists()
-    with rank(0, 2).result(tmp_path/'out', tmp_path/'c') as tmp: (tmp/'f').write_text('first')
+    with rank(0, 2).output_dir(tmp_path/'out', tmp_path/'c') as tmp: (tmp/'f').write_text('first')
     assert (
         (tmp_path / 'out/f').read_text() == 'first'
         and not (tmp_path / 'c').exists()
         and not (tmp_path / 'c.prev').exists()
     )
-    with rank(0, 1).result(tmp_path/'two') as tmp: (tmp/'f').write_text('no checkpoint')
+    with rank(0, 1).output_dir(tmp_path/'two') as tmp: (tmp/'f').write_text('no checkpoint')
     assert (tmp_path/'two/f').read_text() == 'no checkpoint'
