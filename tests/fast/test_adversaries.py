@@ -4,7 +4,7 @@ import pytest, torch
 from safetensors.torch import load_file
 from torch.func import functional_call
 from transformers import CLIPTextConfig, CLIPTextModel
-from resalign.method.adversaries import Spectrum, add_word, new_word, save_word
+from resalign.method.adversaries import SpectralShift, add_token, new_token, save_token
 from resalign.core.settings import UserError
 from resalign.model.data import Bank, draw_sample
 from resalign.method.finetune import ALGORITHMS, FinetuneConfig, finetune
@@ -127,7 +127,7 @@ def test_the_word_is_the_settings_token(pipe):
 
 def test_a_new_word_begins_at_the_mean_of_all_words(pipe):
     before = pipe.text_encoder.get_input_embeddings().weight.detach().clone()
-    place = add_word(pipe, '<new>')
+    place = add_token(pipe, '<new>')
     rows = pipe.text_encoder.get_input_embeddings().weight
     assert place == len(before) == len(rows) - 1 == pipe.tokenizer.convert_tokens_to_ids('<new>')
     torch.testing.assert_close(rows[-1].detach(), before.mean(0))
@@ -135,14 +135,14 @@ def test_a_new_word_begins_at_the_mean_of_all_words(pipe):
 
 def test_captions_are_read_behind_the_word_by_the_pictures_index(pipe):
     plain = copy.deepcopy(pipe)
-    with new_word(pipe, '<new>', CAPTIONS) as trained:
+    with new_token(pipe, '<new>', CAPTIONS) as trained:
         (row,), inner = trained.params, trained.modules
         assert list(inner) == ['text_encoder'] and inner['text_encoder'] is pipe.text_encoder
         assert [p.requires_grad for p in pipe.text_encoder.parameters()].count(True) == 1 and row.requires_grad
         row.data.fill_(.3)
         s = draw_sample(bank(), 3, toy.stream(1))
-        dressed = trained.dress(s)
-    add_word(plain, '<new>')
+        dressed = trained.encode_text(s)
+    add_token(plain, '<new>')
     plain.text_encoder.get_input_embeddings().weight.data[-1] = .3
     ids = plain.tokenizer(
         [f'<new> {CAPTIONS[i]}' for i in s.index],
@@ -167,11 +167,11 @@ def test_words_that_cannot_be_learned_are_refused_before_anything_changes(pipe):
     assert '<new>' not in pipe.tokenizer.get_vocab()
 
 def test_a_saved_word_is_its_row(pipe, tmp_path):
-    add_word(pipe, '<a>')
-    add_word(pipe, '<b>')
+    add_token(pipe, '<a>')
+    add_token(pipe, '<b>')
     rows = pipe.text_encoder.get_input_embeddings().weight.data
     rows[-2], rows[-1] = 1., 2.
-    save_word(pipe, '<a>', tmp_path)
+    save_token(pipe, '<a>', tmp_path)
     kept = load_file(tmp_path/'learned_embeds.safetensors')
     assert list(kept) == ['<a>'] and kept['<a>'].tolist() == [1.]*4
 
@@ -188,7 +188,7 @@ def shifted(w, delta):
 @pytest.mark.parametrize('shape', [(3, 5), (5, 3), (2, 3, 2, 2), (4,)], ids=str)
 def test_the_spectrum_is_shifted_and_stays_above_zero(shape):
     w = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    spectrum = Spectrum(w)
+    spectrum = SpectralShift(w)
     n = min(shape[0], w[0].numel()) if w.ndim > 1 else 1
     assert spectrum.delta.shape == (n,) and not spectrum.delta.any() and list(spectrum.state_dict()) == ['delta']
     assert [k for k, _ in spectrum.named_parameters()] == ['delta']

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from resalign.baselines.advunlearn import AdvUnlearnConfig, advunlearn, attack, attacked, prefixed, tokens
+from resalign.baselines.advunlearn import (AdvUnlearnConfig, advunlearn, attack, attacked, prefixed, tokens,
                                            trained_params)
 from resalign.core.settings import UserError
 from resalign.core.runs import generator

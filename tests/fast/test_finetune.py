@@ -7,8 +7,8 @@ from pydantic import ValidationError
 from resalign.model.compute import lower
 from resalign.core.settings import UserError
 from resalign.model.data import Bank
-from resalign.method.finetune import ALGORITHMS, FinetuneConfig, FinetuneLoss, add_lora, adapter_params, averaged, finetune
-    merge_lora, simulated)
+from resalign.method.finetune import (ALGORITHMS, FinetuneConfig, FinetuneLoss, MovingAverage, adapter_params, add_lora,
+                                      finetune, merge_lora, simulated)
 from resalign.model.losses import Denoiser
 import toy_finetune as toy
 from toy_finetune import Rule, descent, loss_at, toy_bank, toy_pipe, weights
@@ -167,13 +167,18 @@ def test_the_moving_average_is_what_is_kept():
 
 def test_average_by_the_formula():
     p = torch.nn.Parameter(torch.tensor([2.]))
-    assert averaged([p], 0.) is None
-    mean, expected = averaged([p], .9), None
+    none = MovingAverage([p], 0.)
+    none.update()
+    none.copy_to_params()
+    assert none.modules() == {} and p.item() == 2.
+    average, expected = MovingAverage([p], .9), None
     for value in 3., 5., -1.:
         p.data.fill_(value)
-        mean.update_parameters(torch.nn.ParameterList([p]))
+        average.update()
         expected = value if expected is None else .9*expected + .1*value
-    assert next(mean.parameters()).item() == pytest.approx(expected)
+    assert next(average.modules()['ema'].parameters()).item() == pytest.approx(expected)
+    average.copy_to_params()
+    assert p.item() == pytest.approx(expected)
 
 def test_watch_is_called_before_the_first_step_and_after_each():
     pipe, seen, first = toy_pipe(), [], []
@@ -259,13 +264,13 @@ def test_residuals_are_prediction_minus_target():
 
 def test_the_samples_captions_are_dressed_and_the_priors_are_not():
     dressed = []
-    def dress(s):
+    def encode_text(s):
         dressed.append(s.index)
         return replace(s, text=s.text*0)
     plain = [torch.zeros_like(t) if i == 2 else t for i, t in enumerate(toy_bank())]
     pipe = toy_pipe()
     loss = FinetuneLoss(
-        Denoiser(pipe), bank(), FinetuneConfig(batch=3, prior_weight=0.3), prior=bank(PRIOR), dress=dress
+        Denoiser(pipe), bank(), FinetuneConfig(batch=3, prior_weight=0.3), prior=bank(PRIOR), encode_text=encode_text
     )
     expected = loss_at(weights(pipe), plain, 1, 3, toy_bank(seed=PRIOR), .3)
     assert loss.frozen(1)().item() == pytest.approx(expected.item(), rel=1e-9)

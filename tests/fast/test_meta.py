@@ -9,12 +9,12 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from reference import LAYERS, Reference, bank, norm_of, pipeline
-from resalign.method import resalign as meta
-from resalign.core.settings import UserError
 from resalign.core.runs import generator
+from resalign.core.settings import UserError
+from resalign.method import resalign as meta
 from resalign.method.finetune import FinetuneConfig
-from resalign.method.resalign import Pool, ResAlignConfig, UnlearnData, clipped, draw_config, in_one_step, resalign
-                           retain_weight, split_log)
+from resalign.method.resalign import (Pool, ResAlignConfig, UnlearnData, clipped, draw_config, in_one_step, resalign,
+                                      retain_weight, split_log)
 
 LR = .0371 # of the outer steps, found again by it
 

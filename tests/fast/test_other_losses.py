@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from resalign.baselines import other_losses
-from resalign.baselines.other_losses import ResAlignCAConfig, ResAlignESDConfig, Towards, TowardsAnchor, resalign_ca
+from resalign.baselines.other_losses import (ResAlignCAConfig, ResAlignESDConfig, Towards, TowardsAnchor, resalign_ca,
                                              resalign_esd)
 from resalign.core.runs import generator
 from resalign.model.losses import Denoiser

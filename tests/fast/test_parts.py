@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from resalign.baselines import parts
-from resalign.baselines.parts import anchor_pictures, anchored, anchors, cut, demo_data, drawn, epsilon, fit, guided
-                                      kept_captions,
-                                      layers, moved, original)
+from resalign.baselines.parts import (anchor_pictures, anchored, anchors, cut, demo_data, drawn, epsilon, fit, guided,
+                                      kept_captions, layers, moved, original)
 from resalign.core.settings import UserError
 from resalign.core.runs import generator
 from resalign.model.losses import Denoiser
