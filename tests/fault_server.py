@@ -66,7 +66,7 @@ def sample(made, out, n=24, steps=2):
     album = out.parent/f'.{out.name}.album'
     pipe = pipelines.load_pipeline(made/'base')
     images = pipelines.generate(pipe, [f'a picture of robot {i}' for i in range(n)], range(n), steps, album=album)
-    with core.atomic_dir(out) as tmp:
+    with core_files.atomic_dir(out) as tmp:
         np.save(tmp/'images.npy', images)
     import shutil
     shutil.rmtree(album)
