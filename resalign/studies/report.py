@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns
 from scipy import stats
 from ..core.settings import UserError, escape_markdown, params, root
 from ..measure.metrics import Stat, paired, rate
-from ..measure.evaluators import tables
+from ..measure.evaluators import metric_tables
 from .stages import COLUMNS, PHASES, column_of, split_phase
 from ..baselines.methods import NAMES
 
@@ -63,7 +63,7 @@ def over_seeds(values, n:int, share=False) -> Stat:
 
 def pooled(rows:pd.DataFrame, scores:pd.DataFrame) -> pd.DataFrame: # COLUMNS, seed 'all'
     "The same rows, for all seeds together"
-    out, counted = [], tables(scores.detector.unique())[0]
+    out, counted = [], metric_tables(scores.detector.unique())[0]
     for (metric, *cell), g in rows.groupby(['metric', *CELL], sort=False):
         if metric in counted:
             detector, kind, threshold = counted[metric]
@@ -78,7 +78,7 @@ def paired_tests(scores:pd.DataFrame, method='resalign') -> pd.DataFrame:
     "`method` against every other one, for IP and US, in every phase"
     out = []
     for metric in ('IP', 'US'):
-        detector, kind, threshold = tables(scores.detector.unique())[0][metric]
+        detector, kind, threshold = metric_tables(scores.detector.unique())[0][metric]
         df = scores[(scores.detector == detector) & (scores.kind == kind)]
         for (phase, how), g in df.groupby(['phase', 'finetune'], sort=False):
             mine = g[g.method == method]
@@ -113,7 +113,7 @@ LABELS = dict(IP='IP: unsafe pictures on implicit prompts, % (detector `wiring`,
 
 def labels(rows) -> dict: # metric: words
     "What each metric is, with the detectors that these rows come from"
-    rates, _, photos = tables(rows.detector.unique())
+    rates, _, photos = metric_tables(rows.detector.unique())
     if not photos: return LABELS
     words = {m: f'{LABELS[m].split(" (")[0]} (detector `{d}`, threshold {t})' for m, (d, _, t) in rates.items() if m in LABELS}
     return {m: words.get(m, LABELS[m]) for m in LABELS if m != 'objects'} | dict(FID='FID (Inception features)')

@@ -17,7 +17,10 @@ from itertools import product
 from pathlib import Path
 import numpy as np, pandas as pd, yaml
 from ..measure import detectors
-from ..use import jobs
+from ..use.evaluate import evaluate
+from ..use.finetune import finetune
+from ..use.inputs import load_bank
+from ..use.unlearn import unlearn
 from ..model import pipelines
 from ..real import places
 from ..real import profiles
@@ -29,9 +32,9 @@ from ..measure.detectors import train_evaluators
 from ..measure.evaluators import load_evaluators
 from ..method.finetune import FinetuneConfig
 from ..method.finetune import finetune as run_finetune
-from ..baselines.methods import FIXED, METHODS
+from ..baselines.methods import METHODS
 from ..measure.metrics import frechet, objects_right
-from ..measure.evaluators import tables
+from ..measure.evaluators import metric_tables
 from ..model.pipelines import PretrainConfig, generate, load_pipeline
 from ..model.pretraining import pretrain
 from ..world.scenes import scenes, write_set
@@ -120,20 +123,20 @@ def source_of(run) -> str:
     "The module of a method, and those of other methods and of what baselines share from which it takes functions"
     own = inspect.getmodule(run)
     used = {own} | {inspect.getmodule(f) for f in vars(own).values() if inspect.isfunction(f)}
-    return ''.join(inspect.getsource(m) for m in sorted(used, key=lambda m: m.__name__) if m.__name__.startswith(('resalign.baselines.', 'resalign.meta')))
+    return ''.join(inspect.getsource(m) for m in sorted(used, key=lambda m: m.__name__) if m.__name__.startswith(('resalign.baselines.', 'resalign.method.resalign')))
 
 @at_root
 def code_stage(smoke=True) -> list: # names of files
     "outs/code/METHOD.py for every method, with what its name fixes; looking.py, by which pictures are drawn and seen"
     with atomic_dir((Path(tempfile.mkdtemp()) if smoke else Path('outs'))/'code') as folder:
-        for method, (run, _) in METHODS.items(): (folder/f'{method}.py').write_text(f'{source_of(run)}\nFIXED = {FIXED.get(method, {})}\n')
+        for name, method in METHODS.items(): (folder/f'{name}.py').write_text(f'{source_of(method.run)}\nFIXED = {method.fixed}\n')
         (folder/'looking.py').write_text(''.join(map(inspect.getsource, (pipelines.starting_noise, pipelines.in_turn, pipelines.generate, detectors))))
         return sorted(p.name for p in folder.iterdir())
 
 # %% ../../nbs/9_studies/00_stages.ipynb #35409467
 def unlearn_base(out:Path, method:str, settings:dict, seed:int):
     "One method, from the base model, with the data that every method gets"
-    return jobs.unlearn(Path('outs/base'), places.data('unsafe'), places.data('retain'), out, method, settings, places.pool(), places.erase(), seed, places.compute())
+    return unlearn(Path('outs/base'), places.data('unsafe'), places.data('retain'), out, method, settings, places.pool(), places.erase(), seed, places.compute())
 
 def unlearn_spread(out:Path, method:str, settings:dict, seed:int, processes:int):
     "The same by the command, which starts several processes"
@@ -162,7 +165,7 @@ def finetune_stage(method:str, seed:int, smoke=True, profile=None) -> list: # ru
     records = []
     for name in DOWNSTREAM[:1] if smoke else DOWNSTREAM:
         data, algorithm = split_phase(name)
-        records.append(jobs.finetune(start, places.data(data), out/name, dict(algorithm=algorithm, steps=2) if smoke else profiles.settings(f'finetune.{name}'), seed=seed, module=module, compute=places.compute()))
+        records.append(finetune(start, places.data(data), out/name, dict(algorithm=algorithm, steps=2) if smoke else profiles.settings(f'finetune.{name}'), seed=seed, module=module, compute=places.compute()))
     return records
 
 # %% ../../nbs/9_studies/00_stages.ipynb #7ec9c1e4
@@ -177,7 +180,7 @@ def few_prompts(path, n=4) -> Path:
 def save_cell(folder:Path, scores:dict, # phase: what `score_images` says
               summary:pd.DataFrame):
     "What tables are made from: the summary, and the scores that `RATES` count, a row a picture and a column a phase"
-    rows = pd.concat(scores, names=['phase']).reset_index('phase'); pairs = {(detector, kind) for detector, kind, _ in tables(rows.detector.unique())[0].values()}
+    rows = pd.concat(scores, names=['phase']).reset_index('phase'); pairs = {(detector, kind) for detector, kind, _ in metric_tables(rows.detector.unique())[0].values()}
     rows = rows[[p in pairs for p in zip(rows.detector, rows.kind)]]
     write_csv(folder/'summary.csv', summary, index=False)
     write_csv(folder/'scores.csv', rows.pivot(index=['detector', 'kind', 'prompt', 'seed'], columns='phase', values='score')[[*scores]].rename(columns=column_of), float_format='%.9g') # float32, every bit
@@ -188,7 +191,7 @@ def evaluate_stage(method:str, seed:int, smoke=True, split='test', profile=None)
     out, rows, scores, prompts = out_folder('evaluate', f'{method}-{seed}', smoke), [], {}, places.prompts(split)
     for phase in PHASES[:1] if smoke else PHASES:
         model = Path('outs/base') if smoke else Path(f'outs/unlearn/{method}-{seed}') if phase == 'before' else Path(f'outs/finetune/{method}-{seed}/{phase}')
-        summary = jobs.evaluate(model, few_prompts(prompts) if smoke else prompts, out/phase, Path('outs/evaluators'), None if smoke else places.data('reference'),
+        summary = evaluate(model, few_prompts(prompts) if smoke else prompts, out/phase, Path('outs/evaluators'), None if smoke else places.data('reference'),
                                 seed=seed, compute=places.compute(), **({} if smoke else profiles.settings('evaluate')))
         data, algorithm = split_phase(phase)
         rows.append(summary.assign(method=method, seed=seed, phase=data, finetune=algorithm)); scores[phase] = pd.read_csv(out/phase/'scores.csv')
@@ -226,7 +229,7 @@ def watched(folder, finetunings, looks, glance, module=None) -> pd.DataFrame: # 
     "A saved model, before and along each of its fine-tunings (pairs of data set and `FinetuneConfig`); looks None: at the end"
     if module: plain, glance = glance, lambda pipe: plain(with_module(pipe, module))
     pipe, rows = load_pipeline(folder), []; before = glance(pipe)
-    banks = {data: jobs.load_bank(pipe, Path('data')/data) for data in {data: None for data, _ in finetunings}}
+    banks = {data: load_bank(pipe, Path('data')/data) for data in {data: None for data, _ in finetunings}}
     for data, config in finetunings:
         seen = {0: before} | trajectory(pipe, banks[data], config, looks or [config.steps], glance)
         rows += [dict(data=data, algorithm=config.algorithm, lr=config.lr, step=step, **look) for step, look in seen.items()]

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest, torch
 from scipy import linalg, stats
 
-from resalign.measure import metrics as M
 from resalign.core.settings import UserError
+from resalign.measure import evaluators as E
+from resalign.measure import metrics as M
 
 NAN, INF = float('nan'), float('inf')
 IMAGES = np.random.default_rng(0).integers(0, 255, (6, 4, 5, 3)).astype('uint8')
@@ -19,7 +20,7 @@ ROWS = [
 ]
 
 
-class Judge:
+class Fixed:
     "An evaluator that gives the numbers it was made with"
 
     def __init__(self, name, scores):
@@ -40,10 +41,10 @@ class Reader:
 EVALUATORS = {
     e.name: e
     for e in (
-        Judge('wiring', lambda x, p: x[:, 0, 0, 0] / 255),
-        Judge('mhsc', lambda x, p: x[:, 0, 0, 1] / 255),
-        Judge('clip-score', lambda x, p: [float(q[-1]) for q in p]),
-        Judge('aesthetics', lambda x, p: np.arange(len(x))),
+        Fixed('wiring', lambda x, p: x[:, 0, 0, 0] / 255),
+        Fixed('mhsc', lambda x, p: x[:, 0, 0, 1] / 255),
+        Fixed('clip-score', lambda x, p: [float(q[-1]) for q in p]),
+        Fixed('aesthetics', lambda x, p: np.arange(len(x))),
     )
 }
 
@@ -121,7 +122,7 @@ def test_what_is_wrong_with_rows_and_scores_is_named():
         M.score_images,
         IMAGES,
         ROWS,
-        dict(wiring=Judge('wiring', lambda x, p: [0, 1, NAN, 0, 0, 0])),
+        dict(wiring=Fixed('wiring', lambda x, p: [0, 1, NAN, 0, 0, 0])),
     )
 
 
@@ -476,43 +477,43 @@ def test_a_metric_may_be_asked_for_and_what_has_no_scores_is_left_out():
     assert list(rows_of(E.summarise(scored()[lambda d: d.detector == 'mhsc']))) == ['US']
 
 def test_the_tables_metrics_are_what_the_papers_name():
-    assert E.tables(['wiring', 'mhsc']) == (
+    assert E.metric_tables(['wiring', 'mhsc']) == (
         dict(IP=('wiring', 'implicit', 0.5), US=('mhsc', 'explicit', 0.5), explicit=('wiring', 'explicit', 0.5)),
         dict(CLIP=('clip-score', 'benign'), aesthetics=('aesthetics', 'benign')),
         False,
     )
-    assert E.tables(['nudenet', 'mhsc'])[0]['IP'] == ('nudenet', 'implicit', .45) and E.tables(['nudenet'])[2] is True
+    assert E.metric_tables(['nudenet', 'mhsc'])[0]['IP'] == ('nudenet', 'implicit', .45) and E.metric_tables(['nudenet'])[2] is True
 
 @pytest.mark.filterwarnings('ignore:FID from')
-def test_judge_reads_the_benign_pictures_and_summarises_all():
+def test_evaluate_images_reads_the_benign_pictures_and_summarises_all():
     eye, real = Reader(), normal(9, 3, 1, 100, 20)
-    scores, objects, summary = E.judge(list(IMAGES), ROWS, EVALUATORS | dict(reader=eye), real)
+    scores, objects, summary = E.evaluate_images(list(IMAGES), ROWS, EVALUATORS | dict(reader=eye), real)
     benign = [2, 5]
     pd.testing.assert_frame_equal(scores, M.score_images(IMAGES, ROWS, EVALUATORS))
     pd.testing.assert_frame_equal(objects, M.objects_right(eye, IMAGES[benign], [ROWS[i] for i in benign]))
     pd.testing.assert_frame_equal(summary, E.summarise(scores, objects, real, IMAGES[benign].mean((1, 2))))
-    scores, objects, summary = E.judge(IMAGES, ROWS, EVALUATORS | dict(reader=eye))
+    scores, objects, summary = E.evaluate_images(IMAGES, ROWS, EVALUATORS | dict(reader=eye))
     assert len(objects) == 2 and 'FID' not in set(summary.metric) and 'objects' in set(summary.metric)
 
 @pytest.mark.filterwarnings('ignore:FID from')
-def test_judge_without_benign_pictures_or_without_a_reader():
+def test_evaluate_images_without_benign_pictures_or_without_a_reader():
     unsafe = [0, 1, 3, 4]
-    scores, objects, summary = E.judge(
+    scores, objects, summary = E.evaluate_images(
         IMAGES[unsafe], [ROWS[i] for i in unsafe], EVALUATORS | dict(reader=Reader()), normal(9, 3, 1)
     )
     assert objects is None and set(summary.metric) == {'IP', 'US', 'explicit'}
-    scores, objects, summary = E.judge(IMAGES, ROWS, EVALUATORS)
+    scores, objects, summary = E.evaluate_images(IMAGES, ROWS, EVALUATORS)
     assert objects is None and set(summary.metric) == {'IP', 'US', 'explicit', 'CLIP', 'aesthetics'}
 
 @pytest.mark.filterwarnings('ignore:FID from')
-def test_judge_never_reads_more_than_256_pictures_at_once_and_leaves_none_out():
+def test_evaluate_images_never_reads_more_than_256_pictures_at_once_and_leaves_none_out():
     class Counts(Reader):
         def __init__(self): self.read_, self.seen = [], []
         def read(self, images): self.read_.append(len(images)); return super().read(images)
         def features(self, images): self.seen.append(len(images)); return super().features(images)
     x = np.random.default_rng(1).integers(0, 255, (600, 1, 1, 3)).astype('uint8')
     eye, rows = Counts(), [dict(ROWS[2], seed=i) for i in range(600)]
-    _, objects, summary = E.judge(x, rows, dict(reader=eye), normal(9, 3, 1))
+    _, objects, summary = E.evaluate_images(x, rows, dict(reader=eye), normal(9, 3, 1))
     assert (
         eye.read_ == eye.seen == [256, 256, 88]
         and list(objects.seed) == list(range(600)) == list(objects.index)
@@ -521,19 +522,19 @@ def test_judge_never_reads_more_than_256_pictures_at_once_and_leaves_none_out():
 
 
 @pytest.mark.filterwarnings('ignore:FID from')
-def test_judge_of_photographs_has_inception_s_features_no_objects_no_interval_of_fid_and_notes():
+def test_evaluate_images_of_photographs_has_inception_s_features_no_objects_no_interval_of_fid_and_notes():
     class Inception:
         name, net, note = 'inception', SimpleNamespace(num_features=3), ''
         def features(self, images): return images.mean((1, 2))
-    nude = Judge('nudenet', lambda x, p: x[:, 0, 0, 0]/255)
+    nude = Fixed('nudenet', lambda x, p: x[:, 0, 0, 0]/255)
     nude.world = 'photographs'
     eyes = {
         'nudenet': nude,
-        'clip-score': Judge('clip-score', lambda x, p: np.arange(len(x))),
+        'clip-score': Fixed('clip-score', lambda x, p: np.arange(len(x))),
         'inception': Inception(),
     }
     real = normal(9, 3, 1)
-    scores, objects, summary = E.judge(
+    scores, objects, summary = E.evaluate_images(
         IMAGES, ROWS, eyes, real, dict(nudenet=dict(above=True, rate=0.25, n=4, bound=0.05))
     )
     row = summary.set_index('metric')
@@ -548,7 +549,7 @@ def test_judge_of_photographs_has_inception_s_features_no_objects_no_interval_of
         and row.note['IP'].startswith('fires on 25.0% of 4')
         and row.note['CLIP'] == ''
     )
-    _, _, none = E.judge(IMAGES, ROWS, eyes)
+    _, _, none = E.evaluate_images(IMAGES, ROWS, eyes)
     assert 'FID' not in set(none.metric) and set(none.note) == {''}
 
 
