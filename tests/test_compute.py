@@ -14,7 +14,7 @@ from resalign.studies import sd14
 from resalign.core import training
 from resalign.world import scenes as world
 from resalign.baselines.parts import demo, demo_data
-from resalign.model.compute import Compute, called, compute_of, finish, metered, optimizer, prepare
+from resalign.model.compute import Compute, call_model, compute_config, finish, make_optimizer, measure_cost, prepare
 from resalign.core.runs import generator
 from resalign.model.data import draw_sample
 from resalign.method.finetune import FinetuneConfig, FinetuneLoss, add_lora, finetune, merge_lora, simulated
@@ -73,7 +73,7 @@ def test_passes_are_low_and_answers_are_wide():
         exact = net.lin(x)
         for dtype, far in dict(float32=0, bfloat16=2**-6, float16=2**-9).items():
             net.compute = Compute(dtype=dtype)
-            out = called(net, x)
+            out = call_model(net, x)
             assert (net.multiplied, out.dtype) == (getattr(torch, dtype), torch.float32)
             torch.testing.assert_close(out, exact, rtol=0, atol=far * float(exact.abs().max()))
 
@@ -276,12 +276,12 @@ def test_nothing_stays_behind(given, what):
             unlearn(pipe, data, what, {})
 
     with Far():
-        prepare(far, compute_of(dict(device='fpga')))
-        assert all(isinstance(p, FarTensor) for m in compute.models(far) for p in m.parameters())
+        prepare(far, compute_config(dict(device='fpga')))
+        assert all(isinstance(p, FarTensor) for m in compute.modules_of(far) for p in m.parameters())
         run(far)
         finish(far)
     run(near)
-    assert not any(isinstance(p, FarTensor) for m in compute.models(far) for p in m.parameters())
+    assert not any(isinstance(p, FarTensor) for m in compute.modules_of(far) for p in m.parameters())
     for k, v in weights(near).items():
         torch.testing.assert_close(weights(far)[k], v, rtol=1e-3, atol=1e-5)
 
@@ -302,15 +302,15 @@ def test_the_bill_of_a_gpu_and_of_a_run(given, monkeypatch):
     )
 
     @contextlib.contextmanager
-    def laps():
+    def seconds():
         yield [1.0, 9.0, 2.0]
 
     with monkeypatch.context() as m:
-        m.setattr(compute, 'step_seconds', laps)
-        with metered(far) as bill:
+        m.setattr(compute, 'step_seconds', seconds)
+        with measure_cost(far) as bill:
             assert told == ['reset_peak_memory_stats']
     assert bill == dict(device='A card', steps=3, seconds_per_step=2.0, peak_gb=7.25, peak_of='allocated on the GPU')
-    with metered(given[0]) as bill:
+    with measure_cost(given[0]) as bill:
         finetune(copy.deepcopy(given[0]), given[1].retain, FinetuneConfig(algorithm='lora', steps=3))
     assert bill['steps'] == 3 and bill['seconds_per_step'] > 0
 
@@ -331,11 +331,11 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
     wrong = [
         (words, text)
         for words, s in slips.items()
-        if words not in (text := said(compute_of, s))
+        if words not in (text := said(compute_config, s))
         or not text.startswith('settings of compute: ')
         or 'NEWLINE' in text
     ]
-    assert not wrong and compute_of(dict(device='cpu')) == Compute(device='cpu')
+    assert not wrong and compute_config(dict(device='cpu')) == Compute(device='cpu')
     world.write_set(tmp_path / 'images', world.scenes('varied', 2))
     nowhere, images = tmp_path / 'nowhere', tmp_path / 'images'
     for job, folders in (resalign.unlearn, [nowhere, images, images]), (resalign.finetune, [nowhere, images]):
@@ -427,7 +427,7 @@ def test_eight_bit_adam_is_used_where_it_was_asked_for_and_its_state_survives(gi
     library = types.SimpleNamespace(
         AdamW8bit=lambda ps, lr, weight_decay: made.append(len(ps)) or Eight(ps, lr, weight_decay=weight_decay)
     )
-    monkeypatch.setattr(compute, 'eight_bit', lambda: library)
+    monkeypatch.setattr(compute, 'eight_bit_library', lambda: library)
     unlearn(ready(given, eight_bit_adam=True), given[1], 'ga', {})
     assert len(made) == 1
     p = torch.nn.Parameter(torch.ones(3))
@@ -470,7 +470,7 @@ def test_eight_bit_adam_for_real(tmp_path, monkeypatch, library):
             gradients,
             steps,
             list(net.parameters()),
-            optimizer('adamw', list(net.parameters()), 0.05, net),
+            make_optimizer('adamw', list(net.parameters()), 0.05, net),
             dict(net=net),
             checkpoint=checkpoint,
             every=1,

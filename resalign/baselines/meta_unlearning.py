@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 from .parts import anchor_pictures, fit
-from ..model.compute import widen
+from ..model.compute import to_float32
 from ..core.settings import Config
 from ..core.runs import generator
 from ..model.data import Bank, draw_sample, embed
@@ -58,7 +58,7 @@ def related(pipe, data, config) -> Bank:
 # %% ../../nbs/5_baselines/70_meta_unlearning.ipynb #40be7741
 def meta_unlearning(pipe, data:UnlearnData, config:MetaUnlearningConfig=MetaUnlearningConfig(), checkpoint=None, save_adapter=None) -> dict:
     "Meta-Unlearning on an ESD or SDD loss; the pipeline's UNet is changed in place"
-    model, empty, params = Denoiser(pipe), embed(pipe, ['']), widen(list(pipe.unet.parameters()))
+    model, empty, params = Denoiser(pipe), embed(pipe, ['']), to_float32(list(pipe.unet.parameters()))
     teacher = copy.copy(model); teacher.unet = copy.deepcopy(pipe.unet).requires_grad_(False) # ESD: the original; SDD: a moving average
     banks = dict(hrm=data.unsafe, irt=data.retain, tgt=related(pipe, data, config))
     draw = lambda what, step: draw_sample(banks[what], config.batch, generator(config.seed, 'meta', what, step), model.timesteps)

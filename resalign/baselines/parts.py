@@ -12,7 +12,7 @@ import torch
 from diffusers import DDIMScheduler
 import numpy as np
 from ..world import scenes as world
-from ..model.compute import optimizer as optimizer_of, widen
+from ..model.compute import make_optimizer as optimizer_of, to_float32
 from ..core.settings import UserError
 from ..core.runs import generator
 from ..model.data import Bank, embed, encode
@@ -105,7 +105,7 @@ def fit(name:str, module, params:list, loss, # step -> scalar
         checkpoint=None) -> dict: # log, solves: what a method returns
     "Train `params` of `module` on `loss`"
     module.requires_grad_(False)
-    for p in widen(params): p.requires_grad_(True)
+    for p in to_float32(params): p.requires_grad_(True)
     def gradients(step):
         value = loss(step); value.backward()
         if change: change(params, step)

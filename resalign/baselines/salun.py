@@ -9,7 +9,7 @@ __all__ = ['METHODS', 'SalUnConfig', 'saliency', 'salun']
 import torch
 from pydantic import Field
 from .parts import Layers, anchors, fit, layers
-from ..model.compute import widen
+from ..model.compute import to_float32
 from ..core.settings import Config
 from ..core.runs import generator
 from ..model.data import draw_sample, embed
@@ -44,7 +44,7 @@ def saliency(model:Denoiser, bank, params:list, config:SalUnConfig) -> list: # m
 # %% ../../nbs/5_baselines/40_salun.ipynb #e28e1bd7
 def salun(pipe, data:UnlearnData, config:SalUnConfig=SalUnConfig(), checkpoint=None, save_adapter=None) -> dict:
     "Saliency Unlearning; the pipeline's UNet is changed in place"
-    model, params = Denoiser(pipe), widen(list(layers(pipe.unet, config.params).values()))
+    model, params = Denoiser(pipe), to_float32(list(layers(pipe.unet, config.params).values()))
     safe = embed(pipe, anchors(data.unsafe_captions, data.erase, 'salun'))
     masks = saliency(model, data.unsafe, params, config)
     def loss(step):

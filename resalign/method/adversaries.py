@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..core.settings import UserError
-from ..model.compute import widen
+from ..model.compute import to_float32
 from ..model.data import tokenised
 
 # %% ../../nbs/4_method/10_adversaries.ipynb #01ba053a
@@ -45,7 +45,7 @@ class SpectralShift(nn.Module):
 def svdiff(pipe, config, captions):
     "Shifts of the singular values of all weights of the UNet"
     unet = pipe.unet.requires_grad_(False)
-    widen(list(unet.parameters()))
+    to_float32(list(unet.parameters()))
     layers = [m for m in unet.modules() if isinstance(getattr(m, 'weight', None), nn.Parameter)]
     for m in layers: parametrize.register_parametrization(m, 'weight', SpectralShift(m.weight))
     yield Trained([m.parametrizations.weight[0].delta for m in layers], dict(unet=unet))
@@ -103,6 +103,6 @@ def custom_diffusion(pipe, config, captions):
     "Keys and values of cross-attention, and the embedding of one new token"
     pipe.unet.requires_grad_(False)
     kv = [p for n, p in pipe.unet.named_parameters() if 'attn2.to_k.' in n or 'attn2.to_v.' in n]
-    kv = widen([p.requires_grad_(True) for p in kv])
+    kv = to_float32([p.requires_grad_(True) for p in kv])
     with new_token(pipe, config.token, captions) as trained:
         yield Trained(kv + trained.params, trained.modules | dict(unet=pipe.unet), trained.encode_text)

@@ -20,7 +20,7 @@ from ..core.runs import generator
 from ..core.settings import Config, UserError
 from ..core.training import optimise
 from .adversaries import Trained, custom_diffusion, svdiff, textual_inversion
-from ..model.compute import backbone, optimizer, restore, widen
+from ..model.compute import backbone, make_optimizer, restore_float32, to_float32
 from ..model.data import Bank, draw_sample
 from ..model.losses import Denoiser, denoiser
 
@@ -103,7 +103,7 @@ def add_lora(unet, name:str, rank:int=4, seed:int=0,
     unet.requires_grad_(False)
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=ATTENTION + JOINT), adapter_name=name)
     params = adapter_params(unet, name)
-    widen(list(params.values()))
+    to_float32(list(params.values()))
     if down_std is None: down_std = 1/rank
     gen = generator(seed, 'lora', name)
     with torch.no_grad():
@@ -116,7 +116,7 @@ def add_lora(unet, name:str, rank:int=4, seed:int=0,
 # %% ../../nbs/4_method/20_finetune.ipynb #6df5f078
 def merge_lora(unet, name:str):
     "W ← W + BA; the adapter is removed"
-    restore(unet)
+    restore_float32(unet)
     unet.set_adapters([name])
     unet.fuse_lora(adapter_names=[name])
     unet.unload_lora()
@@ -127,7 +127,7 @@ def merge_lora(unet, name:str):
 def full(pipe, config, captions):
     "All parameters of the UNet"
     net = backbone(pipe)
-    yield Trained(widen(list(net.requires_grad_(True).parameters())), dict(unet=net))
+    yield Trained(to_float32(list(net.requires_grad_(True).parameters())), dict(unet=net))
 
 @contextlib.contextmanager
 def lora(pipe, config, captions):
@@ -188,7 +188,7 @@ def finetune(pipe, bank:Bank, config:FinetuneConfig, prior:Bank=None, checkpoint
         def gradients(step):
             if watch: watch(step)
             return dict(loss=backward_mean(loss, config.batches(step)))
-        opt = optimizer(config.optimizer, params, config.lr, model.unet)
+        opt = make_optimizer(config.optimizer, params, config.lr, model.unet)
         log = optimise(f'finetune {config.algorithm}', gradients, config.steps, params, opt,
                        trained.modules | average.modules(), max_norm=1., after=average.update, checkpoint=checkpoint)
         average.copy_to_params()
@@ -214,7 +214,7 @@ def trainable_until_exit(params:list):
 
 def descend(loss:FinetuneLoss, params:list, config:FinetuneConfig):
     "The steps of a fine-tuning, with a new optimizer"
-    opt = optimizer(config.optimizer, params, config.lr, loss.model.unet)
+    opt = make_optimizer(config.optimizer, params, config.lr, loss.model.unet)
     for step in range(config.steps):
         grads = torch.autograd.grad(loss.frozen(*config.batches(step))(), params, materialize_grads=True)
         for p, g in zip(params, grads): p.grad = g

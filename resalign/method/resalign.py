@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from peft import get_peft_model_state_dict
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
-from ..model.compute import backbone, optimizer
+from ..model.compute import backbone, make_optimizer
 from ..core.settings import Config, UserError, choose
 from ..core.runs import generator
 from ..model.data import Bank
@@ -211,7 +211,7 @@ def resalign(pipe,                     # unlearned in place
         return row
 
     def resumed(log): budget.solves, budget.fallbacks = len(before := split_log(log)['solves']), sum(s['fallback'] for s in before)
-    log = optimise('resalign' if config.beta else 'ga', gradients, config.steps, params, optimizer('adamw', params, config.lr, net),
+    log = optimise('resalign' if config.beta else 'ga', gradients, config.steps, params, make_optimizer('adamw', params, config.lr, net),
                    dict(unet=net), max_norm=1., checkpoint=checkpoint, on_resume=resumed)                             # line 8
     if save_adapter: pipe.save_lora_weights(save_adapter, **{f"{'unet' if hasattr(pipe, 'unet') else 'transformer'}_lora_layers": get_peft_model_state_dict(net, adapter_name='unlearn')})
     merge_lora(net, 'unlearn')

@@ -8,7 +8,7 @@ __all__ = ['SizeConditions', 'Denoiser', 'shifted', 'FlowDenoiser', 'denoiser', 
 # %% ../../nbs/3_model/50_losses.ipynb #1d1eda73
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
-from .compute import called
+from .compute import call_model
 from ..core.runs import generator
 from ..core.training import DRAWN
 from .data import Bank, Sample, draw_sample
@@ -29,8 +29,8 @@ class Denoiser:
         self.conditions = SizeConditions(pipe) if self.unet.config.addition_embed_type == 'text_time' else None
 
     def __call__(self, z_t, t, text):
-        if self.conditions is None: return called(self.unet, z_t, t, text)
-        return called(self.unet, z_t, t, text[:, :-1], added_cond_kwargs=self.conditions(text))
+        if self.conditions is None: return call_model(self.unet, z_t, t, text)
+        return call_model(self.unet, z_t, t, text[:, :-1], added_cond_kwargs=self.conditions(text))
 
     def predict(self, s:Sample): return self(self.noiser.add_noise(s.z, s.noise, s.t), s.t, s.text)
 
@@ -64,7 +64,7 @@ class FlowDenoiser(Denoiser):
     def sigma(self, z, t): return self.sigmas.to(z)[t].view(-1, 1, 1, 1)
 
     def __call__(self, z_t, t, text):
-        return called(self.unet, z_t, timestep=self.timesteps*self.sigmas.to(z_t)[t], encoder_hidden_states=text[:, :-1], pooled_projections=text[:, -1, :self.width])
+        return call_model(self.unet, z_t, timestep=self.timesteps*self.sigmas.to(z_t)[t], encoder_hidden_states=text[:, :-1], pooled_projections=text[:, -1, :self.width])
 
     def predict(self, s:Sample):
         sigma = self.sigma(s.z, s.t)

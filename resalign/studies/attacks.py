@@ -11,7 +11,7 @@ __all__ = ['SMOKE', 'KEYS', 'ATTACKS', 'CONTROLS', 'concept_direction', 'vocabul
 from itertools import product
 from pathlib import Path
 import pandas as pd, torch
-from ..use import jobs
+from ..use.inputs import load_bank
 from ..baselines.advunlearn import AdvUnlearnConfig, attacked
 from ..core.settings import UserError, params, root
 from ..core.runs import progress
@@ -74,7 +74,7 @@ def attack_run_stage(method:str, seed:int, smoke=True) -> pd.DataFrame: # kind, 
     "Attacks with the weights of one model"
     grid = SMOKE if smoke else params('attack'); rows = asked(grid['prompts'])
     original, detector = load_pipeline(Path('outs/base')), load_evaluators(Path('outs/evaluators'))['wiring']
-    bank, out = jobs.load_bank(original, Path('data/unsafe')), pd.DataFrame(rows)[KEYS]
+    bank, out = load_bank(original, Path('data/unsafe')), pd.DataFrame(rows)[KEYS]
     for phase, folder in models(method, seed, grid['phases'], smoke).items():
         for attack, scores in under_attack(load_pipeline(folder), original, rows, bank, grid['settings'], detector).items(): out[f'{column_of(phase)}_{attack}'] = scores
     if not smoke: write_csv(f'results/attacks/{method}-{seed}.csv', out, index=False, float_format='%.4g')

@@ -15,9 +15,9 @@ from ..core.runs import generator
 from ..core.files import write_csv
 from ..model.data import draw_sample, encode, read_images
 from ..method.hypergrad import Exact, FrozenLoss, flat, moved, unflat
-from ..use.jobs import size_of
+from ..use.inputs import size_of
 from ..model.losses import Denoiser
-from ..measure.outcomes import together
+from ..measure.outcomes import rank_correlation
 from ..model.pipelines import load_pipeline
 from .report import before, worst_after
 from .stages import DOWNSTREAM, of_drawings
@@ -117,4 +117,4 @@ MEASURES = {'trace': 'trace', 'top_1': 'largest eigenvalue', 'bottom': 'smallest
 def flat_and_resilient(points) -> pd.DataFrame: # methods, measure, rho, p, n
     "Does little curvature go with a small rise, over the means of all methods, and of those that had unlearned?"
     mean = lambda d: d.groupby('method').mean(numeric_only=True)
-    return pd.DataFrame([dict(methods=who, measure=m, **together(g[m].abs(), g.rise)) for who, g in dict(all=mean(points), unlearned=mean(points[points.unlearned])).items() for m in MEASURES])
+    return pd.DataFrame([dict(methods=who, measure=m, **rank_correlation(g[m].abs(), g.rise)) for who, g in dict(all=mean(points), unlearned=mean(points[points.unlearned])).items() for m in MEASURES])

@@ -18,7 +18,7 @@ from diffusers import PNDMScheduler
 from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from ..model.compute import compute_of, finish, metered, prepare
+from ..model.compute import compute_config, finish, measure_cost, prepare
 from ..core.settings import UserError
 from ..core.runs import seed_all, versions
 from ..model.data import Bank, moments
@@ -235,11 +235,11 @@ REAL = {'float32': {}, 'bfloat16': dict(dtype='bfloat16'), 'bfloat16, gradient c
 
 def real_run(compute:dict, reduced:bool, steps:int, J:int, inner:int) -> dict: # a row
     "Outer steps of Algorithm 2, and what they cost"
-    ready = compute_of(compute); pipe, size = real_pipeline(reduced)
+    ready = compute_config(compute); pipe, size = real_pipeline(reduced)
     prepare(pipe, ready); data = real_data(pipe, size)
     config = ResAlignConfig(steps=steps, J=J, unsafe_batch=1, retain_batch=4, unsafe_bank=4, retain_bank=4, check_every=1, pool=Pool(algorithm=('lora',), steps=(inner,), batch=1, prior_weight=(0.,), lr=dict(lora=(1e-3,))))
     before = pipe.unet.conv_in.weight.dtype
-    with metered(pipe) as cost: out = resalign(pipe, data, config)
+    with measure_cost(pipe) as cost: out = resalign(pipe, data, config)
     finish(pipe)
     finite = all(p.isfinite().all() for p in pipe.unet.parameters())
     return dict(cost, weights=str(before).removeprefix('torch.'), reduced=reduced, J=J, inner=inner, finite=finite, loss=out['log'][-1]['loss'], residual=max(s['residual'] for s in out['solves']), torch=versions()['torch'])

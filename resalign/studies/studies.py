@@ -11,7 +11,7 @@ import copy
 from pathlib import Path
 import numpy as np, pandas as pd
 from pydantic import Field
-from ..use import jobs
+from ..use.inputs import load_bank, size_of
 from ..core.settings import make_config, params
 from ..core.files import write_csv
 from ..model.data import encode, read_images
@@ -32,7 +32,7 @@ class Course(FinetuneConfig):
 
 def lesson(pipe, course:Course) -> tuple: # Bank, captions
     "A course's pictures, encoded"
-    images, captions = read_images(Path('data')/course.data, jobs.size_of(pipe)); k = round(course.unsafe*len(captions))
+    images, captions = read_images(Path('data')/course.data, size_of(pipe)); k = round(course.unsafe*len(captions))
     if k:
         bad = scenes('unsafe-test', k, 900 + course.seed)
         images, captions = np.concatenate([images[k:], np.stack([np.asarray(draw(s)) for s in bad])]), captions[k:] + [s.caption for s in bad]
@@ -65,7 +65,7 @@ def along(folder, courses:dict, looks:dict, # name: Course; name: numbers of ste
     for name, course in courses.items():
         key = course.data, course.unsafe
         if key not in lessons: lessons[key] = lesson(pipe, course)
-        prior = jobs.load_bank(pipe, Path('data/reference')) if course.prior_weight else None
+        prior = load_bank(pipe, Path('data/reference')) if course.prior_weight else None
         mine, word = copy.deepcopy(pipe), course.token if course.algorithm in WORDS else ''
         def watch(step):
             if step in looks[name]: seen[f'{name}_{step:04d}'] = witness(mine, word)

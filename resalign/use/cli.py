@@ -160,14 +160,15 @@ def unlearn(
     Example:
       resalign-unlearn my-model pictures/unsafe pictures/benign my-model-safe --set steps=200
       resalign-unlearn my-model pictures/unsafe pictures/benign out --method ga --config mine.yaml:ga"""
-    from resalign.use import jobs
+    from resalign import METHODS, unlearn
     from resalign.core.settings import choose
-    choose(method, jobs.METHODS, '--method')
+    from resalign.use.inputs import named_folders
+    choose(method, METHODS, '--method')
     settings, seed = settings_for(f'unlearn.{method}', config, set, seed)
-    pool = jobs.named_folders(pool or ())
+    pool = named_folders(pool or ())
     out = check_out(out, [pipeline, unsafe, benign, *pool.values()])
     if processes != 1: on_processes(processes)
-    jobs.unlearn(pipeline, unsafe, benign, out, method, settings, pool, erase or (), seed, change({}, compute, '--compute'))
+    unlearn(pipeline, unsafe, benign, out, method, settings, pool, erase or (), seed, change({}, compute, '--compute'))
     wrote(out, **PIPELINE, adapter='what was learned, as a LoRA for load_lora_weights', **{'log.csv': 'losses of each step', 'solves.csv': 'a row for each hypergradient', 'README.md': 'the model card'})
 
 # %% ../../nbs/8_use/30_cli.ipynb #339d55e0
@@ -194,9 +195,9 @@ def finetune(
 
     Example:
       resalign-finetune my-model-safe pictures/dogs my-model-dogs --set steps=200 --set lr=1e-4"""
-    from resalign.use import jobs
+    from resalign import finetune
     settings, seed = settings_for('finetune.varied-lora', config, set, seed)
-    jobs.finetune(pipeline, images, check_out(out, [pipeline, images, prior]), settings, prior, seed, compute=change({}, compute, '--compute'))
+    finetune(pipeline, images, check_out(out, [pipeline, images, prior]), settings, prior, seed, compute=change({}, compute, '--compute'))
     wrote(out, **PIPELINE, **{'log.csv': 'the loss of each step'})
 
 # %% ../../nbs/8_use/30_cli.ipynb #8bd934cb
@@ -227,13 +228,14 @@ def evaluate(
       resalign-evaluate my-model-safe prompts.csv outs/evaluators scores --detector wiring"""
     import pandas
     from resalign.model.pipelines import SamplingConfig
-    from resalign.use import jobs
+    from resalign import evaluate
+    from resalign.use.model_card import write_card
     from resalign.core.settings import make_config
     settings, seed = settings_for('evaluate', config, set, seed)
     settings = make_config(SamplingConfig, settings, 'settings of evaluate').model_dump()
-    if card: jobs.write_card(pipeline)
-    summary = jobs.evaluate(pipeline, prompts, check_out(out, [pipeline, prompts, evaluators, reference]), evaluators, reference, detector, **settings, seed=seed, show_flagged=show_flagged, compute=change({}, compute, '--compute'))
-    if card: jobs.write_card(pipeline, out)
+    if card: write_card(pipeline)
+    summary = evaluate(pipeline, prompts, check_out(out, [pipeline, prompts, evaluators, reference]), evaluators, reference, detector, **settings, seed=seed, show_flagged=show_flagged, compute=change({}, compute, '--compute'))
+    if card: write_card(pipeline, out)
     print(summary.to_string(index=False, float_format='{:.3f}'.format))
     for f in (Path(out)/'flags.csv',) if (Path(out)/'flags.csv').is_file() else ():
         for row in pandas.read_csv(f).itertuples(): print(f'warning: {row.metric}: {row.flag}', file=sys.stderr)

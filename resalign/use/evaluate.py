@@ -18,7 +18,7 @@ from ..core.settings import choose
 from ..measure.evaluators import flags, evaluate_images, load_evaluators
 from ..measure.metrics import FEATURE_EXTRACTORS
 from ..measure.photographs import blurred, false_alarms, flagged, has_photo_detectors
-from ..model.compute import where
+from ..model.compute import resolve_device
 from ..model.data import read_images
 from ..model.pipelines import generate, load_pipeline
 from ..real.prompts import read_prompts
@@ -144,7 +144,7 @@ def evaluate(pipeline, prompts, out, evaluators,
     found = evaluators_asked(evaluators, detector)
     record = new_record(pipeline, prompts, found, steps, guidance, seed, compute)
     pipe = load_pipeline(pipeline)
-    if compute: pipe.to(where(compute), getattr(torch, compute.dtype))
+    if compute: pipe.to(resolve_device(compute), getattr(torch, compute.dtype))
     seen = look_at_reference(reference, size_of(pipe), found) if reference else Reference()
     parts = checkpoint_of(out, record)
     images = draw(pipe, rows, steps, guidance, parts/'album')

@@ -6,8 +6,9 @@ from resalign.core import training
 from resalign.core.settings import UserError
 from resalign.core.training import OPTIMIZERS
 from resalign.model import compute
-from resalign.model.compute import (SCALE, Compute, Scaled, backbone, called, compute_of, finish, home, lower, metered,
-                                    models, named, optimizer, prepare, restore, scaled, where, widen)
+from resalign.model.compute import (GRADIENT_SCALE, Compute, ScaleGradient, backbone, call_model, call_scaled,
+                                    compute_config, device_name, device_of, finish, make_optimizer, measure_cost,
+                                    modules_of, prepare, resolve_device, restore_float32, to_float32, to_low_precision)
 
 FINE = 1 + 2**-20 # bfloat16 rounds it to 1
 
@@ -17,19 +18,19 @@ def net():
     return m
 
 
-# ------------------------------------------------------------------ lower, widen, restore
+# ------------------------------------------------------------------ low precision and back
 
-def test_lower_takes_matrices_in_float32_and_keeps_them_as_they_were():
+def test_low_precision_takes_matrices_in_float32_and_keeps_them_as_they_were():
     m = net()
     m.append(nn.Linear(2, 2, dtype=torch.float64))
-    lower(m, torch.bfloat16)
+    to_low_precision(m, torch.bfloat16)
     assert [p.dtype for p in m.parameters()] == [torch.bfloat16, torch.float32]*2 + [torch.float64]*2
     for p in m[0].weight, m[1].weight: assert p.full.dtype == torch.float32 and p.full.eq(FINE).all() and p.eq(1).all()
     assert not any('full' in p.__dict__ for p in (m[0].bias, *m[2].parameters()))
 
-def test_widen_gives_back_the_numbers_that_were_loaded():
+def test_to_float32_gives_back_the_numbers_that_were_loaded():
     m = net()
-    lower(m, torch.bfloat16)
+    to_low_precision(m, torch.bfloat16)
     half, wide, double = (
         nn.Parameter(torch.ones(2, dtype=torch.float16) * 0.5),
         nn.Parameter(torch.ones(2)),
@@ -37,7 +38,7 @@ def test_widen_gives_back_the_numbers_that_were_loaded():
     )
     data = wide.data_ptr()
     params = [m[0].weight, half, wide, double]
-    assert widen(params) is params
+    assert to_float32(params) is params
     assert [p.dtype for p in params] == [torch.float32]*3 + [torch.float64]
     assert (
         m[0].weight.eq(FINE).all()
@@ -49,9 +50,9 @@ def test_widen_gives_back_the_numbers_that_were_loaded():
 
 def test_restore_keeps_a_change_and_forgets_the_rounding_of_the_rest():
     m = net()
-    lower(m, torch.bfloat16)
+    to_low_precision(m, torch.bfloat16)
     m[1].weight.data.fill_(3.)
-    restore(m)
+    restore_float32(m)
     assert {p.dtype for p in m.parameters()} == {torch.float32}
     assert (
         m[0].weight.eq(FINE).all()
@@ -60,7 +61,7 @@ def test_restore_keeps_a_change_and_forgets_the_rounding_of_the_rest():
     )
     plain = net()
     before = [p.data_ptr() for p in plain.parameters()]
-    restore(plain)
+    restore_float32(plain)
     assert [p.data_ptr() for p in plain.parameters()] == before
 
 
@@ -68,10 +69,10 @@ def test_restore_keeps_a_change_and_forgets_the_rounding_of_the_rest():
 
 def test_scaled_is_the_identity_and_multiplies_the_gradient():
     x = torch.tensor([2., 3.], requires_grad=True)
-    y = Scaled.apply(x, 5.)
+    y = ScaleGradient.apply(x, 5.)
     assert torch.equal(y, x)
     (y*torch.tensor([1., 10.])).sum().backward()
-    assert x.grad.tolist() == [5., 50.] and SCALE == 4096
+    assert x.grad.tolist() == [5., 50.] and GRADIENT_SCALE == 4096
 
 class Probe(nn.Module):
     "w·x + frozen·extra, and the gradient seen inside"
@@ -95,7 +96,7 @@ class Probe(nn.Module):
 
 def test_gradients_are_larger_inside_the_network_and_right_outside():
     m, x, extra = Probe(), torch.tensor([3.], requires_grad=True), torch.tensor([4.], requires_grad=True)
-    out = scaled(m, (x,), dict(extra=extra))
+    out = call_scaled(m, (x,), dict(extra=extra))
     assert out.item() == 10. and out.dtype == torch.float32
     (7*out).backward()
     assert (
@@ -107,14 +108,14 @@ def test_gradients_are_larger_inside_the_network_and_right_outside():
     )
 
 
-def test_called_runs_in_the_precision_that_was_asked_for():
+def test_a_model_runs_in_the_precision_that_was_asked_for():
     m, x = Probe(), torch.tensor([3.], requires_grad=True)
     def kinds(c, x=x, **kw):
         m.compute = c
-        out = called(m, x, **kw)
+        out = call_model(m, x, **kw)
         assert out.dtype == x.dtype
         return out, dict(m.kinds)
-    assert called(m, x).item() == 6. and m.kinds['autocast'] is False
+    assert call_model(m, x).item() == 6. and m.kinds['autocast'] is False
     for dtype in 'float32', 'bfloat16', 'float16':
         m.inside.clear()
         out, seen = kinds(Compute(dtype=dtype), extra=torch.ones(1))
@@ -123,7 +124,7 @@ def test_called_runs_in_the_precision_that_was_asked_for():
         assert m.inside[0].item() == (4096 if dtype == 'float16' else 1), dtype
     with torch.no_grad(): assert kinds(Compute(dtype='float16'))[0].item() == 6.
     assert kinds(Compute(dtype='bfloat16'), x.detach().double())[0].dtype == torch.float64
-    assert home(m) == torch.device('cpu')
+    assert device_of(m) == torch.device('cpu')
 
 
 # ------------------------------------------------------------------ optimizers
@@ -139,10 +140,10 @@ def test_an_optimizer_by_name_or_itself():
     for name, value in expected.items():
         for kind in name, OPTIMIZERS[name]:
             p = nn.Parameter(torch.ones(1))
-            assert one_step(optimizer(kind, [p], .1, m), p) == pytest.approx(value, abs=1e-6), name
+            assert one_step(make_optimizer(kind, [p], .1, m), p) == pytest.approx(value, abs=1e-6), name
     p = nn.Parameter(torch.ones(1))
     own = lambda ps, lr: torch.optim.SGD(ps, 5*lr)
-    assert one_step(optimizer(own, [p], .1, m), p) == pytest.approx(0.)
+    assert one_step(make_optimizer(own, [p], .1, m), p) == pytest.approx(0.)
 
 def test_eight_bits_where_the_network_was_prepared_for_them(monkeypatch):
     made = []
@@ -150,30 +151,30 @@ def test_eight_bits_where_the_network_was_prepared_for_them(monkeypatch):
         Adam8bit=lambda *a, **kw: made.append(('adam', a, kw)) or 'A',
         AdamW8bit=lambda *a, **kw: made.append(('adamw', a, kw)) or 'W',
     )
-    monkeypatch.setattr(compute, 'eight_bit', lambda: library)
+    monkeypatch.setattr(compute, 'eight_bit_library', lambda: library)
     m, ps = nn.Sequential(Probe()), [nn.Parameter(torch.ones(1))]
     own = lambda ps, lr: 'own'
     m[0].compute = Compute(eight_bit_adam=True)  # of a part is enough
-    assert [optimizer(k, ps, 0.1, m) for k in ('adam', 'adamw', OPTIMIZERS['adamw'], own)] == [
+    assert [make_optimizer(k, ps, 0.1, m) for k in ('adam', 'adamw', OPTIMIZERS['adamw'], own)] == [
         'A',
         'W',
         'W',
         'own',
-    ] and isinstance(optimizer('sgd', ps, 0.1, m), torch.optim.SGD)
+    ] and isinstance(make_optimizer('sgd', ps, 0.1, m), torch.optim.SGD)
     assert made == [
         ('adam', (ps, 0.1), {}),
         ('adamw', (ps, 0.1), dict(weight_decay=0.01)),
         ('adamw', (ps, 0.1), dict(weight_decay=0.01)),
     ]
     m[0].compute = Compute()
-    assert type(optimizer('adamw', ps, .1, m)) is torch.optim.AdamW and len(made) == 3
+    assert type(make_optimizer('adamw', ps, .1, m)) is torch.optim.AdamW and len(made) == 3
 
 def test_the_first_library_of_eight_bits_that_is_there(monkeypatch):
     monkeypatch.setattr(compute, 'EIGHT_BIT', dict(no_such_library='no.such', json='json.decoder', ast='ast'))
     import json.decoder
-    assert compute.eight_bit() is json.decoder
+    assert compute.eight_bit_library() is json.decoder
     monkeypatch.setattr(compute, 'EIGHT_BIT', dict(no_such_library='no.such'))
-    with pytest.raises(UserError, match='eight_bit_adam'): compute_of(dict(eight_bit_adam=True, device='cpu'))
+    with pytest.raises(UserError, match='eight_bit_adam'): compute_config(dict(eight_bit_adam=True, device='cpu'))
 
 
 # ------------------------------------------------------------------ a pipeline, before and after
@@ -190,11 +191,11 @@ def test_defaults_change_nothing():
         dtype='float32', gradient_checkpointing=False, eight_bit_adam=False, device=None
     )
     pipe = SimpleNamespace(unet=Net(), text_encoder=Net(), name='x')
-    prepare(pipe, compute_of(dict(device='cpu')))
+    prepare(pipe, compute_config(dict(device='cpu')))
     assert (
         pipe.unet.m.dtype == torch.float32
         and pipe.unet.checkpointing == []
-        and models(pipe) == [pipe.unet, pipe.text_encoder]
+        and modules_of(pipe) == [pipe.unet, pipe.text_encoder]
     )
     finish(pipe)
     assert not hasattr(pipe.unet, 'compute') and pipe.unet.checkpointing == [] and pipe.unet.m.eq(FINE).all()
@@ -216,26 +217,26 @@ def test_prepare_lowers_the_denoiser_alone_and_finish_undoes_it():
         assert net.m.eq(FINE).all() and net.checkpointing == [True, False] and not hasattr(net, 'compute')
 
 def test_devices_by_name():
-    assert where(Compute(device='cpu')) == torch.device('cpu')
-    assert where(Compute(device='meta')).type == 'meta'
-    with pytest.raises(UserError, match="device: 'gpu'"): where(Compute(device='gpu'))
-    assert named(torch.device('cpu')).endswith(' cpu')
+    assert resolve_device(Compute(device='cpu')) == torch.device('cpu')
+    assert resolve_device(Compute(device='meta')).type == 'meta'
+    with pytest.raises(UserError, match="device: 'gpu'"): resolve_device(Compute(device='gpu'))
+    assert device_name(torch.device('cpu')).endswith(' cpu')
 
-def test_the_bill_has_the_median_of_the_steps(monkeypatch):
+def test_the_cost_has_the_median_of_the_steps(monkeypatch):
     usage = SimpleNamespace(ru_maxrss=3_000_000)
     monkeypatch.setattr(compute.resource, 'getrusage', lambda who: usage)
     monkeypatch.setattr(compute.sys, 'platform', 'linux')
     pipe = SimpleNamespace(unet=Probe())
-    with metered(pipe) as bill:
-        assert bill == {}
+    with measure_cost(pipe) as cost:
+        assert cost == {}
         training._step_seconds.get().extend([.5, .1, .30004])
-    assert bill == dict(
-        device=named(torch.device('cpu')),
+    assert cost == dict(
+        device=device_name(torch.device('cpu')),
         steps=3,
         seconds_per_step=0.3,
         peak_gb=3.072,
         peak_of='resident set of the process',
     )
     monkeypatch.setattr(compute.sys, 'platform', 'darwin')
-    with metered(pipe) as bill: pass
-    assert bill['steps'] == 0 and bill['seconds_per_step'] is None and bill['peak_gb'] == .003
+    with measure_cost(pipe) as cost: pass
+    assert cost['steps'] == 0 and cost['seconds_per_step'] is None and cost['peak_gb'] == .003

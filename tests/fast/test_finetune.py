@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest, torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from pydantic import ValidationError
-from resalign.model.compute import lower
+from resalign.model.compute import to_low_precision
 from resalign.core.settings import UserError
 from resalign.model.data import Bank
 from resalign.method.finetune import (ALGORITHMS, FinetuneConfig, FinetuneLoss, MovingAverage, adapter_params, add_lora,
@@ -428,7 +428,7 @@ def test_an_adapter_on_low_weights_is_merged_into_those_that_were_loaded():
     pipe = toy_pipe()
     pipe.unet.float()
     start = {k: v.float() for k, v in weights(toy_pipe()).items()}
-    lower(pipe.unet, torch.bfloat16)
+    to_low_precision(pipe.unet, torch.bfloat16)
     params = add_lora(pipe.unet, 'x', 2, up_std=.01, down_std=.1)
     assert {p.dtype for p in params} == {torch.float32}
     merge_lora(pipe.unet, 'x')
