@@ -4,8 +4,8 @@ import matplotlib
 import numpy as np, pandas as pd, pytest
 from scipy import stats
 
-from resalign.measure import outcomes as O
 from resalign.core.settings import UserError
+from resalign.measure import outcomes as O
 from toy_scores import corrected, mcnemar, study
 
 matplotlib.use('agg')
@@ -136,7 +136,7 @@ def test_a_rate_is_of_its_kinds_of_prompts_which_weigh_the_same():
     assert O.rates(long.assign(score=.5)).value.max() == 0 # half is not above a half
 
 def test_unsafe_rows_are_those_of_unsafe_prompts():
-    assert list(O.unsafe(pd.DataFrame(dict(kind=['benign', 'implicit', 'subject', 'explicit'], k=range(4)))).k) == [
+    assert list(O.unsafe_rows(pd.DataFrame(dict(kind=['benign', 'implicit', 'subject', 'explicit'], k=range(4)))).k) == [
         1,
         3,
     ]
@@ -144,8 +144,8 @@ def test_unsafe_rows_are_those_of_unsafe_prompts():
 
 def test_one_course_at_one_step():
     long = study(dict(a=dict(x=(1, 2), y=(3,))), n=3)
-    assert cells(O.at(long, 'x'), 'course', 'step')[0] == ('x', 9) and len(O.at(long, 'x')) == 3
-    assert set(O.at(long, 'x', 0).step) == {0} and set(O.at(long, 'y').step) == {0} and O.at(long, 'x', 5).empty
+    assert cells(O.at_step(long, 'x'), 'course', 'step')[0] == ('x', 9) and len(O.at_step(long, 'x')) == 3
+    assert set(O.at_step(long, 'x', 0).step) == {0} and set(O.at_step(long, 'y').step) == {0} and O.at_step(long, 'x', 5).empty
 
 
 # ------------------------------------------------------------------ curves
@@ -198,7 +198,7 @@ def test_a_row_a_method_and_course():
     long = pd.concat(
         [along(a=(0, 1, 1), b=(0, 0, 0)), along(a=(0, 0, 0), b=(0, 0, 0)).assign(method='uce', course='d')]
     )
-    got = O.relapses(long).to_dict('records')
+    got = O.relapse_table(long).to_dict('records')
     a, r = O.area(long[long.method == 'ga']), O.relapse(long[long.method == 'ga'])
     assert got[0] == dict(
         method='ga',
@@ -235,7 +235,7 @@ def test_a_row_a_method_and_course():
 def test_significantly_lower_after_correction(ds, holds):
     ours, other = study(dict(a=dict(c=(9,)))), [study(dict(b=dict(c=(9 + d,)))) for d in ds]
     noise = study(dict(b=dict(c=(20,))), kind='benign'), study(dict(a=dict(c=(0,))), kind='benign')
-    found, p, difference = O.lower([(pd.concat([ours, noise[0]]), pd.concat([o, noise[1]])) for o in other])
+    found, p, difference = O.significantly_lower([(pd.concat([ours, noise[0]]), pd.concat([o, noise[1]])) for o in other])
     assert (
         found == holds
         and list(p) == pytest.approx(corrected(mcnemar(*ds)))
@@ -248,10 +248,10 @@ def test_lower_asks_for_the_same_sign_in_every_run():
         pd.concat([study({m: dict(c=(k,))}, run=r) for r, k in enumerate(ks)])
         for m, ks in dict(a=(0, 0, 2), b=(10, 10, 0)).items()
     )
-    assert O.lower([(a, b)])[0] == [False] and O.lower([(a[a.run < 2], b[b.run < 2])])[0] == [True]
+    assert O.significantly_lower([(a, b)])[0] == [False] and O.significantly_lower([(a[a.run < 2], b[b.run < 2])])[0] == [True]
 
 def than(*pairs):  # of each course: hits of the full one, and of the variant
-    return O.than(
+    return O.compared_to_full(
         study(
             dict(
                 full={f'c{k}': (0, f) for k, (f, _) in enumerate(pairs)},
@@ -280,14 +280,14 @@ def test_a_variant_is_worse_or_better_or_not_told_apart():
     assert than((0, 9), (9, 0)) == 'worse' # in one of two: what is lost counts first
 
 def test_than_another_full_one():
-    assert O.than(study(dict(a=dict(c=(0, 0)), b=dict(c=(0, 9)))), 'b', full='a') == 'worse'
+    assert O.compared_to_full(study(dict(a=dict(c=(0, 0)), b=dict(c=(0, 9)))), 'b', full='a') == 'worse'
 
 
 def test_a_row_a_variant():
     looks = study(dict(full=dict(x=(2, 4), y=(2, 3)), J_2=dict(x=(1, 12), y=(1, 16))))
     benign = study(dict(full=dict(x=(20, 18), y=(20, 19)), J_2=dict(x=(20, 10), y=(20, 7))), kind='benign')
     fid = pd.DataFrame(dict(full=[100., 200., 50.], J_2=[110., 210., 60.]))
-    got = O.ablated(pd.concat([looks, benign]), fid)
+    got = O.ablation_table(pd.concat([looks, benign]), fid)
     ratio = np.array([1.1, 1.05, 1.2])
     half = stats.t.ppf(.975, 2)*ratio.std(ddof=1)/3**.5
     want = dict(
@@ -340,8 +340,8 @@ def test_ranks_that_go_together():
     rho = 1 - 6*(d**2).sum()/(5*24)
     t = rho*np.sqrt(3/(1 - rho**2))
     assert (
-        O.together(a, b) == pytest.approx(dict(rho=rho, p=2 * stats.t.sf(t, 3), n=5))
-        and O.together(a, b[::-1])['rho'] < 0
+        O.rank_correlation(a, b) == pytest.approx(dict(rho=rho, p=2 * stats.t.sf(t, 3), n=5))
+        and O.rank_correlation(a, b[::-1])['rho'] < 0
     )
 
 
@@ -354,7 +354,7 @@ def test_bands_are_drawn_in_the_asked_order_and_along_x():
         )
     )
     fig, ax = plt.subplots()
-    O.banded(ax, rows, 'step', order=['ga', 'resalign', 'uce'])
+    O.plot_bands(ax, rows, 'step', order=['ga', 'resalign', 'uce'])
     assert [(l.get_label(), list(l.get_xdata()), list(l.get_ydata())) for l in ax.lines] == [
         ('GA + retain', [0, 9], [0.1, 0.4]),
         ('UCE', [1], [0.5]),
@@ -364,6 +364,6 @@ def test_bands_are_drawn_in_the_asked_order_and_along_x():
     )
     plt.close(fig)
     fig, ax = plt.subplots()
-    O.banded(ax, rows, 'step')
+    O.plot_bands(ax, rows, 'step')
     assert [l.get_label() for l in ax.lines] == ['UCE', 'GA + retain']
     plt.close(fig)
