@@ -13,7 +13,7 @@ from pydantic import Field
 from .parts import fit, kept_captions
 from ..core.settings import Config, UserError
 from ..core.runs import generator
-from ..model.data import Bank, draw_sample, embed, tokenised
+from ..model.data import Bank, draw_sample, embed, tokenize
 from ..model.losses import Denoiser
 from ..method.resalign import Method, UnlearnData
 
@@ -36,7 +36,7 @@ class AdvUnlearnConfig(Config):
 def tokens(pipe, captions:list, prefix:bool) -> torch.Tensor: # (n, length) ids
     "Token ids; with `prefix`, one place is kept free after the start token"
     if hasattr(pipe, 'text_encoder_2'): raise UserError('advunlearn: expected a pipeline with one text encoder, this one has two (SDXL), for which the method is not defined')
-    ids = tokenised(pipe, captions, room=int(prefix)).input_ids.to(pipe.text_encoder.device)
+    ids = tokenize(pipe, captions, spare=int(prefix)).input_ids.to(pipe.text_encoder.device)
     return torch.cat([ids[:, :1], ids[:, 1:2], ids[:, 1:]], 1) if prefix else ids
 
 @contextlib.contextmanager

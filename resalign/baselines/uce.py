@@ -12,7 +12,7 @@ from pydantic import Field, PositiveInt
 from .parts import anchored, kept_captions, layers
 from ..model.compute import to_float32
 from ..core.settings import Config
-from ..model.data import embed, tokenised
+from ..model.data import embed, tokenize
 from ..method.resalign import Method, UnlearnData
 
 # %% ../../nbs/5_baselines/20_uce.ipynb #e715a516
@@ -32,7 +32,7 @@ class RECEConfig(UCEConfig):
 @torch.no_grad()
 def embeddings(pipe, texts:list) -> tuple: # (n, tokens, width) in float64; (n,) position of each last word
     "Token embeddings of whole captions"
-    mask = tokenised(pipe, texts).attention_mask
+    mask = tokenize(pipe, texts).attention_mask
     return embed(pipe, texts)[:, :mask.shape[1]].double(), (mask.sum(1) - 2).clamp(min=0)
 
 def rows(pipe, cuts:list, benign:list, tokens:str) -> tuple: # each (n, width): erase, guide, empty, keep

@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 
 from ..core.settings import UserError
 from ..model.compute import to_float32
-from ..model.data import tokenised
+from ..model.data import tokenize
 
 # %% ../../nbs/4_method/10_adversaries.ipynb #01ba053a
 Trained = namedtuple('Trained', 'params modules encode_text', defaults=[lambda sample: sample])
@@ -75,7 +75,7 @@ def new_token(pipe, token:str, captions):
     if captions is None: raise UserError('captions: expected those of the pictures, this method learns a word')
     encoder = pipe.text_encoder.requires_grad_(False)
     token_id = add_token(pipe, token)
-    ids = tokenised(pipe, [f'{token} {c}' for c in captions]).input_ids.to(encoder.device)
+    ids = tokenize(pipe, [f'{token} {c}' for c in captions]).input_ids.to(encoder.device)
     config = TrainableTokensConfig(token_indices=[token_id], target_modules=['token_embedding'])
     inject_adapter_in_model(config, encoder, 'word')
     layer = encoder.get_input_embeddings()

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..core.runs import generator
 from ..core.files import atomic_dir, clear_checkpoint, disk_errors, sha256
 from ..core.training import DRAWN
-from .data import moments, read_images, tokenised
+from .data import moments, read_images, tokenize
 from ..core.training import OPTIMIZERS, optimise
 from .pipelines import BETAS, PretrainConfig, autocast, build_pipeline, build_vae, load_pipeline, save_pipeline
 
@@ -84,7 +84,7 @@ def train_denoiser(pipe, images, captions, config:PretrainConfig, checkpoint=Non
     unet, text, noiser = pipe.unet, pipe.text_encoder, DDPMScheduler(**BETAS)
     unet.to(memory_format=torch.channels_last)
     mean, std = moments(pipe.vae, images)
-    tokens, empty = (tokenised(pipe, texts).input_ids for texts in (captions, ['']))
+    tokens, empty = (tokenize(pipe, texts).input_ids for texts in (captions, ['']))
     both = torch.nn.ModuleDict(dict(unet=unet, text=text))
     average = AveragedModel(both, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
     def loss(step):

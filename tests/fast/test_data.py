@@ -7,8 +7,8 @@ from resalign.core.runs import generator
 from resalign.core.settings import UserError
 from resalign.core.training import DRAWN
 from resalign.model import data
-from resalign.model.data import (FORMATS, Bank, Sample, check_captions, draw_sample, embed, encode, moments, reach,
-                                 read_captions, read_image, read_images, tokenised, two_encoders)
+from resalign.model.data import (FORMATS, Bank, Sample, check_captions, draw_sample, embed, embed_two_encoders, encode,
+                                 link_root, moments, read_captions, read_image, read_images, tokenize)
 from resalign.model.pipelines import train_tokenizer
 
 
@@ -84,16 +84,16 @@ def test_a_row_of_a_table_with_a_comma_too_many_is_not_shifted(tmp_path):
     assert read_captions(where).file_name.tolist() == ['a.png']
 
 def test_links_lead_into_the_folder_or_the_hubs_own_cache(tmp_path):
-    assert reach(tmp_path) == tmp_path.resolve()
+    assert link_root(tmp_path) == tmp_path.resolve()
     snapshot, blobs = tmp_path/'hub/snapshots/abc', tmp_path/'hub/blobs'
     inside = folder(snapshot/'deep', [dict(file_name='a.png', text='x')])
-    assert reach(inside) == inside.resolve() # a folder that is called so alone doesn't widen it
+    assert link_root(inside) == inside.resolve() # a folder that is called so alone doesn't widen it
     blobs.mkdir()
     for name in 'a', 'z': # blobs alone don't, either
         other = tmp_path/'hub'/name/'x'
         other.mkdir(parents=True)
-        assert reach(other) == other.resolve()
-    assert reach(inside) == reach(snapshot) == (tmp_path/'hub').resolve()
+        assert link_root(other) == other.resolve()
+    assert link_root(inside) == link_root(snapshot) == (tmp_path/'hub').resolve()
     for f in 'a.png', 'metadata.jsonl':
         (inside/f).rename(blobs/f)
         (inside/f).symlink_to(blobs/f)
@@ -258,7 +258,7 @@ def tokenizer(tmp_path_factory):
 
 def test_tokens_are_padded_and_cut_to_the_length_with_room(tokenizer):
     pipe, begin, end = SimpleNamespace(tokenizer=tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id
-    out = tokenised(pipe, ('a red cat', 'a blue dog'*9, ''))
+    out = tokenize(pipe, ('a red cat', 'a blue dog'*9, ''))
     assert out.input_ids.shape == out.attention_mask.shape == (3, 8)
     words = tokenizer.convert_tokens_to_ids(['a</w>', 'red</w>', 'cat</w>'])
     assert (
@@ -267,7 +267,7 @@ def test_tokens_are_padded_and_cut_to_the_length_with_room(tokenizer):
     )
     assert out.input_ids[1, 0] == begin and out.input_ids[1, -1] == end and out.attention_mask[1].all()
     assert out.input_ids[2, :2].tolist() == [begin, end]
-    short = tokenised(pipe, ['a blue dog'*9], 3)
+    short = tokenize(pipe, ['a blue dog'*9], 3)
     assert short.input_ids.shape == (1, 5) and short.input_ids[0, -1] == end
 
 class Encoder:
@@ -289,7 +289,7 @@ def test_embeddings_are_the_encoders_first_answer_in_the_order_of_the_captions(t
         and pipe.text_encoder.seen == [2, 1]
     )
     for row, t in zip(out, texts):
-        assert row[:, 0].tolist() == tokenised(pipe, [t]).input_ids[0].tolist() and torch.equal(
+        assert row[:, 0].tolist() == tokenize(pipe, [t]).input_ids[0].tolist() and torch.equal(
             row[:, 1], 2 * row[:, 0]
         )
     pipe.text_encoder.seen.clear()
@@ -300,7 +300,7 @@ def test_row_i_of_a_bank_is_caption_i_and_picture_i_up_to_the_batch_of_a_loss(to
     pipe = SimpleNamespace(tokenizer=tokenizer, text_encoder=Encoder(), vae=Vae(scaling_factor=1.))
     words = ['a', 'cat', 'red', 'dog', 'blue', 'd']
     marks = {
-        tokenised(pipe, [w]).input_ids[0, 1].item(): 40 * i for i, w in enumerate(words)
+        tokenize(pipe, [w]).input_ids[0, 1].item(): 40 * i for i, w in enumerate(words)
     }  # first token -> the picture's grey
     images = np.stack([np.full((2, 2, 3), 40*i, np.uint8) for i in range(6)])
     bank = encode(pipe, images, words)
@@ -348,7 +348,7 @@ def test_two_encoders_give_their_rows_and_the_pooled_one():
 
 def test_the_empty_prompt_is_zeros_where_the_pipeline_samples_so():
     for zeros in True, False, None:
-        out = two_encoders(double_pipe(zeros=zeros)[0], ['abc', '', 'x'])
+        out = embed_two_encoders(double_pipe(zeros=zeros)[0], ['abc', '', 'x'])
         assert out[1].any() == (not zeros) and out[0].any() and out[2].any()
 
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import numpy as np, pytest, torch
 from torch import nn
 from resalign.model import pipelines
-from resalign.model.data import moments, tokenised
+from resalign.model.data import moments, tokenize
 from resalign.model.pipelines import (BETAS, PretrainConfig, autocast, build_vae, start_level, starting_noise,
                                       train_tokenizer)
 from resalign.model.pretraining import batch_of, narrow, train, train_denoiser, train_vae, vae_loss
@@ -152,7 +152,7 @@ def test_the_denoiser_learns_noise_and_ends_with_the_average(tokenizer):
 def test_captions_are_dropped_in_the_share_that_was_asked_for(tokenizer):
     for share in 0., .25, 1.:
         pipe, config, _ = pretrained(tokenizer, batch=256, caption_dropout=share)
-        empty = tokenised(SimpleNamespace(tokenizer=tokenizer), ['']).input_ids[0]
+        empty = tokenize(SimpleNamespace(tokenizer=tokenizer), ['']).input_ids[0]
         said = torch.cat(pipe.text_encoder.said)
         dropped = (said == empty).all(1)
         assert torch.equal(said, torch.cat([shown(tokenizer, config, k)[3] for k in range(5)]))
