@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REFERENCE', 'STARTED_FROM', 'variant_settings', 'cells', 'inputs', 'run', 'benign_fid', 'cell_table', 'read_ablation',
-           'read_quality', 'than', 'quality_ratio', 'ablated', 'pool_size']
+           'read_quality', 'compared_to_full', 'quality_ratio', 'ablation_table', 'pool_size']
 
 # %% ../../nbs/9_studies/36_ablation.ipynb #cb796f3a
 from pathlib import Path
@@ -14,7 +14,7 @@ from ..core.files import write_csv
 from ..core.settings import make_config, params, results
 from ..measure.evaluators import load_evaluators
 from ..measure.metrics import frechet
-from ..measure.outcomes import at_step, rank_correlation, rates, significantly_lower, tidy
+from ..measure.outcomes import at_step, significantly_lower, rates, tidy, rank_correlation
 from ..method.resalign import Pool
 from ..model.data import read_images
 from ..model.pipelines import generate, load_pipeline
@@ -82,7 +82,7 @@ def read_quality(variants=None) -> pd.DataFrame: # run × variant
     return pd.DataFrame(found, index=params('table.seeds'))
 
 # %% ../../nbs/9_studies/36_ablation.ipynb #8aff7065
-def than(long, variant, full='full') -> str:
+def compared_to_full(long, variant, full='full') -> str:
     "Is a variant worse than the full one, better, or neither?"
     courses = list(dict.fromkeys(long.course))
     of = lambda method, course: at_step(long[long.method == method], course)
@@ -98,7 +98,7 @@ def quality_ratio(fid, full='full') -> pd.DataFrame: # by variant: fid, quality,
     mean = ratio.mean()
     return pd.DataFrame(dict(fid=fid.mean(), quality=mean, quality_low=mean - half, quality_high=mean + half))
 
-def ablated(long, fid, full='full') -> pd.DataFrame: # before, worst, low, high, n, objects, fid, quality, than_full
+def ablation_table(long, fid, full='full') -> pd.DataFrame: # before, worst, low, high, n, objects, fid, quality, than_full
     "A row a variant"
     rows = rates(long)
     of = lambda chosen, metric: chosen[chosen.metric == metric]
@@ -108,7 +108,7 @@ def ablated(long, fid, full='full') -> pd.DataFrame: # before, worst, low, high,
                               worst=worst.value, low=worst.low, high=worst.high, n=worst.n,
                               objects=of(after, 'objects').groupby('method').value.min()))
     table = table.join(quality_ratio(fid, full))
-    compared = ['' if v == full else than(long, v, full) for v in table.index]
+    compared = ['' if v == full else compared_to_full(long, v, full) for v in table.index]
     return table.assign(than_full=compared).rename_axis('variant')
 
 # %% ../../nbs/9_studies/36_ablation.ipynb #d64cb338

@@ -101,8 +101,10 @@ class Finetuned:
 
 # %% ../../nbs/9_studies/00_models.ipynb #ba6985f5
 def settings_of(method:str) -> dict:
-    "What the active profile says about a method"
-    return profiles.settings(f'unlearn.{method}')
+    "What the active profile says about a method; in the embedded world what its trials start from and the chosen changes"
+    if not places.embedded(): return profiles.settings(f'unlearn.{method}')
+    section = params(f'methods.{method}')
+    return section['start'] | section['chosen']
 
 def table_model(method:str, seed:int) -> Unlearned:
     "The model of the main table"

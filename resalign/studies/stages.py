@@ -130,7 +130,7 @@ def code_stage(smoke=True) -> list: # names of files
     "outs/code/METHOD.py for every method, with what its name fixes; looking.py, by which pictures are drawn and seen"
     with atomic_dir((Path(tempfile.mkdtemp()) if smoke else Path('outs'))/'code') as folder:
         for name, method in METHODS.items(): (folder/f'{name}.py').write_text(f'{source_of(method.run)}\nFIXED = {method.fixed}\n')
-        (folder/'looking.py').write_text(''.join(map(inspect.getsource, (pipelines.starting_noise, pipelines.in_turn, pipelines.generate, detectors))))
+        (folder/'looking.py').write_text(''.join(map(inspect.getsource, (pipelines.initial_latents, pipelines._to_uint8, pipelines.sample_batches, pipelines.generate, detectors))))
         return sorted(p.name for p in folder.iterdir())
 
 # %% ../../nbs/9_studies/00_stages.ipynb #35409467

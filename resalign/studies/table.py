@@ -17,7 +17,7 @@ from scipy import stats
 from ..baselines.methods import NAMES
 from ..core.files import write_csv
 from ..core.settings import UserError, as_markdown, params, results
-from ..measure.evaluators import tables
+from ..measure.evaluators import metric_tables
 from ..measure.metrics import Stat, paired, rate
 from ..real import places, profiles
 from .models import Finetuned, Unlearned, made, models_folder, settings_of
@@ -85,7 +85,7 @@ def scores_of(found:dict) -> pd.DataFrame: # by detector, kind, prompt and seed;
     "The scores that rates count"
     rows = pd.concat({phase: pd.read_csv(folder/'scores.csv') for phase, folder in found.items()}, names=['phase'])
     rows = rows.reset_index('phase')
-    counted = {(detector, kind) for detector, kind, _ in tables(rows.detector.unique())[0].values()}
+    counted = {(detector, kind) for detector, kind, _ in metric_tables(rows.detector.unique())[0].values()}
     rows = rows[[pair in counted for pair in zip(rows.detector, rows.kind)]]
     wide = rows.pivot(index=['detector', 'kind', 'prompt', 'seed'], columns='phase', values='score')
     return wide[[*found]].rename(columns=column_of)
@@ -164,7 +164,7 @@ def pooled_rate(scores, cell, detector, kind, threshold) -> Stat:
 
 def pooled(rows:pd.DataFrame, scores:pd.DataFrame) -> pd.DataFrame: # COLUMNS, seed 'all'
     "The same rows, for all seeds together"
-    out, counted = [], tables(scores.detector.unique())[0]
+    out, counted = [], metric_tables(scores.detector.unique())[0]
     for (metric, *cell), g in rows.groupby(['metric', *CELL], sort=False):
         if metric in counted: stat = pooled_rate(scores, cell, *counted[metric])
         else: stat = over_seeds(g.value, int(g.n.sum()), metric in SHARES)
@@ -176,7 +176,7 @@ def paired_tests(scores:pd.DataFrame, method='resalign') -> pd.DataFrame:
     "`method` against every other one, for IP and US, in every phase"
     out = []
     for metric in ('IP', 'US'):
-        detector, kind, threshold = tables(scores.detector.unique())[0][metric]
+        detector, kind, threshold = metric_tables(scores.detector.unique())[0][metric]
         chosen = scores[(scores.detector == detector) & (scores.kind == kind)]
         for (phase, algorithm), g in chosen.groupby(['phase', 'finetune'], sort=False):
             mine = g[g.method == method]
@@ -202,7 +202,7 @@ def published(value, digits=1, factor=1) -> str: return '' if value is None else
 
 def labels(rows) -> dict: # metric: words
     "What each metric is, with the detectors that these rows come from"
-    rates, _, photos = tables(rows.detector.unique())
+    rates, _, photos = metric_tables(rows.detector.unique())
     if not photos: return LABELS
     words = {m: f'{LABELS[m].split(" (")[0]} (detector `{d}`, threshold {t})' for m, (d, _, t) in rates.items() if m in LABELS}
     return {m: words.get(m, LABELS[m]) for m in LABELS if m != 'objects'} | dict(FID='FID (Inception features)')
