@@ -62,14 +62,14 @@ def finetune(made, out, **settings):
 
 
 def sample(made, out, n=24, steps=2):
-    "Pictures alone, with an album"
-    album = out.parent/f'.{out.name}.album'
+    "Pictures alone, with a store"
+    store = out.parent/f'.{out.name}.album'
     pipe = pipelines.load_pipeline(made/'base')
-    images = pipelines.generate(pipe, [f'a picture of robot {i}' for i in range(n)], range(n), steps, album=album)
+    images = pipelines.generate(pipe, [f'a picture of robot {i}' for i in range(n)], range(n), steps, store=store)
     with core_files.atomic_dir(out) as tmp:
         np.save(tmp/'images.npy', images)
     import shutil
-    shutil.rmtree(album)
+    shutil.rmtree(store)
 
 
 def evaluate(made, out, prompts='prompts.csv', steps=2, base='base', detector='all'):
@@ -156,18 +156,18 @@ def signal_at(number: int, n: int, then: int = 0):
 
         return g
 
-    training.optimizer_step, pipelines.Album.add = around(training.optimizer_step), around(pipelines.Album.add)
+    training.optimizer_step, pipelines.ImageStore.add = around(training.optimizer_step), around(pipelines.ImageStore.add)
 
 
 def count_batches() -> list:
     "How many batches of pictures were drawn"
-    count, keep = [0], pipelines.Album.add
+    count, keep = [0], pipelines.ImageStore.add
 
     def add(self, *args, **kw):
         count[0] += 1
         return keep(self, *args, **kw)
 
-    pipelines.Album.add = add
+    pipelines.ImageStore.add = add
     return count
 
 
@@ -180,7 +180,7 @@ def child(job: dict):
     d[d.index(100)] = every
     training.optimise.__defaults__ = tuple(d)
     d = dict(zip(
-        ('steps', 'guidance', 'batch', 'bf16', 'embeds', 'album'), pipelines.generate.__defaults__)) | dict(batch=batch)
+        ('steps', 'guidance', 'batch', 'bf16', 'embeds', 'store'), pipelines.generate.__defaults__)) | dict(batch=batch)
     pipelines.generate.__defaults__ = tuple(d.values())
     if limit := job.get('fsize'):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

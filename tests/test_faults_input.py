@@ -26,7 +26,7 @@ from resalign.measure.evaluators import load_evaluators
 from resalign.method.finetune import FinetuneConfig
 from resalign.baselines.methods import METHODS, config_of
 from resalign.method.resalign import Pool
-from resalign.model.pipelines import Album, PretrainConfig, build_pipeline, generate, load_pipeline, save_pipeline
+from resalign.model.pipelines import ImageStore, PretrainConfig, build_pipeline, generate, load_pipeline, save_pipeline
 from resalign.core.training import OPTIMIZERS, load_state
 from resalign.world.scenes import draw, scenes, write_set
 
@@ -717,11 +717,11 @@ def test_albums(tmp_path):
 
     def check(case, tmp):
         spoil, question, kept = case
-        album = Album(tmp/'a', 9, 'q')
+        album = ImageStore(tmp/'a', 9, 'q')
         for pictures in batches:
             album.add(pictures)
         spoil(tmp/'a')
-        again = Album(tmp/'a', 9, question)
+        again = ImageStore(tmp/'a', 9, question)
         assert len(again) == kept
         for pictures in batches[kept // 3:]:
             again.add(pictures)

@@ -5,7 +5,7 @@ import numpy as np, pytest, torch
 from torch import nn
 from resalign.model import pipelines
 from resalign.model.data import moments, tokenize
-from resalign.model.pipelines import (BETAS, PretrainConfig, autocast, build_vae, start_level, starting_noise,
+from resalign.model.pipelines import (BETAS, PretrainConfig, autocast, build_vae, init_vae, initial_latents,
                                       train_tokenizer)
 from resalign.model.pretraining import batch_of, narrow, train, train_denoiser, train_vae, vae_loss
 import toy_finetune as toy
@@ -268,7 +268,7 @@ def test_how_a_vae_starts():
     rows = q.weight.flatten(1)
     torch.testing.assert_close(rows @ rows.T, torch.diag(torch.tensor([1.]*6 + [.01]*6)), atol=1e-5, rtol=0)
     assert vae.config.latent_channels == 6 and vae.config.block_out_channels == (4, 4)
-    start_level(vae)
+    init_vae(vae)
 
 def test_a_narrow_vae_has_the_principal_components_of_the_latents():
     vae, x = small_vae(), pictures(40, 8)
@@ -303,9 +303,9 @@ def test_a_narrow_vae_has_the_principal_components_of_the_latents():
 
 def test_a_seed_decides_its_pictures_noise():
     pipe = SimpleNamespace(unet=SimpleNamespace(config=SimpleNamespace(in_channels=3, sample_size=5)))
-    out = starting_noise(pipe, [7, 2, 7])
+    out = initial_latents(pipe, [7, 2, 7])
     assert out.shape == (3, 3, 5, 5) and torch.equal(out[0], out[2])
     for row, seed in zip(out, (7, 2)):
         assert torch.equal(row, torch.randn(1, 3, 5, 5, generator=torch.Generator().manual_seed(seed))[0])
     for bad in 2**63, -2**63 - 1:
-        with pytest.raises(pipelines.UserError, match='seed'): starting_noise(pipe, [bad])
+        with pytest.raises(pipelines.UserError, match='seed'): initial_latents(pipe, [bad])
