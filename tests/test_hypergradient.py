@@ -37,7 +37,7 @@ def test_solve_is_linear(system, a, method):
     close(x([a * s + t for s, t in zip(g, h)]), a * x(g) + x(h), 1e-8)
 
 @settings(max_examples=40)
-@given(systems(), st.integers(1, 6), st.sampled_from(METHODS))
+@given(systems(), st.integers(1, 6), st.sampled_from(SOLVERS))
 def test_the_reported_residual_is_the_true_one(system, k, method):
     H, gamma, seed = system
     params, loss = quadratic(H)

@@ -132,7 +132,7 @@ def test_identity_and_zero():
     assert torch.equal(flat(x), flat(g)) and op.products == report.products == 0 and op.loss.evaluations == 0 and not report.fallback
     _, report = solve(op, g, 'identity', check=True)
     close(torch.tensor(report.residual), .5 * (symmetric(SPECTRA['mirror']) @ flat(g)).norm().float() / flat(g).norm().float(), 1e-6)
-    for method in METHODS:
+    for method in SOLVERS:
         x, report = solve(op, [0 * t for t in g], method)
         assert not flat(x).any() and report.products in (0, 1) and not report.fallback
 
