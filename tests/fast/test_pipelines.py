@@ -7,7 +7,7 @@ from resalign.model import pipelines
 from resalign.model.data import moments, tokenize
 from resalign.model.pipelines import (BETAS, PretrainConfig, autocast, build_vae, init_vae, initial_latents,
                                       train_tokenizer)
-from resalign.model.pretraining import batch_of, narrow, train, train_denoiser, train_vae, vae_loss
+from resalign.model.pretraining import to_batch, narrow, train_one_cycle, train_denoiser, train_vae, vae_loss
 import toy_finetune as toy
 
 CAPTIONS = ['a red cat', 'a blue dog', 'red', 'a dog', 'blue cat', 'a cat']
@@ -68,7 +68,7 @@ def test_train_is_adamw_with_one_cycle_clipped_to_1(steps):
     m.bias.data.zero_()
     start = m.weight.detach().clone().double()
     target = torch.tensor([[.2, -.1]])
-    log = train('x', m, lambda k: (k + 1)*(m.weight - target).square().sum()*3, steps, .1)
+    log = train_one_cycle('x', m, lambda k: (k + 1)*(m.weight - target).square().sum()*3, steps, .1)
     trail, said = toy.descent(
         dict(w=start),
         lambda w, k: (k + 1) * (w['w'] - target.double()).square().sum() * 3,
@@ -187,7 +187,7 @@ def test_the_vaes_loss_is_the_formula():
 def test_pictures_become_numbers_from_minus_1_to_1():
     x = pictures()
     x[2, 0, 1] = 0, 255, 51
-    out = batch_of(x, np.array([2, 0]))
+    out = to_batch(x, np.array([2, 0]))
     assert (
         out.shape == (2, 3, 4, 4)
         and out[0, :, 0, 1].tolist() == pytest.approx([-1, 1, -0.6])
