@@ -19,7 +19,7 @@ from resalign.core.runs import generator
 from resalign.model.data import draw_sample
 from resalign.method.finetune import FinetuneConfig, FinetuneLoss, add_lora, finetune, merge_lora, simulated
 from resalign.method.hypergrad import flat
-from resalign.model.losses import Denoiser, Harmful
+from resalign.model.losses import Denoiser, HarmfulLoss
 from resalign.method.resalign import ResAlignConfig, lora_map, resilience_gradient
 from resalign.baselines.methods import unlearn
 from resalign.model.pipelines import load_pipeline, save_pipeline
@@ -165,7 +165,7 @@ def test_hypergradients_of_low_passes_point_the_same_way(given):
     def answer(product, **settings):
         pipe = ready(given, **settings)
         model = Denoiser(pipe)
-        harmful = Harmful(model, given[1].unsafe, 16, 0)
+        harmful = HarmfulLoss(model, given[1].unsafe, 16, 0)
         params = add_lora(pipe.unet, 'unlearn', up_std=0.1, down_std=0.1)
         config, ft = ResAlignConfig(product=product), FinetuneConfig(optimizer='sgd', lr=1e-2, steps=2, batch=4)
         x, report, _ = resilience_gradient(

@@ -18,7 +18,7 @@ from resalign.method.finetune import FinetuneConfig, FinetuneLoss, add_lora, fin
 from resalign.model.losses import FlowDenoiser
 from resalign.method.rectified_flow import build_sd3
 from resalign.method.hypergrad import MoreauOperator, flat, hypergradient, lora_pairs, unflat
-from resalign.model.losses import Harmful, denoiser
+from resalign.model.losses import HarmfulLoss, denoiser
 from resalign.method.resalign import UnlearnData
 from resalign.baselines.methods import unlearn
 from resalign.model.pipelines import check_pipeline, generate, load_pipeline, save_pipeline
@@ -66,7 +66,7 @@ def test_hypergradients_against_the_dense_inverse(given, product, far):
     pipe.transformer.requires_grad_(False)
     params = [p.requires_grad_(True) for n, p in pipe.transformer.named_parameters() if 'lora_' in n and 'to_v' in n]
     loss = FinetuneLoss(model, double(given[1].retain), FinetuneConfig(batch=2))
-    harmful = Harmful(model, double(given[1].unsafe), 2, 0)
+    harmful = HarmfulLoss(model, double(given[1].unsafe), 2, 0)
     harm, gamma, n = lambda: harmful(model, torch.arange(2), 1e9), .5, sum(p.numel() for p in params)
     own = dict(lora=[p for p in lora_pairs(pipe.transformer)
                      if any(p.A is q for q in params)]) if product == 'lora-bilinear' else {}

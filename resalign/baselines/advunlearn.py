@@ -10,7 +10,7 @@ import contextlib, copy
 from typing import Literal
 import torch
 from pydantic import Field
-from .parts import fit, kept_captions
+from .parts import fit, retain_captions
 from ..core.settings import Config, UserError
 from ..core.runs import generator
 from ..model.data import Bank, draw_sample, embed, tokenize
@@ -74,10 +74,10 @@ def advunlearn(pipe, data:UnlearnData, config:AdvUnlearnConfig=AdvUnlearnConfig(
     model, encoder = Denoiser(pipe), pipe.text_encoder
     pipe.unet.requires_grad_(False)
     frozen = copy.deepcopy(encoder).requires_grad_(False)
-    plain, room, kept, empty = (tokens(pipe, c, p) for c, p in ((data.unsafe_captions, False), (data.unsafe_captions, True), (kept_captions(data, 'advunlearn'), False), ([''], False)))
+    plain, room, kept, empty = (tokens(pipe, c, p) for c, p in ((data.unsafe_captions, False), (data.unsafe_captions, True), (retain_captions(data, 'advunlearn'), False), ([''], False)))
     def sample(bank, what, step):
         s = draw_sample(bank, config.batch, generator(config.seed, 'advunlearn', what, step), model.timesteps)
-        return s, model.noiser.add_noise(s.z, s.noise, s.t)
+        return s, model.scheduler.add_noise(s.z, s.noise, s.t)
     def erase(step):
         s, z_t = sample(data.unsafe, 'unsafe', step)
         with torch.no_grad(): said, unsaid = model(z_t, s.t, frozen(plain[s.index])[0]), model(z_t, s.t, frozen(empty)[0].expand_as(s.text))
@@ -108,7 +108,7 @@ def attacked(pipe, original, captions:list, bank:Bank, # unsafe pictures, to be 
         now, said = ids[k:k+batch], wanted[k:k+batch]
         def view(step):
             s = draw_sample(bank, len(now), generator(config.seed, 'view', k, step), model.timesteps)
-            z_t = model.noiser.add_noise(s.z, s.noise, s.t)
+            z_t = model.scheduler.add_noise(s.z, s.noise, s.t)
             with torch.no_grad(): return z_t, s.t, teacher(z_t, s.t, said)
         delta = attack(model, pipe.text_encoder, now, view, config, generator(config.seed, 'prefix', k))
         with torch.no_grad(), prefixed(pipe.text_encoder, delta): out.append(pipe.text_encoder(now)[0].cpu())

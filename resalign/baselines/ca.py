@@ -43,7 +43,7 @@ def ablation(model, s, # pictures of anchors, with the anchors' embeddings
              weight:float) -> torch.Tensor: # scalar
     "L_CA on one sample"
     answer = model.predict(s)
-    said = model(model.noiser.add_noise(s.z, s.noise, s.t), s.t, unsafe)
+    said = model(model.scheduler.add_noise(s.z, s.noise, s.t), s.t, unsafe)
     return (said - answer.detach()).square().mean() + weight*(answer - model.target(s)).square().mean()
 
 # %% ../../nbs/5_baselines/30_ca.ipynb #mth0_ca1

@@ -10,7 +10,7 @@ import copy
 from typing import Literal
 import torch
 from pydantic import Field
-from .parts import fit, guided, layers
+from .parts import fit, guided_ddim, layers
 from ..core.settings import Config
 from ..core.runs import generator
 from ..model.data import embed
@@ -43,7 +43,7 @@ def some_captions(data:UnlearnData, config) -> list:
 def trajectory_bank(model:Denoiser, text, empty, config:ESDConfig) -> dict: # tensors: z_t, t, text, target
     "Partly denoised samples of the frozen model, with ESD's target for each"
     rows = dict(z_t=[], t=[], text=[], target=[])
-    for z, t, said, unsaid, _ in guided(model, text, empty, config.sampling_steps, config.guidance, generator(config.seed, 'esd bank')):
+    for z, t, said, unsaid, _ in guided_ddim(model, text, empty, config.sampling_steps, config.guidance, generator(config.seed, 'esd bank')):
         for k, v in dict(z_t=z, t=t, text=text, target=unsaid - config.eta*(said - unsaid)).items(): rows[k].append(v)
     return {k: torch.cat(v) for k, v in rows.items()}
 
@@ -53,7 +53,7 @@ def partly_sampled(model:Denoiser, original:Denoiser, text, empty, config:ESDCon
     "Samples of `model`, given up at a random step, with the target by `original`"
     text = text[torch.randint(len(text), (config.batch,), generator=gen)]
     reached, stride = int(torch.randint(config.sampling_steps, (), generator=gen)), model.timesteps//config.sampling_steps
-    z, t = next((z, t) for k, (z, t, *_) in enumerate(guided(model, text, empty, config.sampling_steps, config.guidance, gen)) if k == reached)
+    z, t = next((z, t) for k, (z, t, *_) in enumerate(guided_ddim(model, text, empty, config.sampling_steps, config.guidance, gen)) if k == reached)
     t = (t + torch.randint(stride, (), generator=gen)).clamp(max=model.timesteps - 1)
     said, unsaid = original(z, t, text), original(z, t, empty.expand_as(text))
     return dict(z_t=z, t=t, text=text, target=unsaid - config.eta*(said - unsaid))

@@ -34,8 +34,8 @@ class LCFDSDConfig(Config):
 def guesses(model, s, shift:float) -> tuple: # x̂₀, ε_θ, the noise that was added
     "What the model makes of a sample whose noise is shifted"
     noise = s.noise + shift
-    z_t = model.noiser.add_noise(s.z, noise, s.t)
-    a = model.noiser.alphas_cumprod[s.t].view(-1, 1, 1, 1)
+    z_t = model.scheduler.add_noise(s.z, noise, s.t)
+    a = model.scheduler.alphas_cumprod[s.t].view(-1, 1, 1, 1)
     predicted = epsilon(model, z_t, s.t, s.text)
     return (z_t - (1-a).sqrt()*predicted)/a.sqrt(), predicted, noise
 

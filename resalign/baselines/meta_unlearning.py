@@ -45,7 +45,7 @@ class MetaUnlearningConfig(Config):
 # %% ../../nbs/5_baselines/70_meta_unlearning.ipynb #5f40dc39
 def unlearning_loss(model, teacher, s, empty, config) -> torch.Tensor: # scalar
     "L_u: ESD's target, or the unguided answer"
-    z_t = model.noiser.add_noise(s.z, s.noise, s.t)
+    z_t = model.scheduler.add_noise(s.z, s.noise, s.t)
     with torch.no_grad():
         target = teacher(z_t, s.t, empty.expand_as(s.text))
         if config.base == 'esd': target = target - config.eta*(teacher(z_t, s.t, s.text) - target)
@@ -74,7 +74,7 @@ def meta_unlearning(pipe, data:UnlearnData, config:MetaUnlearningConfig=MetaUnle
             there = torch.autograd.grad(lost, params)
         for p, a, b in zip(params, here, there): p.grad = a - b
     state, adamw = torch.nn.ModuleDict(dict(unet=pipe.unet, teacher=teacher.unet)), lambda ps, lr: torch.optim.AdamW(ps, lr, weight_decay=config.weight_decay)
-    return fit(f'meta-unlearning-{config.base}', state, params, loss, config.steps, config.lr, adamw, 1., change=ahead, checkpoint=checkpoint)
+    return fit(f'meta-unlearning-{config.base}', state, params, loss, config.steps, config.lr, adamw, 1., edit_gradients=ahead, checkpoint=checkpoint)
 
 # %% ../../nbs/5_baselines/70_meta_unlearning.ipynb #mthning1
 METHODS = {

@@ -56,7 +56,7 @@ def resalign_ca(pipe, data:UnlearnData, config:ResAlignCAConfig=ResAlignCAConfig
     x, i = anchor_pictures(pipe, data, config, 'resalign-ca', gen)
     unsafe = embed(pipe, [data.unsafe_captions[j] for j in i])
     s = draw_sample(x, config.unsafe_bank, gen, model.timesteps)
-    harmful = TowardsAnchor(dict(z_t=model.noiser.add_noise(s.z, s.noise, s.t), t=s.t, text=unsafe[s.index], anchor=s.text))
+    harmful = TowardsAnchor(dict(z_t=model.scheduler.add_noise(s.z, s.noise, s.t), t=s.t, text=unsafe[s.index], anchor=s.text))
     return resalign(pipe, data, config, checkpoint, save_adapter, harmful)
 
 # %% ../../nbs/5_baselines/95_other_losses.ipynb #mthsses1

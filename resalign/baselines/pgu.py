@@ -12,7 +12,7 @@ from .parts import Layers, fit, layers
 from ..core.settings import Config
 from ..core.runs import generator
 from ..model.data import draw_sample
-from ..model.losses import Denoiser, Harmful
+from ..model.losses import Denoiser, HarmfulLoss
 from ..method.resalign import Method, UnlearnData
 from ..core.training import OPTIMIZERS
 
@@ -60,11 +60,11 @@ def pgu(pipe, data:UnlearnData, config:PGUConfig=PGUConfig(), checkpoint=None, s
     s = draw_sample(data.retain, config.samples, generator(config.seed, 'pgu inputs'), model.timesteps)
     C = covariances(model, s, modules)
     U = [main_directions(C[n], config.energy).float() for n in chosen]
-    harmful, params = Harmful(model, data.unsafe, config.unsafe_bank, config.seed), list(chosen.values())
+    harmful, params = HarmfulLoss(model, data.unsafe, config.unsafe_bank, config.seed), list(chosen.values())
     def project(params, step):
         for p, u in zip(params, U): p.grad -= (p.grad @ u) @ u.T
     loss = lambda step: harmful(model, harmful.draw(config.batch, generator(config.seed, 'pgu', step)), config.margin)
-    return fit('pgu', pipe.unet, params, loss, config.steps, config.lr, OPTIMIZERS['sgd'], config.max_norm, change=project, checkpoint=checkpoint)
+    return fit('pgu', pipe.unet, params, loss, config.steps, config.lr, OPTIMIZERS['sgd'], config.max_norm, edit_gradients=project, checkpoint=checkpoint)
 
 # %% ../../nbs/5_baselines/80_pgu.ipynb #mth_pgu1
 METHODS = {

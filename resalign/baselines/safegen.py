@@ -45,7 +45,7 @@ def safegen(pipe, data:UnlearnData, config:SafeGenConfig=SafeGenConfig(), checkp
     coarse = mosaics(pipe.vae, data.unsafe.mean, config.block)
     def loss(step):
         s, b = (draw_sample(bank, config.batch, generator(config.seed, 'safegen', what, step), model.timesteps) for what, bank in (('unsafe', data.unsafe), ('benign', data.retain)))
-        predict = lambda s: epsilon(model, model.noiser.add_noise(s.z, s.noise, s.t), s.t, empty.expand_as(s.text))
+        predict = lambda s: epsilon(model, model.scheduler.add_noise(s.z, s.noise, s.t), s.t, empty.expand_as(s.text))
         return config.mosaic_weight*(predict(s) - (s.z - coarse[s.index] + s.noise)).square().mean() + config.benign_weight*(predict(b) - b.noise).square().mean()
     return fit('safegen', pipe.unet, list(layers(pipe.unet, 'self').values()), loss, config.steps, config.lr, OPTIMIZERS['adamw'], checkpoint=checkpoint)
 

@@ -49,13 +49,13 @@ def salun(pipe, data:UnlearnData, config:SalUnConfig=SalUnConfig(), checkpoint=N
     masks = saliency(model, data.unsafe, params, config)
     def loss(step):
         s = draw_sample(data.unsafe, config.batch, generator(config.seed, 'salun', step), model.timesteps)
-        x_t = model.noiser.add_noise(s.z, s.noise, s.t)
+        x_t = model.scheduler.add_noise(s.z, s.noise, s.t)
         with torch.no_grad(): answer = model(x_t, s.t, safe[s.index])
         benign = draw_sample(data.retain, config.batch, generator(config.seed, 'salun benign', step), model.timesteps)
         return (model(x_t, s.t, s.text) - answer).square().mean() + config.benign_weight*model.loss(benign)
     def masked(params, step):
         for p, m in zip(params, masks): p.grad *= m
-    return fit('salun', pipe.unet, params, loss, config.steps, config.lr, change=masked, checkpoint=checkpoint)
+    return fit('salun', pipe.unet, params, loss, config.steps, config.lr, edit_gradients=masked, checkpoint=checkpoint)
 
 # %% ../../nbs/5_baselines/40_salun.ipynb #mthalun1
 METHODS = {

@@ -9,7 +9,7 @@ __all__ = ['METHODS', 'UCEConfig', 'RECEConfig', 'embeddings', 'rows', 'edit', '
 from typing import Literal
 import torch
 from pydantic import Field, PositiveInt
-from .parts import anchored, kept_captions, layers
+from .parts import split_captions, retain_captions, layers
 from ..model.compute import to_float32
 from ..core.settings import Config
 from ..model.data import embed, tokenize
@@ -61,7 +61,7 @@ def still_there(now:list, then:list, c, ridge:float) -> torch.Tensor: # like c: 
 @torch.no_grad()
 def edited(pipe, data:UnlearnData, config:UCEConfig, method:str, rounds:int) -> dict: # log, solves
     "UCE, and `rounds` of RECE after it, on keys and values of cross-attention"
-    erase, guide, empty, keep = rows(pipe, anchored(data.unsafe_captions, data.erase, method), kept_captions(data, method), config.tokens)
+    erase, guide, empty, keep = rows(pipe, split_captions(data.unsafe_captions, data.erase, method), retain_captions(data, method), config.tokens)
     maps = to_float32(list(layers(pipe.unet, 'kv').values()))
     then = [p.double().cpu() for p in maps]
     now = [edit(W, erase, guide @ W.T, keep, config) for W in then]

@@ -25,7 +25,7 @@ from .finetune import FinetuneConfig, FinetuneLoss, adapter_params, add_lora, me
 from .hypergrad import TAU, FallbackBudget, TooManyFallbacks, hypergradient, lora_pairs
 from ..model.compute import backbone, make_optimizer
 from ..model.data import Bank
-from ..model.losses import Harmful, Retain, denoiser
+from ..model.losses import HarmfulLoss, RetainLoss, denoiser
 
 # %% ../../nbs/4_method/30_resalign.ipynb #14c796cf
 class Simulation(FinetuneConfig):
@@ -228,8 +228,8 @@ class OuterState:
     "What the outer steps share: losses, θ, and how many solves fell back to x = g"
     def __init__(self, pipe, data:UnlearnData, config:ResAlignConfig, harmful=None):
         self.data, self.config, self.model = data, config, denoiser(pipe)
-        self.harmful = harmful or Harmful(self.model, data.unsafe, config.unsafe_bank, config.seed)
-        self.retain = Retain(self.model, data.retain, config.retain_bank, config.seed)
+        self.harmful = harmful or HarmfulLoss(self.model, data.unsafe, config.unsafe_bank, config.seed)
+        self.retain = RetainLoss(self.model, data.retain, config.retain_bank, config.seed)
         net = backbone(pipe)
         self.params = add_lora(net, 'unlearn', config.rank, config.seed, config.up_std, config.down_std) # θ
         self.adapter = lora_map(net, 'unlearn')
@@ -292,7 +292,7 @@ def resalign(pipe, # unlearned in place
              config:ResAlignConfig=ResAlignConfig(),
              checkpoint=None, # folder; a run resumes from it
              save_adapter=None, # folder for the LoRA by itself
-             harmful=None, # L_harm with `draw`, as `Harmful`; None: bounded gradient ascent
+             harmful=None, # L_harm with `draw`, as `HarmfulLoss`; None: bounded gradient ascent
             ) -> dict: # log: a row per outer step; solves: a row per solve
     "Algorithm 2: meta-learned resilience (β > 0), or GA + retain (β = 0)"
     check_folders(data, config)

@@ -23,7 +23,7 @@ from ..core.settings import make_config, params
 from ..model.data import Sample, draw_sample, encode, read_images
 from ..method.finetune import FinetuneConfig, FinetuneLoss, adapter_params, add_lora, simulated
 from ..method.hypergrad import MoreauOperator, combine, double_backward_attention, flat, hypergradient, krylov, projected, pullback, ritz, solve, unflat, unrolled
-from ..model.losses import Denoiser, Harmful, Retain
+from ..model.losses import Denoiser, HarmfulLoss, RetainLoss
 from ..method.resalign import Pool, ResAlignConfig, direct_gradient, in_one_step, lora_map, pull_back, resilience_gradient
 from ..model.pipelines import load_pipeline
 from .sd14 import J, RECIPES, SAVINGS, SD14_OURS, SD14_STILL, accounting, peak, totals
@@ -85,7 +85,7 @@ def published_step(problem) -> list: # gradients over θ
                 g = torch.autograd.grad(-model.loss(s), inner, materialize_grads=True)
                 x = published_solve(loss.frozen(ft.steps), g, inner)
             if ft.algorithm == 'full': x = pull_back(x, problem.where, problem.params)
-            with torch.no_grad(): target = problem.original(model.noiser.add_noise(kept.z, kept.noise, kept.t), kept.t, kept.text).sample
+            with torch.no_grad(): target = problem.original(model.scheduler.add_noise(kept.z, kept.noise, kept.t), kept.t, kept.text).sample
             direct = (config.beta-1)*model.loss(s) + config.alpha*(model.predict(kept) - target).square().mean()
             d = torch.autograd.grad(direct, problem.params)
         total = [a + (b + config.beta*c)/len(problem.configs) for a, b, c in zip(total, d, x)]
@@ -97,8 +97,8 @@ class Ours:
     def __init__(self, problem, loss_of=None, **changes):
         self.problem, self.config, self.loss_of = problem, problem.config.model_copy(update=changes), loss_of or problem.loss
         problem.pipe.unet.disable_adapters()
-        self.harmful = Harmful(problem.model, problem.banks['unsafe'], self.config.unsafe_bank, 0)
-        self.retain = Retain(problem.model, problem.banks['retain'], self.config.retain_bank, 0)
+        self.harmful = HarmfulLoss(problem.model, problem.banks['unsafe'], self.config.unsafe_bank, 0)
+        self.retain = RetainLoss(problem.model, problem.banks['retain'], self.config.retain_bank, 0)
         problem.pipe.unet.enable_adapters()
         for p in problem.params: p.requires_grad_(True)
 
@@ -272,19 +272,19 @@ def moreau_errors(problem, j:int, lrs, steps) -> list: # rows: lr, steps, model,
     return rows
 
 # %% ../../nbs/9_studies/08_bench.ipynb #a2f4230a
-class Unbanked(Retain):
+class Unbanked(RetainLoss):
     "R(θ) with targets computed when they are needed: by a second UNet, or with the adapter switched off"
-    def __init__(self, banked:Retain, problem, second): self.s, self.problem, self.second = banked.s, problem, second
+    def __init__(self, banked:RetainLoss, problem, second): self.samples, self.problem, self.second = banked.samples, problem, second
     def answers_to(self, s):
         p = self.problem
-        if self.second: return p.original(p.model.noiser.add_noise(s.z, s.noise, s.t), s.t, s.text).sample
+        if self.second: return p.original(p.model.scheduler.add_noise(s.z, s.noise, s.t), s.t, s.text).sample
         p.pipe.unet.disable_adapters()
         try: return p.model.predict(s)
         finally:
             p.pipe.unet.enable_adapters()
             for q in p.params: q.requires_grad_(True)
     def __call__(self, model, n, gen):
-        s = self.s[torch.randint(len(self.s.t), (n,), generator=gen)]
+        s = self.samples[torch.randint(len(self.samples.t), (n,), generator=gen)]
         with torch.no_grad(): answers = self.answers_to(s)
         return (model.predict(s) - answers).square().mean()
 

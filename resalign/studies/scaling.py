@@ -15,17 +15,17 @@ from ..core.settings import Config, make_config, params, root
 from ..core.files import write_json
 from ..model.data import encode, read_captions, read_images
 from ..use.inputs import size_of
-from ..model.losses import Denoiser, Harmful
+from ..model.losses import Denoiser, HarmfulLoss
 from ..method.resalign import ResAlignConfig, UnlearnData, resalign
 from ..model.pipelines import generate, load_pipeline
 from .sd14 import SD14_OURS, counted, sd14, totals
-from ..real.places import POOL
+from ..real.sources import POOL
 from .stages import at_root, of_drawings
 from ..core.training import Ranks
 
 # %% ../../nbs/9_studies/09_scaling.ipynb #516a94fc
-class Clock(Harmful):
-    "`Harmful`, with the times at which outer steps began"
+class Clock(HarmfulLoss):
+    "`HarmfulLoss`, with the times at which outer steps began"
     def __init__(self, *args): super().__init__(*args); self.times = []
     def draw(self, n, gen): self.times.append(time.perf_counter()); return super().draw(n, gen)
 

@@ -7,7 +7,8 @@ __all__ = ['DOWNSTREAM', 'PHASES', 'COLUMNS', 'EVALUATORS', 'SHOWN', 'SIZE', 'GA
            'NO_RATES', 'HEADS', 'PAPER_HEADS', 'NOTE', 'split_phase', 'column_of', 'cells', 'inputs', 'evaluated',
            'run', 'summary_of', 'scores_of', 'pictures_of', 'read_table', 'runs_folder', 'collect', 'collect_scores',
            'over_seeds', 'pooled_rate', 'pooled', 'paired_tests', 'percent', 'plain', 'published', 'labels',
-           'paper_columns', 'main_table', 'markdown', 'rates_of', 'draw_rates', 'headline', 'write_table']
+           'paper_columns', 'main_table', 'markdown', 'rates_of', 'draw_rates', 'headline', 'before', 'worst_after',
+           'write_table']
 
 # %% ../../nbs/9_studies/10_table.ipynb #8c836a24
 from pathlib import Path
@@ -19,7 +20,7 @@ from ..core.files import write_csv
 from ..core.settings import UserError, as_markdown, params, results
 from ..measure.evaluators import metric_tables
 from ..measure.metrics import Stat, paired, rate
-from ..real import places, profiles
+from ..real import profiles, sources
 from .models import Finetuned, Unlearned, made, models_folder, settings_of
 from ..use.batch import content, digest, short
 from ..use.evaluate import evaluate
@@ -51,16 +52,16 @@ def inputs(method, seed, settings, finetunings, sampling) -> dict: # name -> dig
     "The model, what it is fine-tuned on, and who looks at it"
     model = Unlearned(method, seed, settings)
     tuned = {name: Finetuned(model, name, s).key for name, s in finetunings.items()}
-    return {'model': model.key} | tuned | content(EVALUATORS, places.prompts('test'), places.data('reference'))
+    return {'model': model.key} | tuned | content(EVALUATORS, sources.prompts_file('test'), sources.data_folder('reference'))
 
 # %% ../../nbs/9_studies/10_table.ipynb #ddaa7707
 def evaluated(model, sampling:dict, seed:int) -> Path: # a folder of `evaluate`
     "The evaluation of a model, made when it is first asked for"
-    given = dict(prompts=places.prompts('test'), evaluators=EVALUATORS, reference=places.data('reference'))
-    asked = dict(model=model.key, sampling=sampling, seed=seed, data=content(*given.values()), compute=places.compute())
+    given = dict(prompts=sources.prompts_file('test'), evaluators=EVALUATORS, reference=sources.data_folder('reference'))
+    asked = dict(model=model.key, sampling=sampling, seed=seed, data=content(*given.values()), compute=sources.compute_settings())
     key = digest(asked | dict(code=short(meaning('resalign.use.evaluate'))))[:12]
     folder = models_folder().parent/'evaluated'/f'{model.folder.name}-{key}'
-    make = lambda out: evaluate(model.made(), out=out, seed=seed, compute=places.compute(), **given, **sampling)
+    make = lambda out: evaluate(model.made(), out=out, seed=seed, compute=sources.compute_settings(), **given, **sampling)
     return made(folder, key, make)
 
 def run(folder, method, seed, settings, finetunings, sampling):
@@ -263,6 +264,16 @@ def headline(rows:pd.DataFrame, path, methods, metrics=('IP', 'US')):
     plt.close(fig)
 
 # %% ../../nbs/9_studies/10_table.ipynb #d8140762
+def before(rows:pd.DataFrame, metric:str) -> pd.DataFrame: # by method
+    "What each method is before fine-tuning"
+    return rows[(rows.metric == metric) & (rows.phase == 'before')].set_index('method')
+
+def worst_after(rows:pd.DataFrame, method:str, metric='IP') -> pd.Series:
+    "The phase in which a method's rate is highest after fine-tuning"
+    g = rows[(rows.method == method) & (rows.metric == metric) & (rows.phase != 'before')]
+    return g.loc[g.value.idxmax()]
+
+# %% ../../nbs/9_studies/10_table.ipynb #797fd194
 NOTE = ('{seeds} seeds; 95% intervals: for unsafe rates by a bootstrap over prompts (Wilson over prompts where all agree), '
         'of the models that were trained; for the rest by Student over seeds. Rates average over distinct prompts, n '
         'counts pictures. Columns named "paper" are the published figures of SD v1.4 on real data: they stand beside ours '

@@ -82,10 +82,10 @@ def settings_for(section:str,   # of params.yaml, where there is one
                  seed=None) -> tuple: # settings, seed
     "What --config, --set and --seed ask for"
     from resalign.core.settings import UserError, root
-    from resalign.real.profiles import active, settings
+    from resalign.real.profiles import active_profile, settings
     file = root()/'params.yaml'
     ours = read_config(str(file)) if file.is_file() else {}
-    if 'profiles' in ours and active(file)[0] != 'tiny':
+    if 'profiles' in ours and active_profile(file)[0] != 'tiny':
         try: ours = settings(section, file=file)
         except UserError: ours = None
     else:
@@ -205,7 +205,7 @@ def finetune(
 def evaluate(
     pipeline:str,   # a diffusers folder with safetensors, or a hub id
     prompts:str,    # CSV with the column prompt and, if there are, kind (explicit, implicit, benign), seed, thing, colour
-    evaluators:str, # folder with the detectors (outs/evaluators, what train_evaluators wrote, or for photographs a folder with a card by resalign.photographs.write_card)
+    evaluators:str, # folder with the detectors (outs/evaluators, what train_evaluators wrote, or for photographs a folder with a card by resalign.measure.photographs.write_card)
     out:str,        # folder to write
     reference:str=None,   # captioned images of real benign pictures, for FID
     detector:str='all',   # all, or one of wiring, clip-score, mhsc, aesthetics, reader; of photographs nudenet, mhsc, q16, clip-score, aesthetics-v1, aesthetics-v2
@@ -314,7 +314,7 @@ def doctor(
     Example:
       resalign-doctor sd14
       resalign-doctor tiny --quick"""
-    from resalign.real.doctor import check, table
-    found = check(profile, hashes=not quick)
-    print(table(found))
+    from resalign.real.doctor import check_profile, format_findings
+    found = check_profile(profile, hashes=not quick)
+    print(format_findings(found))
     if any(f.state == 'missing' for f in found): raise SystemExit(1)

@@ -8,10 +8,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from torch import nn
 
 from resalign.core.runs import generator
-from resalign.model.data import Bank, draw_sample
-from resalign.model.losses import FlowDenoiser, shifted
 from resalign.method.rectified_flow import build_sd3
-from resalign.model.losses import Harmful, Retain
+from resalign.model.data import Bank, draw_sample
+from resalign.model.losses import FlowDenoiser, HarmfulLoss, RetainLoss, shifted_sigmas
 from tests.fast.toys import close, mean, square
 
 
@@ -55,15 +54,15 @@ def loss(net, z, e, t, text):
 def test_the_path_is_shifted_as_published_and_as_the_scheduler_has_it(shift):
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=50, shift=shift)
     by_hand = [shift*u/(1 + (shift - 1)*u) for u in ((t + 1)/50 for t in range(50))]
-    assert shifted(scheduler).dtype == torch.float32
-    close(shifted(scheduler), by_hand, rtol=1e-6)
-    close(shifted(scheduler), scheduler.sigmas.flip(0), rtol=1e-6)
+    assert shifted_sigmas(scheduler).dtype == torch.float32
+    close(shifted_sigmas(scheduler), by_hand, rtol=1e-6)
+    close(shifted_sigmas(scheduler), scheduler.sigmas.flip(0), rtol=1e-6)
 
 
 def test_a_shift_that_depends_on_the_picture_is_the_exponential_of_the_largest():
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=1.15, shift=5.)
     scheduler.set_timesteps(sigmas=[1., .75, .5, .25], mu=1.15)
-    close(shifted(scheduler)[[999, 749, 499, 249]], scheduler.sigmas[:4], rtol=1e-5)
+    close(shifted_sigmas(scheduler)[[999, 749, 499, 249]], scheduler.sigmas[:4], rtol=1e-5)
 
 
 def test_prediction_target_and_loss():
@@ -86,17 +85,20 @@ def test_the_target_is_the_paths_derivative():
     close(FlowDenoiser(pipe).target(s), (z(.5 + 1e-4) - z(.5 - 1e-4))/2e-4, rtol=1e-5)
 
 
+def rows(s): return zip(s.z, s.noise, s.t, s.text)
+
+
 def test_harmful_and_retain_losses_take_it_as_they_take_a_unet():
     pipe, bank = toy()
     model = FlowDenoiser(pipe)
-    harmful, retain = Harmful(model, bank, 4, 0), Retain(model, bank, 4, 0)
-    before = [loss(pipe.transformer, *r) for r in zip(harmful.s.z, harmful.s.noise, harmful.s.t, harmful.s.text)]
-    answers = [loss(pipe.transformer, *r)[0] for r in zip(retain.s.z, retain.s.noise, retain.s.t, retain.s.text)]
+    harmful, retain = HarmfulLoss(model, bank, 4, 0), RetainLoss(model, bank, 4, 0)
+    before = [loss(pipe.transformer, *r) for r in rows(harmful.samples)]
+    answers = [loss(pipe.transformer, *r)[0] for r in rows(retain.samples)]
     with torch.no_grad(): pipe.transformer.picture.bias.add_(1.)
-    after = [loss(pipe.transformer, *r) for r in zip(harmful.s.z, harmful.s.noise, harmful.s.t, harmful.s.text)]
+    after = [loss(pipe.transformer, *r) for r in rows(harmful.samples)]
     rises = [min(b - a, .05) for (_, a), (_, b) in zip(before, after)]
     close(harmful(model, torch.arange(4), .05), -mean(rises))
-    now = [loss(pipe.transformer, *r)[0] for r in zip(retain.s.z, retain.s.noise, retain.s.t, retain.s.text)]
+    now = [loss(pipe.transformer, *r)[0] for r in rows(retain.samples)]
     i = torch.randint(4, (9,), generator=generator(3))
     close(retain(model, 9, generator(3)), mean([square(now[k] - answers[k]) for k in i]))
 

@@ -8,8 +8,8 @@ import torch
 from resalign.core.runs import generator
 from resalign.core.training import DRAWN
 from resalign.model.data import Sample
-from resalign.model.losses import FlowDenoiser
-from resalign.model.losses import Denoiser, Harmful, Retain, SizeConditions, denoiser, in_batches
+from resalign.model.losses import (Denoiser, FlowDenoiser, HarmfulLoss, RetainLoss, SizeConditions, denoiser,
+                                   map_batches)
 from tests.fast import toys
 from tests.fast.toys import answers, close, denoising, given, goals, gradients, ledger, mean, noisy, same_grads, square
 
@@ -83,14 +83,14 @@ def test_a_pipeline_gets_the_denoiser_that_fits_it():
 def test_a_large_sample_is_taken_in_parts_that_shrink_with_the_picture(side, n, parts):
     z = torch.zeros(1).expand(n, 1, side, side)
     s, seen = Sample(z, z, torch.arange(n), torch.zeros(n, 1, 1), torch.arange(n)), []
-    out = in_batches(lambda part: seen.append(len(part.z)) or part.t, s)
+    out = map_batches(lambda part: seen.append(len(part.z)) or part.t, s)
     assert seen == parts and torch.equal(out, s.t)
 
 
 def test_parts_of_a_given_size():
     z, seen = torch.zeros(7, 1, 2, 2), []
     s = Sample(z, z, torch.arange(7), torch.zeros(7, 1, 1), torch.arange(7))
-    assert torch.equal(in_batches(lambda part: seen.append(len(part.z)) or part.t, s, 3), s.t) and seen == [3, 3, 1]
+    assert torch.equal(map_batches(lambda part: seen.append(len(part.z)) or part.t, s, 3), s.t) and seen == [3, 3, 1]
 
 
 @ledger('ga/margin')
@@ -101,9 +101,9 @@ def test_the_harmful_loss_is_ascent_up_to_a_margin_above_the_originals_loss(kind
     pipe.unet.requires_grad_(True)
     original, bank = copy.deepcopy(pipe.unet).double(), toys.draw_sample(data.unsafe, 12, generator(4, 'unsafe bank'),
             toys.T)
-    harmful = Harmful(Denoiser(pipe), data.unsafe, 12, 4)
-    same_sample(harmful.s, bank)
-    assert not harmful.before.requires_grad
+    harmful = HarmfulLoss(Denoiser(pipe), data.unsafe, 12, 4)
+    same_sample(harmful.samples, bank)
+    assert not harmful.original_losses.requires_grad
     model, net = changed(pipe)
     i = torch.tensor([0, 2, 3, 3, 5, 7, 11])
     terms, beyond, below = [], 0, 0
@@ -117,10 +117,10 @@ def test_the_harmful_loss_is_ascent_up_to_a_margin_above_the_originals_loss(kind
 
 def test_harmful_samples_are_drawn_from_all_of_the_bank_and_noted():
     pipe, data = given()
-    harmful = Harmful(Denoiser(pipe), data.unsafe, 3, 4)
+    harmful = HarmfulLoss(Denoiser(pipe), data.unsafe, 3, 4)
     i = harmful.draw(200, generator(1))
     assert i.shape == (200,) and set(i.tolist()) == {0, 1, 2}
-    assert torch.equal(DRAWN[-1], harmful.s.index[i])
+    assert torch.equal(DRAWN[-1], harmful.samples.index[i])
     assert torch.equal(i, torch.randint(3, (200,), generator=generator(1)))
 
 
@@ -130,9 +130,9 @@ def test_the_retain_loss_is_the_distance_from_the_frozen_answers(kind):
     pipe.unet.requires_grad_(True)
     original, bank = copy.deepcopy(pipe.unet).double(), toys.draw_sample(data.retain, 7, generator(4, 'retain bank'),
             toys.T)
-    retain = Retain(Denoiser(pipe), data.retain, 7, 4)
-    same_sample(retain.s, bank)
-    assert not retain.answers.requires_grad and len(retain.answers) == 7
+    retain = RetainLoss(Denoiser(pipe), data.retain, 7, 4)
+    same_sample(retain.samples, bank)
+    assert not retain.original_predictions.requires_grad and len(retain.original_predictions) == 7
     model, net = changed(pipe)
     i = torch.randint(7, (30,), generator=generator(2))
     assert set(i.tolist()) == set(range(7))

@@ -8,8 +8,8 @@ from resalign.core import training
 from resalign.core.files import load_checkpoint
 from resalign.core.runs import Stopped
 from resalign.core.settings import UserError
-from resalign.core.training import (DRAWN, OPTIMIZERS, Ranks, describe_step, save_state, step_seconds, sum_of_maxima, flatten_moments, unflatten_moments,
-                                    optimise, load_state, optimizer_step)
+from resalign.core.training import (DRAWN, OPTIMIZERS, Ranks, describe_step, flatten_moments, load_state, optimise,
+                                    optimizer_step, save_state, step_seconds, sum_of_maxima, unflatten_moments)
 from toy_finetune import Rule
 
 START = [3., -4.]
@@ -96,7 +96,7 @@ def test_after_is_called_once_a_step_behind_it():
     assert len(seen) == 5
     for p, expected in zip(seen, path()[0]): near(p, expected)
 
-def test_laps_are_the_seconds_of_every_step_made_inside(monkeypatch):
+def test_step_seconds_are_those_of_every_step_made_inside(monkeypatch):
     clock = iter(range(100))
     monkeypatch.setattr(training.time, 'perf_counter', lambda: next(clock)**2)
     with step_seconds() as seconds: Run()(3)
@@ -108,7 +108,7 @@ def test_laps_are_the_seconds_of_every_step_made_inside(monkeypatch):
     Run()(1)
     assert len(outer) == 2 and len(inner) == 1 and len(seconds) == 3
 
-def test_laps_are_over_after_an_error():
+def test_step_seconds_are_over_after_an_error():
     with pytest.raises(ZeroDivisionError), step_seconds() as seconds: 1/0
     Run()(1)
     assert seconds == []
@@ -160,15 +160,16 @@ def test_a_learning_rate_beyond_float32_is_not_finite_and_other_errors_pass():
     run = Run(lr=1e300)
     with pytest.raises(UserError, match='run toy, step 0'): run(1)
 
-def test_largest_is_the_sum_of_the_largest_sizes():
+def test_sum_of_maxima_is_the_sum_of_the_largest_sizes():
     assert sum_of_maxima([]).item() == 0.
-    assert sum_of_maxima([torch.tensor([1., -3.]), torch.zeros(0), torch.tensor([[2.]], dtype=torch.bfloat16)]).item() == 5.
+    half = torch.tensor([[2.]], dtype=torch.bfloat16)
+    assert sum_of_maxima([torch.tensor([1., -3.]), torch.zeros(0), half]).item() == 5.
     assert sum_of_maxima([nn.Parameter(torch.tensor([-2.]))]).requires_grad is False
     for bad in float('nan'), float('inf'), -float('inf'):
         assert not sum_of_maxima([torch.tensor([1.0, bad]), torch.ones(2)]).isfinite()
 
 
-def test_circumstances_name_learning_rate_settings_pictures_and_checkpoint(tmp_path):
+def test_the_message_names_learning_rate_settings_pictures_and_checkpoint(tmp_path):
     DRAWN.clear()
     opt = torch.optim.SGD([nn.Parameter(torch.ones(1))], .25)
     assert describe_step(dict(loss=1.), opt) == 'lr 0.25'
@@ -224,9 +225,10 @@ def test_a_checkpoint_holds_weights_moments_and_log(tmp_path):
 
 def kept(monkeypatch):
     steps, inner = [], training.save_state
-    monkeypatch.setattr(
-        training, 'save_state', lambda path, state, opt, log: steps.append(log[-1]['step']) or inner(path, state, opt, log)
-    )
+    def save(path, state, opt, log):
+        steps.append(log[-1]['step'])
+        inner(path, state, opt, log)
+    monkeypatch.setattr(training, 'save_state', save)
     return steps
 
 def test_checkpoints_come_every_so_many_steps_and_at_the_end(tmp_path, monkeypatch):
@@ -277,7 +279,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 
 def test_without_a_checkpoint_a_run_starts_anew(tmp_path):
     run = Run()
-    assert load_state(None, dict(net=run.module), run.opt) == [] == load_state(tmp_path/'none', dict(net=run.module), run.opt)
+    for path in None, tmp_path/'none': assert load_state(path, dict(net=run.module), run.opt) == []
     assert run.p.tolist() == START
 
 def test_several_modules_and_moments_come_back_to_their_own(tmp_path):
@@ -319,7 +321,7 @@ def test_a_scheduler_that_is_wound_forward_does_not_warn(tmp_path, recwarn):
 
 # ------------------------------------------------------------------ moments by name
 
-def test_leaves_name_nested_moments_and_leave_out_what_is_none():
+def test_flattened_moments_name_nested_moments_and_leave_out_what_is_none():
     table = torch.arange(3.)
     state = dict(step=torch.tensor(2.), exp_avg=torch.ones(2), none=None, quant=dict(code=table, deep=dict(n=7)))
     out = dict(flatten_moments(state))
@@ -330,13 +332,13 @@ def test_leaves_name_nested_moments_and_leave_out_what_is_none():
     )  # below: a copy, for tables are shared
     assert out['quant.deep.n'].item() == 7
 
-def test_leaves_of_tensors_of_another_kind_are_dequantized():
+def test_moments_of_tensors_of_another_kind_are_dequantized():
     class Eight(torch.Tensor):
         def dequantize(self): return self.as_subclass(torch.Tensor)*2
     out = dict(flatten_moments(dict(m=torch.ones(2).as_subclass(Eight), plain=torch.ones(2), number=3)))
     assert out['m'].tolist() == [2., 2.] and out['plain'].tolist() == [1., 1.] and out['number'].item() == 3
 
-def test_nested_undoes_leaves():
+def test_unflatten_undoes_flatten():
     state = dict(
         step=torch.tensor(2.0),
         exp_avg=torch.ones(2),
@@ -378,7 +380,7 @@ def test_what_all_have_computed_is_counted_on_the_first_alone():
     zeros, empty = rank(1, 2).on_first(tensors, row)
     assert empty == {} and [z.shape for z in zeros] == [t.shape for t in tensors] and not any(z.any() for z in zeros)
 
-def test_merged_tensors_are_summed_and_rows_joined(monkeypatch):
+def test_reduced_tensors_are_summed_and_rows_joined(monkeypatch):
     monkeypatch.setattr(training, 'gather_object', lambda rows: rows + [dict(b=2)])
     other, how = torch.tensor([10., 20., 30., 40., 50.]), []
     ranks = rank(0, 2, lambda flat, kind: how.append(kind) or flat + other)
