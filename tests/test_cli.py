@@ -178,7 +178,7 @@ def test_exit_statuses(made, call, monkeypatch, tmp_path):
         asked = []
         monkeypatch.setattr(
             doctor,
-            'check',
+            'check_profile',
             lambda name, hashes: asked.append((name, hashes)) or [doctor.Finding('a', state, 'said', 'bring it')],
         )
         assert call('doctor', 'mine', *['--quick'] * (state == 'note'))[0] == ended and asked == [

@@ -6,22 +6,23 @@ from pathlib import Path
 from types import SimpleNamespace
 import pytest, torch, yaml
 from huggingface_hub import constants
-from resalign.real import doctor
-from resalign.core.settings import UserError, root
 from resalign.core.files import sha256
+from resalign.core.settings import UserError, root
+from resalign.real import doctor
+from resalign.real.doctor import (
     Finding,
-    check,
-    disk,
-    library,
-    licences,
-    looks_right,
-    machine,
-    require,
-    table,
-    to_fetch,
-    total_gb,
+    check_device,
+    check_disk,
+    check_library,
+    check_profile,
+    describe_source,
+    device_memory,
+    fetch_command,
+    format_findings,
+    list_licences,
+    require_profile,
 )
-from resalign.real.profiles import Profile, Source, names
+from resalign.real.profiles import Profile, Source, profile_names
 from resalign.world.scenes import prompts, scenes, write_prompts, write_set
 from tests.compvis import small, write_single_file
 
@@ -101,11 +102,11 @@ class away:
 
 
 def missing(file, **kw):
-    return {f.what: f for f in check('mine', file=file, **kw) if f.state == 'missing'}
+    return {f.what: f for f in check_profile('mine', file=file, **kw) if f.state == 'missing'}
 
 
 def says(file):
-    return {f.what: f.says for f in check('mine', file=file) if f.state == 'ok'}
+    return {f.what: f.message for f in check_profile('mine', file=file) if f.state == 'ok'}
 
 
 # ------------------------------------------------------------------ a profile
@@ -113,8 +114,8 @@ def says(file):
 
 def test_a_whole_profile_passes_and_its_figures_are_those_of_the_files(made, mine):
     tmp, file = made[0], mine()
-    found = check('mine', file=file)
-    assert {f.state for f in found} == {'ok'}, table(found)
+    found = check_profile('mine', file=file)
+    assert {f.state for f in found} == {'ok'}, format_findings(found)
     assert [f.what for f in found] == [
         'settings',
         'libraries',
@@ -136,8 +137,8 @@ def test_a_whole_profile_passes_and_its_figures_are_those_of_the_files(made, min
     assert (
         said['evaluators.mhsc'] == f'{tmp}/head.pt: 7e-06 MB, hash agrees' and said['base'] == f'{tmp}/base: a pipeline'
     )
-    require('mine', file)
-    require(file=file)
+    require_profile('mine', file)
+    require_profile(file=file)
 
 
 def test_whatever_is_taken_away_is_named(made, mine):
@@ -159,13 +160,13 @@ def test_whatever_is_taken_away_is_named(made, mine):
         with away(tmp / path):
             lost = missing(file)
             try:
-                require('mine', file)
+                require_profile('mine', file)
                 said = ''
             except UserError as e:
                 said = str(e)
         if (
             set(lost) != {what}
-            or words not in lost[what].says
+            or words not in lost[what].message
             or not said.startswith(f'profile mine: {what}: ')
             or 'resalign-doctor mine' not in said
             or '\n' in said
@@ -175,10 +176,10 @@ def test_whatever_is_taken_away_is_named(made, mine):
     with away(tmp / 'head.pt'):
         (tmp / 'head.pt').write_bytes(b'other weights')
         lost = missing(file)['evaluators.mhsc']
-        assert sha256(tmp / 'head.pt')[:12] in lost.says and lost.fetch == f"{tmp/'head.pt'}: the head from its authors"
+        assert sha256(tmp / 'head.pt')[:12] in lost.message and lost.fetch == f"{tmp/'head.pt'}: the head from its authors"
         assert not missing(file, hashes=False), 'hashes are read where they are asked for'
         (tmp / 'head.pt').write_bytes(b'')
-        assert 'is empty' in missing(file, hashes=False)['evaluators.mhsc'].says
+        assert 'is empty' in missing(file, hashes=False)['evaluators.mhsc'].message
     assert not missing(file)
 
 
@@ -195,7 +196,7 @@ def test_what_a_profile_does_not_name_or_asks_too_much(mine):
         (dict(evaluators=dict(numbers=dict(path='pip:numpy>=99'))), 'evaluators.numbers', '>=99'),
     ]:
         lost = missing(mine(**changes), hashes=False)
-        if what not in lost or words not in lost[what].says:
+        if what not in lost or words not in lost[what].message:
             wrong.append((changes, lost))
     assert not wrong
     assert (
@@ -207,7 +208,7 @@ def test_what_a_profile_does_not_name_or_asks_too_much(mine):
 def test_single_file_checkpoints_are_looked_into(made, mine):
     "All the numbers of all parts, to the last; the size of weights"
     (tmp, numbers), base = made, dict(path=f'{made[0]}/one.safetensors')
-    assert 'config' in missing(mine(base=base))['base'].says
+    assert 'config' in missing(mine(base=base))['base'].message
     good = mine(base=base, config=f'{tmp}/config', weights=dict(path=f'{tmp}/final_model.pt'))
     with away(tmp / 'final_model.pt'):
         with open(tmp / 'final_model.pt', 'wb') as f:
@@ -218,7 +219,7 @@ def test_single_file_checkpoints_are_looked_into(made, mine):
         from safetensors.torch import load_file, save_file
 
         save_file({k: v for k, v in load_file(whole).items() if 'input_blocks.0.0' not in k}, tmp / 'one.safetensors')
-        assert '2 of 684 weights of the unet' in missing(good)['base'].says
+        assert '2 of 684 weights of the unet' in missing(good)['base'].message
     with away(tmp / 'config'), away(tmp / 'final_model.pt'):
         lost = missing(good)
         assert set(lost) == {'base', 'config', 'weights'} and 'hf download REPOSITORY' in lost['config'].fetch
@@ -229,26 +230,26 @@ def test_single_file_checkpoints_are_looked_into(made, mine):
 
 def test_memory_decides_at_what_is_asked(monkeypatch):
     "A CPU's pages, a GPU's bytes, in GB of 10⁹; as much as is asked is enough"
-    state = lambda **kw: machine(Profile(**kw))[0].state
+    state = lambda **kw: check_device(Profile(**kw))[0].state
     monkeypatch.setattr(doctor.os, 'sysconf', lambda name: dict(SC_PAGE_SIZE=4096, SC_PHYS_PAGES=4_000_000)[name])
     monkeypatch.setattr(doctor, 'device', lambda: torch.device('cpu'))
-    assert total_gb() == ('CPU', 16.384) and (state(memory_gb=16.384, size=64), state(memory_gb=16.385, size=64)) == (
+    assert device_memory() == ('CPU', 16.384) and (state(memory_gb=16.384, size=64), state(memory_gb=16.385, size=64)) == (
         'ok',
         'missing',
     )
-    assert machine(Profile(memory_gb=9, size=64))[0].says == 'CPU: 16 GB, about 9 GB expected'
-    assert [len(machine(Profile(memory_gb=9, size=n))) for n in (255, 256)] == [1, 2] and machine(Profile(size=256))[
+    assert check_device(Profile(memory_gb=9, size=64))[0].message == 'CPU: 16 GB, about 9 GB expected'
+    assert [len(check_device(Profile(memory_gb=9, size=n))) for n in (255, 256)] == [1, 2] and check_device(Profile(size=256))[
         1
     ].state == 'note'
     monkeypatch.setattr(doctor, 'device', lambda: SimpleNamespace(type='cuda'))
     monkeypatch.setattr(
         torch.cuda, 'get_device_properties', lambda i: SimpleNamespace(name='A card', total_memory=24_000_000_000)
     )
-    assert total_gb() == ('A card', 24.0) and (state(memory_gb=24), state(memory_gb=24.001)) == ('ok', 'missing')
+    assert device_memory() == ('A card', 24.0) and (state(memory_gb=24), state(memory_gb=24.001)) == ('ok', 'missing')
     for able, states in ((True, ['ok']), (False, ['ok', 'missing'])):
         monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda: able)
-        assert [f.state for f in machine(Profile(memory_gb=16, precision='bfloat16'))] == states and [
-            f.state for f in machine(Profile(memory_gb=16, precision='float16'))
+        assert [f.state for f in check_device(Profile(memory_gb=16, precision='bfloat16'))] == states and [
+            f.state for f in check_device(Profile(memory_gb=16, precision='float16'))
         ] == ['ok']
 
 
@@ -259,19 +260,19 @@ def test_the_fewest_free_bytes_decide(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor.shutil, 'disk_usage', lambda p: SimpleNamespace(total=10**15, used=0, free=free[str(p)]))
     for here, there in ((5e9, 3e9), (3e9, 5e9)):
         free.update({str(root()): here, str(tmp_path): there})
-        assert [disk(gb)[0].state for gb in (2.999, 3.0, 3.001, 4.0)] == ['ok', 'missing', 'missing', 'missing'], (
+        assert [check_disk(gb)[0].state for gb in (2.999, 3.0, 3.001, 4.0)] == ['ok', 'missing', 'missing', 'missing'], (
             here,
             there,
         )
         assert (
-            disk(1.25)[0].says.startswith('3 GB free')
-            and str(tmp_path) in disk(1.25)[0].says
-            and disk(4.0)[0].fetch
-            and not disk(1.0)[0].fetch
+            check_disk(1.25)[0].message.startswith('3 GB free')
+            and str(tmp_path) in check_disk(1.25)[0].message
+            and check_disk(4.0)[0].fetch
+            and not check_disk(1.0)[0].fetch
         )
     (tmp_path / 'hub').mkdir()
     free[str(tmp_path / 'hub')] = 1e9
-    assert disk(2.0)[0].state == 'missing', 'the nearest folder of the cache that is there'
+    assert check_disk(2.0)[0].state == 'missing', 'the nearest folder of the cache that is there'
 
 
 def test_what_is_still_to_fetch_is_the_sum_of_what_is_missing(made, mine):
@@ -282,24 +283,24 @@ def test_what_is_still_to_fetch_is_the_sum_of_what_is_missing(made, mine):
         data=dict(unsafe=dict(path=f'{tmp}/unsafe', size_gb=100), retain=dict(path='./nowhere/b')),
         evaluators=dict(c=dict(path='./nowhere/c', size_gb=1.5)),
     )
-    assert next(f.says for f in check('mine', file=file) if f.what == 'disk').endswith('about 4.0 GB still to fetch')
+    assert next(f.message for f in check_profile('mine', file=file) if f.what == 'disk').endswith('about 4.0 GB still to fetch')
 
 
 def test_libraries(monkeypatch):
     monkeypatch.setattr(doctor.importlib.metadata, 'version', lambda name: dict(torch='2.13.0')[name])
-    assert [library(r).state for r in ('torch>=2.13', 'torch>2.13', 'torch<2.13', 'torch==2.13.0')] == [
+    assert [check_library(r).state for r in ('torch>=2.13', 'torch>2.13', 'torch<2.13', 'torch==2.13.0')] == [
         'ok',
         'missing',
         'missing',
         'ok',
-    ] and library('torch>=2').says == '2.13.0'
-    assert library('torch>3').fetch == 'pip install "torch>3"'
+    ] and check_library('torch>=2').message == '2.13.0'
+    assert check_library('torch>3').fetch == 'pip install "torch>3"'
     monkeypatch.undo()
-    assert library('no-such').fetch == 'pip install "no-such"'
+    assert check_library('no-such').fetch == 'pip install "no-such"'
     monkeypatch.setattr(
         doctor.importlib.metadata, 'requires', lambda name: ['torch<1', 'numpy', 'pytest; extra == "dev"', 'no-such']
     )
-    assert [(f.what, f.state) for f in doctor.libraries()] == [
+    assert [(f.what, f.state) for f in doctor.check_libraries()] == [
         ('library torch', 'missing'),
         ('library no-such', 'missing'),
     ]
@@ -316,34 +317,34 @@ def test_hub_ids(made, mine, tmp_path, monkeypatch):
     (repo / 'refs/main').write_text(COMMIT)
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hub'))
     file = mine(base=dict(path='somebody/small', license='openrail'))
-    by = {(f.what, f.state): f for f in check('mine', file=file)}
-    assert by['base', 'ok'].says == 'somebody/small: a pipeline, openrail' and 'not pinned' in by['base', 'note'].says
-    require('mine', file)  # a note stops nothing
-    pinned = check('mine', file=mine(base=dict(path='somebody/small', revision=COMMIT)))
+    by = {(f.what, f.state): f for f in check_profile('mine', file=file)}
+    assert by['base', 'ok'].message == 'somebody/small: a pipeline, openrail' and 'not pinned' in by['base', 'note'].message
+    require_profile('mine', file)  # a note stops nothing
+    pinned = check_profile('mine', file=mine(base=dict(path='somebody/small', revision=COMMIT)))
     assert [f.state for f in pinned if f.what == 'base'] == ['ok']
     (hub / 'unet/diffusion_pytorch_model.safetensors').unlink()  # half a download
     lost = missing(mine(base=dict(path='somebody/small')))['base']
-    assert '.safetensors' in lost.says and 'hf download somebody/small' in lost.fetch
+    assert '.safetensors' in lost.message and 'hf download somebody/small' in lost.fetch
 
 
 def test_commands_and_licences():
     model, data = Source(path='somebody/gated', revision='abc', license='openrail', size_gb=4.3), Source(
         path='somebody/dogs', inside='retain', license='cc0'
     )
-    fetch = to_fetch('base', model)
+    fetch = fetch_command('base', model)
     assert fetch.startswith('hf download somebody/gated --revision abc ') and fetch.endswith(
         '   # about 4.3 GB   # licence: https://huggingface.co/somebody/gated'
     )
     assert (
-        to_fetch('data.retain', data) == 'hf download somebody/dogs --type dataset --include "retain*"'
+        fetch_command('data.retain', data) == 'hf download somebody/dogs --type dataset --include "retain*"'
         '   # licence: https://huggingface.co/datasets/somebody/dogs'
     )
     assert (
-        '--type dataset' not in to_fetch('evaluators.mhsc', data)
-        and to_fetch('evaluators.x', Source(path='pip:nudenet==3.4.2')) == 'pip install "nudenet==3.4.2"'
+        '--type dataset' not in fetch_command('evaluators.mhsc', data)
+        and fetch_command('evaluators.x', Source(path='pip:nudenet==3.4.2')) == 'pip install "nudenet==3.4.2"'
     )
-    (said,) = licences(Profile(base=model, data=dict(retain=data, unsafe=dict(path='./here', license='mine'))))
-    assert (said.state, said.says) == (
+    (said,) = list_licences(Profile(base=model, data=dict(retain=data, unsafe=dict(path='./here', license='mine'))))
+    assert (said.state, said.message) == (
         'note',
         'read and accept: openrail (https://huggingface.co/somebody/gated), '
         'cc0 (https://huggingface.co/datasets/somebody/dogs)',
@@ -352,7 +353,7 @@ def test_commands_and_licences():
 
 def test_the_table_ends_with_what_to_do():
     "ok, notes, missing; each command once"
-    lines = table(
+    lines = format_findings(
         [
             Finding('b', 'missing', 'gone', 'bring b'),
             Finding('a', 'ok', 'here', 'nothing'),
@@ -369,26 +370,26 @@ def test_the_table_ends_with_what_to_do():
         'To get what is missing:'.split(),
         ['bring', 'b'],
     ]
-    assert 'To get' not in table([Finding('a', 'ok', 'here')])
+    assert 'To get' not in format_findings([Finding('a', 'ok', 'here')])
 
 
 def test_every_profile_of_the_repository_can_be_looked_at():
     wrong = []
-    for name in names():
-        found = check(name, hashes=False)
+    for name in profile_names():
+        found = check_profile(name, hashes=False)
         settings = next(f for f in found if f.what == 'settings')
         if (
             settings.state != 'ok'
-            or any('\n' in f.says + f.fetch for f in found)
-            or any(f.state == 'missing' for f in found) != ('To get what is missing:' in table(found))
+            or any('\n' in f.message + f.fetch for f in found)
+            or any(f.state == 'missing' for f in found) != ('To get what is missing:' in format_findings(found))
         ):
-            wrong.append((name, settings.says))
+            wrong.append((name, settings.message))
     assert not wrong
 
 
 def test_the_sizes_of_files_and_folders(tmp_path):
     (tmp_path / 'f.bin').write_bytes(b'x' * 1_234_567)
     assert (
-        looks_right('prompts.IP', tmp_path / 'f.bin', Profile()) == '1.2 MB'
-        and looks_right('evaluators.x', tmp_path, Profile()) == 'a folder'
+        describe_source('prompts.IP', tmp_path / 'f.bin', Profile()) == '1.2 MB'
+        and describe_source('evaluators.x', tmp_path, Profile()) == 'a folder'
     )

@@ -606,10 +606,8 @@ def test_i2p_has_seeds_and_guidance_of_its_own(i2p, monkeypatch):
         assert fields(R.read_i2p(i2p, images=2, seed=seed), 'seed', 'guidance', 'number') == [
             (1_000_003 * seed + i, None, i // 2) for i in range(6)
         ]
-    import huggingface_hub
-
     monkeypatch.setattr(
-        huggingface_hub,
+        R,
         'hf_hub_download',
         lambda repo, file, repo_type: {(R.I2P, R.I2P_FILE, 'dataset'): str(i2p)}[repo, file, repo_type],
     )

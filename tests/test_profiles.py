@@ -6,19 +6,18 @@ from huggingface_hub import constants
 from resalign.use import cli
 from resalign.core.settings import params, root
 from resalign.baselines.methods import METHODS, config_of
-    Data,
+from resalign.model.checkpoints import download_command, how_to_get, licence_page
+from resalign.real.doctor import check_settings
+from resalign.real.profiles import (
+    DataSources,
     Profile,
     Source,
-    active,
-    check_settings,
-    download_command,
-    folder,
-    how_to_get,
-    licence_page,
-    located,
-    names,
+    active_profile,
+    locate,
+    profile_names,
     profile_of,
     settings,
+    source_folder,
 )
 from refusals import said
 
@@ -68,11 +67,11 @@ def words(node, at=''):
 def test_every_profile_holds_settings_that_its_classes_know():
     """No number is a word; no revision is made up; pictures of what is unsafe are nobody's download; a run has
     what it needs"""
-    assert set(NAMES) <= set(names())
-    refused = {n: text for n in names() if (text := said(check_settings, n))}
+    assert set(NAMES) <= set(profile_names())
+    refused = {n: text for n in profile_names() if (text := said(check_settings, n))}
     assert not refused and not {
         n: list(words([p.unlearn, p.finetune, p.evaluate]))
-        for n in names()
+        for n in profile_names()
         for p in [profile_of(n)]
         if list(words([p.unlearn, p.finetune, p.evaluate]))
     }
@@ -85,7 +84,7 @@ def test_every_profile_holds_settings_that_its_classes_know():
     real = {n: profile_of(n) for n in NAMES[1:]}
     lacking = {
         n: [k for k in ('base', 'pool', 'prompts', 'evaluators', 'erase', 'evaluate') if not getattr(p, k)]
-        + [d for d in Data.model_fields if getattr(p.data, d) is None]
+        + [d for d in DataSources.model_fields if getattr(p.data, d) is None]
         for n, p in real.items()
     }
     assert not {n: k for n, k in lacking.items() if k}
@@ -167,23 +166,25 @@ def test_light_differs_in_solver_pool_and_precision_alone():
 
 def test_the_environment_wins(tmp_path, monkeypatch):
     file = write(tmp_path, dict(mine=dict(size=64), other=dict(size=32)))
-    assert active(file)[0] == 'mine' and active(file)[1].size == 64
+    assert active_profile(file)[0] == 'mine' and active_profile(file)[1].size == 64
     monkeypatch.setenv('RESALIGN_PROFILE', 'other')
-    assert active(file)[0] == 'other' and active(file)[1].size == 32
+    assert active_profile(file)[0] == 'other' and active_profile(file)[1].size == 32
     monkeypatch.setenv('RESALIGN_PROFILE', 'othr')
-    assert said(active, file).startswith("RESALIGN_PROFILE: unknown 'othr', did you mean 'other'")
+    assert said(active_profile, file).startswith("RESALIGN_PROFILE: unknown 'othr', did you mean 'other'")
     monkeypatch.delenv('RESALIGN_PROFILE')
-    assert said(active, write(tmp_path, dict(mine={}), 'nobody')).startswith("params.yaml: profile: unknown 'nobody'")
+    assert said(active_profile, write(tmp_path, dict(mine={}), 'nobody')).startswith("params.yaml: profile: unknown 'nobody'")
 
 
 def test_tiny_is_params_yaml():
-    assert active()[0] == params('profile')
-    sections = ('unlearn.resalign', 'finetune.varied-lora', 'evaluate', 'erase', 'studies.resurgence.looks')
+    assert active_profile()[0] == params('profile')
+    section = params('methods.resalign')
+    assert settings('unlearn.resalign', 'tiny') == section['start'] | section['chosen']
+    sections = ('finetune.varied-lora', 'evaluate', 'erase', 'studies.resurgence.looks')
     assert not [s for s in sections if settings(s, 'tiny') != params(s)]
     places = dict(unsafe='data/unsafe', blueprint='data/blueprint', base='outs/base', evaluators='outs/evaluators') | {
         'pool-things': 'data/pool-things'
     }
-    assert {n: folder(n, 'tiny') for n in places} == {n: root() / p for n, p in places.items()}
+    assert {n: source_folder(n, 'tiny') for n in places} == {n: root() / p for n, p in places.items()}
 
 
 def test_a_real_profile_never_falls_back_to_tiny(tmp_path):
@@ -326,15 +327,15 @@ def test_local_paths_never_ask_the_network(offline, tmp_path):
         ),
     )
     assert (
-        folder('unsafe', file=file) == tmp_path / 'dogs' == folder('d1', file=file)
-        and folder('retain', file=file) == tmp_path / 'dogs/inner'
+        source_folder('unsafe', file=file) == tmp_path / 'dogs' == source_folder('d1', file=file)
+        and source_folder('retain', file=file) == tmp_path / 'dogs/inner'
     )
-    assert folder('evaluators', 'mine', file) == tmp_path / 'ev' and folder('evaluators', 'heads', file) == tmp_path
+    assert source_folder('evaluators', 'mine', file) == tmp_path / 'ev' and source_folder('evaluators', 'heads', file) == tmp_path
     assert not unsaid(
         [
-            (('nowhere/cats', 'bring cats'), folder, ('varied',), dict(file=file)),
-            (("no source 'subjects'", 'unsafe, retain, varied, d1'), folder, ('subjects',), dict(file=file)),
-            ('profiles.none.evaluators', folder, ('evaluators', 'none', file), {}),
+            (('nowhere/cats', 'bring cats'), source_folder, ('varied',), dict(file=file)),
+            (("no source 'subjects'", 'unsafe, retain, varied, d1'), source_folder, ('subjects',), dict(file=file)),
+            ('profiles.none.evaluators', source_folder, ('evaluators', 'none', file), {}),
         ]
     )
 
@@ -347,7 +348,7 @@ def test_a_hub_id_in_the_cache(offline, tmp_path, monkeypatch):
     (repo / 'refs').mkdir()
     (repo / 'refs/main').write_text(COMMIT)
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hub'))
-    at = lambda **kw: located(Source(**kw), fetch=False)
+    at = lambda **kw: locate(Source(**kw), fetch=False)
     assert (
         at(path='somebody/dogs') == hub and at(path='somebody/dogs', revision=COMMIT, inside='down1') == hub / 'down1'
     )
@@ -372,7 +373,7 @@ def test_a_hub_id_in_the_cache(offline, tmp_path, monkeypatch):
         ]
     )
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
-    assert located(Source(path='somebody/dogs')) == hub
+    assert locate(Source(path='somebody/dogs')) == hub
 
 
 def test_a_hub_id_is_fetched_at_its_revision_and_no_more_than_it(monkeypatch, tmp_path):
@@ -387,8 +388,8 @@ def test_a_hub_id_is_fetched_at_its_revision_and_no_more_than_it(monkeypatch, tm
 
     monkeypatch.setattr(profiles, 'snapshot_download', snapshot)
     assert (
-        located(Source(path='somebody/dogs', revision='abc', inside='down1')) == tmp_path / 'down1'
-        and located(Source(path='a/b'), 'model') == tmp_path
+        locate(Source(path='somebody/dogs', revision='abc', inside='down1')) == tmp_path / 'down1'
+        and locate(Source(path='a/b'), 'model') == tmp_path
     )
     assert asked == [
         (
@@ -445,7 +446,7 @@ def test_a_drawn_experiment_refuses_a_real_profile(monkeypatch):
     given = dict(study='resurgence', method='ga', seed=0, variant='full', smoke=False)
 
     def ask(module, stage):
-        f = getattr(importlib.import_module(f'resalign.{module}'), stage)
+        f = getattr(importlib.import_module(f'resalign.studies.{module}'), stage)
         f(**{k: given[k] for k in inspect.signature(f).parameters})
 
     assert not unsaid(
@@ -469,4 +470,4 @@ def test_the_doctor_comes_first():
         (('profile sd14: ', 'resalign-doctor sd14'), ask, (s,), {})
         for s in 'base_stage evaluators_stage unlearn_stage finetune_stage evaluate_stage'.split()
     )
-    assert active()[0] == 'tiny'
+    assert active_profile()[0] == 'tiny'

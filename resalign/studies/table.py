@@ -22,9 +22,8 @@ from ..measure.evaluators import metric_tables
 from ..measure.metrics import Stat, paired, rate
 from ..real import profiles, sources
 from .models import Finetuned, Unlearned, made, models_folder, settings_of
-from ..use.batch import content, digest, short
 from ..use.evaluate import evaluate
-from ..use.meaning import meaning
+from ..use.meaning import content, digest, meaning, short
 
 # %% ../../nbs/9_studies/10_table.ipynb #6fe6e18c
 DOWNSTREAM = [f'{data}-{algorithm}' for data in ('subjects', 'varied') for algorithm in ('full', 'lora')]
