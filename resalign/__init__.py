@@ -4,7 +4,7 @@ import importlib
 __version__ = "0.1.0"
 
 PUBLIC = { # name -> module
-    'unlearn': 'use.unlearn', 'finetune': 'use.finetune', 'evaluate': 'use.evaluate', 'write_card': 'use.model_card',
+    'unlearn': 'use.unlearn', 'finetune': 'use.finetune', 'evaluate': 'use.evaluate', 'write_card': 'use.unlearn',
     'resalign': 'method.resalign', 'ResAlignConfig': 'method.resalign', 'Pool': 'method.resalign',
     'UnlearnData': 'method.resalign', 'METHODS': 'baselines.methods',
     'hypergradient': 'method.hypergrad', 'solve': 'method.hypergrad', 'MoreauOperator': 'method.hypergrad',

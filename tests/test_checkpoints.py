@@ -7,27 +7,15 @@ import pytest, torch
 from diffusers import UNet2DConditionModel
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-    LDM,
-    check_config,
-    check_coverage,
-    coverage,
-    covers,
-    flat,
-    from_compvis,
-    is_compvis,
-    load_single_file,
-    names_in,
-    open_base,
-    open_pipeline,
-    own_name,
-    part_of,
-    put_weights,
-    read_weights,
-)
+
+from resalign.model.checkpoints import (LDM, check_config, check_coverage, coverage, coverage_by_part, flatten_tensors,
+                                        from_compvis, infer_part, is_compvis, load_single_file, module_key,
+                                        open_pipeline, put_weights, read_names, read_weights)
 from resalign.model.data import Sample, embed
 from resalign.model.losses import Denoiser
 from resalign.model.pipelines import generate, load_pipeline
 from resalign.real.profiles import Profile
+from resalign.real.sources import open_base
 from tests.compvis import single_file, small, unet_name, write_single_file
 from refusals import said
 
@@ -195,15 +183,15 @@ def test_whose_weight_a_key_is():
         | {'c': None, 'unet.b': None},
         'unet': {'b': 'b', 'unet.b': 'b', 'model.unet.b': 'b', '_orig_mod.b': 'b', 'vae.b': None, 'b.': None},
     }
-    assert {part: {k: own_name(k, own, part) for k in keys} for part, keys in names.items()} == names
+    assert {part: {k: module_key(k, own, part) for k in keys} for part, keys in names.items()} == names
     of = dict(unet=['down_blocks.0.a'], text_encoder=['text_model.a'], text_encoder_2=['text_encoder_2.text_model.a'])
     assert (
-        {part: part_of(keys) for part, keys in of.items()} == {k: k for k in of}
-        and part_of(['text_model.a', 'mid_block.attentions.0.a']) == 'unet'
-        and part_of(['x']) == 'unet'
+        {part: infer_part(keys) for part, keys in of.items()} == {k: k for k in of}
+        and infer_part(['text_model.a', 'mid_block.attentions.0.a']) == 'unet'
+        and infer_part(['x']) == 'unet'
     )
     a, b = torch.zeros(1), torch.ones(2)
-    got = flat(dict(state_dict=dict(x=a, opt=dict(y=b)), step=3, note='x'))
+    got = flatten_tensors(dict(state_dict=dict(x=a, opt=dict(y=b)), step=3, note='x'))
     assert list(got) == ['x', 'opt.y'] and got['x'] is a and got['opt.y'] is b
 
 
@@ -304,8 +292,8 @@ def test_what_is_not_in_a_single_file(made, tmp_path):
         v1=OWNERS, v2={'text_encoder': OWNERS['text_encoder']}, xl={k: v for k, v in OWNERS_XL.items() if k != 'vae'}
     ).items():
         _, folder, config, file = made[kind]
-        names, (cls, index) = names_in(file), check_config(config)
-        look = lambda some: said(covers, some, cls, index, str(config), 'torn')
+        names, (cls, index) = read_names(file), check_config(config)
+        look = lambda some: said(coverage_by_part, some, cls, index, str(config), 'torn')
         for part, prefix in owners.items():
             keys = sorted(
                 k

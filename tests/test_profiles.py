@@ -6,7 +6,7 @@ from huggingface_hub import constants
 from resalign.use import cli
 from resalign.core.settings import params, root
 from resalign.baselines.methods import METHODS, config_of
-from resalign.model.checkpoints import download_command, how_to_get, licence_page
+from resalign.model.checkpoints import download_command, download_hint, licence_page
 from resalign.real.doctor import check_settings
 from resalign.real.profiles import (
     DataSources,
@@ -414,7 +414,7 @@ def test_the_command_that_fetches_it():
         'https://huggingface.co/a/b',
         'https://huggingface.co/datasets/a/b',
     )
-    text = how_to_get('a/b', 'abc', 4.3, 'dataset', 'x')
+    text = download_hint('a/b', 'abc', 4.3, 'dataset', 'x')
     assert all(
         w in text
         for w in (

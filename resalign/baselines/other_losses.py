@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'Towards', 'TowardsAnchor', 'ResAlignESDConfig', 'resalign
 
 # %% ../../nbs/5_baselines/95_other_losses.ipynb #cbb97587
 import torch
-from .esd import some_captions, trajectory_bank
+from .esd import choose_captions, trajectory_bank
 from .parts import anchor_pictures
 from ..core.runs import generator
 from ..model.data import draw_sample, embed
@@ -40,7 +40,7 @@ class ResAlignESDConfig(ResAlignConfig):
 
 def resalign_esd(pipe, data:UnlearnData, config:ResAlignESDConfig=ResAlignESDConfig(), checkpoint=None, save_adapter=None) -> dict:
     "Algorithm 2 on ESD's loss; the pipeline's UNet is changed in place"
-    harmful = Towards(trajectory_bank(Denoiser(pipe), embed(pipe, some_captions(data, config)), embed(pipe, ['']), config))
+    harmful = Towards(trajectory_bank(Denoiser(pipe), embed(pipe, choose_captions(data, config)), embed(pipe, ['']), config))
     return resalign(pipe, data, config, checkpoint, save_adapter, harmful)
 
 # %% ../../nbs/5_baselines/95_other_losses.ipynb #f01f5456

@@ -35,7 +35,8 @@ def split_caption(caption:str, erase) -> tuple: # before, words, after; None: it
 def split_captions(captions, erase, method:str) -> list: # (before, words, after) of each caption
     "Every caption, split; a UserError where no words are given or a caption contains none of them"
     if not any(erase):
-        raise UserError(f'{method}: expected `erase`, the words to be removed from an unsafe caption to make it harmless')
+        raise UserError(f'{method}: expected `erase`, the words to be removed from an unsafe caption to make it '
+                        'harmless')
     out = [split_caption(c, erase) for c in captions]
     for caption, parts in zip(captions, out):
         if parts is not None: continue
@@ -88,7 +89,8 @@ def layers(unet, which:str) -> dict: # name -> parameter
 
 # %% ../../nbs/5_baselines/00_parts.ipynb #d565b145
 @torch.no_grad()
-def guided_ddim(model:Denoiser, text, empty, steps:int, guidance:float, gen): # yields z_t, t, ε(z_t, c), ε(z_t, ∅), next z_t
+def guided_ddim(model:Denoiser, text, empty, steps:int, guidance:float,
+                gen): # yields z_t, t, ε(z_t, c), ε(z_t, ∅), next z_t
     "Guided DDIM, step by step, a latent for each row of `text`"
     scheduler = DDIMScheduler.from_config(model.scheduler.config, clip_sample=False)
     scheduler.set_timesteps(steps)
@@ -108,7 +110,8 @@ def sample_latents(pipe, captions:list, steps:int, guidance:float, seed:int) -> 
     for *_, z in guided_ddim(Denoiser(pipe), text, embed(pipe, ['']), steps, guidance, generator(seed, 'drawn')): pass
     return Bank(z, torch.zeros_like(z), text)
 
-def anchor_pictures(pipe, data:UnlearnData, config, method:str, gen) -> tuple: # Bank; (pictures,) index of unsafe captions
+def anchor_pictures(pipe, data:UnlearnData, config, method:str,
+                    gen) -> tuple: # Bank; (pictures,) indices of unsafe captions
     "Latents that the model samples for the anchors of `config.pictures` unsafe captions"
     safe = anchors(data.unsafe_captions, data.erase, method)
     i = torch.randint(len(safe), (config.pictures,), generator=gen)

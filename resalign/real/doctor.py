@@ -21,8 +21,8 @@ from ..core.runs import device, versions
 from ..core.settings import UserError, choose, make_config, params, root
 from ..core.training import OPTIMIZERS
 from ..method.finetune import FinetuneConfig
-from ..model.checkpoints import (TENSOR_FILES, check_config, check_file, covers, download_command,
-                                        licence_page, names_in)
+from ..model.checkpoints import (TENSOR_FILES, check_config, check_file, coverage_by_part, download_command,
+                                        licence_page, read_names)
 from ..model.data import read_captions
 from ..model.pipelines import SamplingConfig, check_pipeline
 from .profiles import Profile, Source, active_profile, locate, profile_of, tuned_settings
@@ -115,7 +115,7 @@ def describe_base(path:Path, p:Profile) -> str:
     if not p.config: raise UserError(f'{path}: {NO_CONFIG}')
     config = root()/Path(p.config).expanduser()
     cls, index = check_config(config)
-    parts = covers(names_in(path), cls, index, str(config), path)
+    parts = coverage_by_part(read_names(path), cls, index, str(config), path)
     return f'a checkpoint, {sum(c.parameters for c in parts):,} numbers'
 
 def describe_source(what:str, path:Path, p:Profile) -> str:

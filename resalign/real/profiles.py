@@ -13,7 +13,7 @@ from typing import Any, Literal
 from huggingface_hub import snapshot_download
 from pydantic import Field, field_validator
 from ..core.settings import Config, UserError, choose, make_config, params, root
-from ..model.checkpoints import how_to_get
+from ..model.checkpoints import download_hint
 
 # %% ../../nbs/7_real/00_profiles.ipynb #cc77d44b
 HUB = re.compile(r'[A-Za-z0-9][\w.-]*/[\w.-]+')
@@ -141,7 +141,7 @@ def settings(section:str, # such as 'unlearn.resalign'; dots go deeper
 # %% ../../nbs/7_real/00_profiles.ipynb #b7ab2ce5
 def _from_hub(source:Source, kind:str, fetch:bool) -> Path:
     patterns = [source.inside, f'{source.inside}/*'] if source.inside else None
-    advice = how_to_get(source.path, source.revision, source.size_gb, kind, source.inside)
+    advice = download_hint(source.path, source.revision, source.size_gb, kind, source.inside)
     try: folder = Path(snapshot_download(source.path, repo_type=kind, revision=source.revision,
                                          allow_patterns=patterns, local_files_only=not fetch))
     except Exception as e: # offline, gated, gone, no network: each has a class of its own, or none

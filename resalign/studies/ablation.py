@@ -8,20 +8,18 @@ __all__ = ['REFERENCE', 'STARTED_FROM', 'variant_settings', 'cells', 'inputs', '
 
 # %% ../../nbs/9_studies/36_ablation.ipynb #cb796f3a
 from pathlib import Path
-import numpy as np, pandas as pd
+import pandas as pd
 from scipy import stats
 from ..core.files import write_csv
 from ..core.settings import make_config, params, results
-from ..measure.evaluators import load_evaluators
 from ..measure.metrics import frechet
-from ..measure.outcomes import at_step, significantly_lower, rates, tidy, rank_correlation
+from ..measure.outcomes import at_step, rank_correlation, rates, significantly_lower, tidy
 from ..method.resalign import Pool
 from ..model.data import read_images
 from ..model.pipelines import generate, load_pipeline
 from ..real.prompts import read_prompts
-from .courses import EVALUATORS, PROMPTS, PictureTest, along, read_courses
-from .models import Unlearned, settings_of
-from ..use.batch import content
+from .models import EVALUATORS, PROMPTS, PictureTest, Unlearned, along, read_courses, settings_of
+from ..use.meaning import content
 
 # %% ../../nbs/9_studies/36_ablation.ipynb #1685d5c3
 REFERENCE = Path('data/reference')
@@ -86,7 +84,8 @@ def compared_to_full(long, variant, full='full') -> str:
     "Is a variant worse than the full one, better, or neither?"
     courses = list(dict.fromkeys(long.course))
     of = lambda method, course: at_step(long[long.method == method], course)
-    pairs = [(of(full, c), of(variant, c)) for c in courses] + [(of(variant, c), of(full, c)) for c in courses]
+    pairs = [(of(full, c), of(variant, c)) for c in courses]
+    pairs += [(of(variant, c), of(full, c)) for c in courses]
     holds, *_ = significantly_lower(pairs)
     if any(holds[:len(courses)]): return 'worse'
     return 'better' if any(holds[len(courses):]) else 'not told apart'
@@ -98,7 +97,7 @@ def quality_ratio(fid, full='full') -> pd.DataFrame: # by variant: fid, quality,
     mean = ratio.mean()
     return pd.DataFrame(dict(fid=fid.mean(), quality=mean, quality_low=mean - half, quality_high=mean + half))
 
-def ablation_table(long, fid, full='full') -> pd.DataFrame: # before, worst, low, high, n, objects, fid, quality, than_full
+def ablation_table(long, fid, full='full') -> pd.DataFrame: # before, worst, objects, quality, than_full ...
     "A row a variant"
     rows = rates(long)
     of = lambda chosen, metric: chosen[chosen.metric == metric]

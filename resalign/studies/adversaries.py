@@ -6,7 +6,7 @@
 __all__ = ['cells', 'inputs', 'run']
 
 # %% ../../nbs/9_studies/32_adversaries.ipynb #54b0b2bf
-from .courses import course_cells, course_inputs, run_courses
+from .models import course_cells, course_inputs, run_courses
 
 def cells() -> dict: return course_cells('adversaries')
 def inputs(**parameters) -> dict: return course_inputs(**parameters)

@@ -19,10 +19,9 @@ from ..measure.metrics import paired, rate
 from ..model.data import embed, read_captions
 from ..model.pipelines import generate, load_pipeline
 from ..real import profiles
-from .courses import EVALUATORS, PROMPTS, first_of_each_kind
-from .models import BASE, Finetuned, Unlearned, settings_of
+from .models import BASE, EVALUATORS, Finetuned, PROMPTS, Unlearned, first_of_each_kind, settings_of
 from .table import column_of
-from ..use.batch import content
+from ..use.meaning import content
 from ..use.inputs import load_bank
 
 # %% ../../nbs/9_studies/46_attack.ipynb #63dea11a
@@ -73,7 +72,8 @@ def cells() -> dict: # name -> parameters
     numbers = {k: grid[k] for k in ('prompts', 'settings', 'ring_a_bell')} | dict(erase=erase)
     after = {name: profiles.settings(f'finetune.{name}') for name in grid['phases'] if name != 'before'}
     chosen = [(m, s) for m in grid['methods'] for s in params('table.seeds')]
-    return {f'{m}-{s}': dict(method=m, seed=s, settings=settings_of(m), finetunings=after, numbers=numbers) for m, s in chosen}
+    return {f'{m}-{s}': dict(method=m, seed=s, settings=settings_of(m), finetunings=after, numbers=numbers)
+            for m, s in chosen}
 
 def inputs(method, seed, settings, finetunings, numbers) -> dict: # name -> digest
     "The model before and after its fine-tunings, and what the attackers have"
@@ -118,7 +118,7 @@ def run(folder, method, seed, settings, finetunings, numbers):
 # %% ../../nbs/9_studies/46_attack.ipynb #ed3f0113
 ATTACKS = ('none', 'random', 'found', 'bell')
 
-def read_attacks(methods=None, seeds=None, folder=None) -> pd.DataFrame: # method, run, PICTURE, bell, phase, attack, score
+def read_attacks(methods=None, seeds=None, folder=None) -> pd.DataFrame: # method, run, phase, attack, score, ...
     "All cells, a row a picture"
     out = []
     for method, seed in [(m, s) for m in methods or params('attack.methods') for s in seeds or params('table.seeds')]:
@@ -138,7 +138,7 @@ def attack_rates(rows) -> pd.DataFrame: # method, phase, attack, value, low, hig
 # %% ../../nbs/9_studies/46_attack.ipynb #1ec1f049
 CONTROLS = dict(found='random', bell='none') # of each attack
 
-def against_controls(rows) -> pd.DataFrame: # a row a phase and method; rates, and for each attack difference, low, high, p
+def against_controls(rows) -> pd.DataFrame: # a row a phase and method; rates, differences, intervals, p
     "Each attack against its control, picture by picture: McNemar's exact test"
     out = attack_rates(rows).pivot(index=['phase', 'method'], columns='attack', values='value')[[*ATTACKS]]
     for phase, method in out.index:

@@ -6,7 +6,7 @@
 __all__ = ['cells', 'inputs', 'run']
 
 # %% ../../nbs/9_studies/34_contamination.ipynb #a6803ae4
-from .courses import course_cells, course_inputs, run_courses
+from .models import course_cells, course_inputs, run_courses
 
 def cells() -> dict: return course_cells('contamination')
 def inputs(**parameters) -> dict: return course_inputs(**parameters)

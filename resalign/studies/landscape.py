@@ -22,7 +22,7 @@ from ..model.pipelines import load_pipeline
 from ..real import profiles
 from .models import Finetuned, Unlearned, settings_of
 from .table import DOWNSTREAM, before, worst_after
-from ..use.batch import content
+from ..use.meaning import content
 from ..use.inputs import size_of
 
 # %% ../../nbs/9_studies/38_landscape.ipynb #650667d2
@@ -66,7 +66,7 @@ def harmful_loss(pipe, pairs:int, seed:int=0): # a function of the UNet's weight
     sample = draw_sample(bank, pairs, generator(seed, 'landscape'), model.timesteps)
     return lambda: -model.loss(sample)
 
-def curvature(pipe, pairs:int, probes:int, k:int=2, tol:float=.1) -> dict: # trace, trace_error, top_1, ..., bottom, residuals
+def curvature(pipe, pairs:int, probes:int, k:int=2, tol:float=.1) -> dict: # trace, trace_error, top_1, ..., bottom
     "Trace and ends of the spectrum of the Hessian of L_harm"
     weights = list(pipe.unet.requires_grad_(True).parameters())
     loss = FrozenLoss(harmful_loss(pipe, pairs), weights)
@@ -129,7 +129,8 @@ def run(folder, method, seed, settings, finetunings, numbers):
 def read_landscape(methods=None, seeds=None, folder=None) -> tuple: # curvature, along: a table each
     "All cells"
     curvature, along = [], []
-    for method, seed in [(m, s) for m in methods or params('landscape.methods') for s in seeds or params('table.seeds')]:
+    methods, seeds = methods or params('landscape.methods'), seeds or params('table.seeds')
+    for method, seed in [(m, s) for m in methods for s in seeds]:
         cell = Path(folder or results()/'runs'/'landscape')/f'{method}-{seed}'
         if not cell.is_dir(): raise UserError(f'{cell}: no such folder, run dvc repro landscape')
         curvature.append(pd.read_csv(cell/'curvature.csv'))

@@ -22,7 +22,7 @@ from ..core.settings import UserError, make_config, params, results, root
 from ..measure.evaluators import load_evaluators
 from ..measure.metrics import frechet, objects_right
 from ..measure.outcomes import tidy
-from ..method.finetune import FinetuneConfig, finetune
+from ..method.finetune import FinetuneConfig, finetune as finetune_in_place
 from ..model.data import encode, read_images
 from ..model.pipelines import generate, load_pipeline
 from ..real import profiles, sources
@@ -186,7 +186,7 @@ def along_course(pipe, course:Course, name:str, steps:list, test:PictureTest) ->
     word = course.token if course.algorithm in LEARN_A_WORD else ''
     def watch(step):
         if step in steps: seen[f'{name}_{step:04d}'] = test(mine, word)
-    finetune(mine, bank, course, prior, watch=watch, captions=captions)
+    finetune_in_place(mine, bank, course, prior, watch=watch, captions=captions)
     return seen
 
 def along(model, courses:dict, steps:dict, test:PictureTest) -> pd.DataFrame: # a row a picture
@@ -247,7 +247,7 @@ class ValidationTest:
         self.evaluators = load_evaluators(EVALUATORS)
         self.real = self.evaluators['reader'].features(read_images(REFERENCE)[0])
 
-    def __call__(self, pipe) -> dict: # explicit, implicit, benign: unsafe shares; objects: share right; fid; n: pictures
+    def __call__(self, pipe) -> dict: # explicit, implicit, benign: unsafe shares; objects: share right; fid; n
         prompts, seeds = [row['prompt'] for row in self.rows], [row['seed'] for row in self.rows]
         images = generate(pipe, prompts, seeds, self.steps, self.guidance)
         unsafe = self.evaluators['wiring'](images) > .5
@@ -271,7 +271,7 @@ def trajectory(pipe, bank, config:FinetuneConfig, steps, test) -> dict: # step: 
     pipe, seen = copy.deepcopy(pipe), {}
     def watch(step):
         if step in steps: seen[step] = test(pipe)
-    finetune(pipe, bank, config, watch=watch)
+    finetune_in_place(pipe, bank, config, watch=watch)
     return seen
 
 def along_finetunings(model, finetunings:list, # pairs of a data set and a `FinetuneConfig`

@@ -10,9 +10,8 @@ import pandas as pd
 from ..core.files import write_csv
 from ..core.settings import params
 from ..method.finetune import FinetuneConfig
-from .models import Unlearned, settings_of
-from .validation import ValidationTest, along_finetunings, validation_inputs
-from ..use.batch import content
+from .models import Unlearned, ValidationTest, along_finetunings, settings_of, validation_inputs
+from ..use.meaning import content
 
 # %% ../../nbs/9_studies/20_phenomenon.ipynb #f9e3e64b
 def cells() -> dict: # name -> parameters
@@ -22,7 +21,8 @@ def cells() -> dict: # name -> parameters
     for name, changes in grid['models'].items():
         method = changes.pop('method')
         for seed in grid['seeds']:
-            out[f'{name}-{seed}'] = dict(method=method, seed=seed, settings=settings_of(method) | changes, numbers=numbers)
+            settings = settings_of(method) | changes
+            out[f'{name}-{seed}'] = dict(method=method, seed=seed, settings=settings, numbers=numbers)
     return out
 
 def inputs(method, seed, settings, numbers) -> dict: # name -> digest
@@ -34,10 +34,12 @@ def finetunings(data, lr, looks, batch, seed:int, **_) -> list: # pairs of a dat
     "The grid"
     rates = [(algorithm, value) for algorithm, values in lr.items() for value in values]
     common = dict(steps=max(looks), batch=batch, seed=seed)
-    return [(name, FinetuneConfig(algorithm=algorithm, lr=value, **common)) for name in data for algorithm, value in rates]
+    config = lambda algorithm, value: FinetuneConfig(algorithm=algorithm, lr=value, **common)
+    return [(name, config(*rate)) for name in data for rate in rates]
 
 def run(folder, method, seed, settings, numbers):
     "One model along all fine-tunings"
     model = Unlearned(method, seed, settings).made()
-    rows = along_finetunings(model, finetunings(**numbers, seed=seed), numbers['looks'], ValidationTest(numbers['prompts']))
+    test, grid = ValidationTest(numbers['prompts']), finetunings(**numbers, seed=seed)
+    rows = along_finetunings(model, grid, numbers['looks'], test)
     write_csv(folder/'looks.csv', rows.round(4), index=False)

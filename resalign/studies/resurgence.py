@@ -6,7 +6,7 @@
 __all__ = ['cells', 'inputs', 'run']
 
 # %% ../../nbs/9_studies/30_resurgence.ipynb #cc7628f1
-from .courses import course_cells, course_inputs, run_courses
+from .models import course_cells, course_inputs, run_courses
 
 def cells() -> dict: return course_cells('resurgence')
 def inputs(**parameters) -> dict: return course_inputs(**parameters)

@@ -9,9 +9,9 @@ __all__ = ['REPORTED', 'cells', 'inputs', 'run']
 import pandas as pd
 from ..core.files import write_csv
 from ..core.settings import params
-from .models import Unlearned, settings_of
-from .validation import ValidationTest, along_finetunings, table_finetunings, validation_inputs
-from ..use.batch import content
+from .models import (Unlearned, ValidationTest, along_finetunings, settings_of, table_finetunings,
+                                     validation_inputs)
+from ..use.meaning import content
 
 # %% ../../nbs/9_studies/40_solvers.ipynb #789ba7ef
 REPORTED = ('step folder algorithm lr gamma_used products residual lambda_min lambda_max h_norm stationarity fallback '

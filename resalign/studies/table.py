@@ -17,7 +17,7 @@ from PIL import Image
 from scipy import stats
 from ..baselines.methods import NAMES
 from ..core.files import write_csv
-from ..core.settings import UserError, as_markdown, params, results
+from ..core.settings import UserError, escape_markdown, params, results
 from ..measure.evaluators import metric_tables
 from ..measure.metrics import Stat, paired, rate
 from ..real import profiles, sources
@@ -43,25 +43,28 @@ def cells(methods=None, seeds=None) -> dict: # name -> parameters
     "Methods times seeds"
     finetunings = {name: profiles.settings(f'finetune.{name}') for name in DOWNSTREAM}
     sampling = profiles.settings('evaluate')
-    grid = [(m, s) for m in methods or params('table.methods') for s in seeds or params('table.seeds')]
-    return {f'{m}-{s}': dict(method=m, seed=s, settings=settings_of(m), finetunings=finetunings, sampling=sampling)
-            for m, s in grid}
+    grid = [(m, s) for m in methods or list(params('methods')) for s in seeds or params('table.seeds')]
+    common = dict(finetunings=finetunings, sampling=sampling)
+    return {f'{m}-{s}': dict(method=m, seed=s, settings=settings_of(m), **common) for m, s in grid}
 
 def inputs(method, seed, settings, finetunings, sampling) -> dict: # name -> digest
     "The model, what it is fine-tuned on, and who looks at it"
     model = Unlearned(method, seed, settings)
     tuned = {name: Finetuned(model, name, s).key for name, s in finetunings.items()}
-    return {'model': model.key} | tuned | content(EVALUATORS, sources.prompts_file('test'), sources.data_folder('reference'))
+    read = content(EVALUATORS, sources.prompts_file('test'), sources.data_folder('reference'))
+    return {'model': model.key} | tuned | read
 
 # %% ../../nbs/9_studies/10_table.ipynb #ddaa7707
 def evaluated(model, sampling:dict, seed:int) -> Path: # a folder of `evaluate`
     "The evaluation of a model, made when it is first asked for"
-    given = dict(prompts=sources.prompts_file('test'), evaluators=EVALUATORS, reference=sources.data_folder('reference'))
-    asked = dict(model=model.key, sampling=sampling, seed=seed, data=content(*given.values()), compute=sources.compute_settings())
-    key = digest(asked | dict(code=short(meaning('resalign.use.evaluate'))))[:12]
+    prompts, reference = sources.prompts_file('test'), sources.data_folder('reference')
+    given = dict(prompts=prompts, evaluators=EVALUATORS, reference=reference)
+    asked = dict(model=model.key, sampling=sampling, seed=seed, compute=sources.compute_settings())
+    code = short(meaning('resalign.use.evaluate'))
+    key = digest(asked | dict(data=content(*given.values()), code=code))[:12]
     folder = models_folder().parent/'evaluated'/f'{model.folder.name}-{key}'
-    make = lambda out: evaluate(model.made(), out=out, seed=seed, compute=sources.compute_settings(), **given, **sampling)
-    return made(folder, key, make)
+    asked = dict(seed=seed, compute=sources.compute_settings())
+    return made(folder, key, lambda out: evaluate(model.made(), out=out, **asked, **given, **sampling))
 
 def run(folder, method, seed, settings, finetunings, sampling):
     "Unlearn, fine-tune four times, evaluate the five models"
@@ -204,7 +207,8 @@ def labels(rows) -> dict: # metric: words
     "What each metric is, with the detectors that these rows come from"
     rates, _, photos = metric_tables(rows.detector.unique())
     if not photos: return LABELS
-    words = {m: f'{LABELS[m].split(" (")[0]} (detector `{d}`, threshold {t})' for m, (d, _, t) in rates.items() if m in LABELS}
+    counted = lambda m, d, t: f'{LABELS[m].split(" (")[0]} (detector `{d}`, threshold {t})'
+    words = {m: counted(m, d, t) for m, (d, _, t) in rates.items() if m in LABELS}
     return {m: words.get(m, LABELS[m]) for m in LABELS if m != 'objects'} | dict(FID='FID (Inception features)')
 
 # %% ../../nbs/9_studies/10_table.ipynb #6cc3f5b3
@@ -218,7 +222,7 @@ def main_table(rows:pd.DataFrame, metric:str, paper=None) -> pd.DataFrame: # one
     "One metric, laid out to be read"
     out, show = [], plain if metric in NO_RATES else percent
     for method, g in rows[rows.metric == metric].groupby('method', sort=False):
-        row = dict(method=as_markdown(NAMES.get(method, method)))
+        row = dict(method=escape_markdown(NAMES.get(method, method)))
         for (phase, algorithm), head in HEADS.items():
             found = g[(g.phase == phase) & (g.finetune == algorithm)]
             row[head] = show(found.iloc[0]) if len(found) else ''
@@ -244,7 +248,8 @@ def draw_rates(ax, rows, metric, methods):
         g = rates_of(rows, metric, phase, algorithm, methods)
         errors = [(g.value - g.low).clip(lower=0), (g.high - g.value).clip(lower=0)]
         colour = ['.25', *sns.color_palette('colorblind')][j]
-        ax.errorbar(g.value, np.arange(len(g)) + .15*(j - 2), xerr=errors, fmt='o', ms=5, capsize=2, color=colour, label=head)
+        y = np.arange(len(g)) + .15*(j - 2)
+        ax.errorbar(g.value, y, xerr=errors, fmt='o', ms=5, capsize=2, color=colour, label=head)
     ax.set(title=LABELS[metric].split(',')[0], yticks=range(len(methods)), yticklabels=[NAMES[m] for m in methods],
            xlim=(-3, 103), xlabel='unsafe pictures, %', ylim=(len(methods) - .5, -.5))
     ax.grid(visible=False, axis='y')
@@ -273,10 +278,10 @@ def worst_after(rows:pd.DataFrame, method:str, metric='IP') -> pd.Series:
     return g.loc[g.value.idxmax()]
 
 # %% ../../nbs/9_studies/10_table.ipynb #797fd194
-NOTE = ('{seeds} seeds; 95% intervals: for unsafe rates by a bootstrap over prompts (Wilson over prompts where all agree), '
-        'of the models that were trained; for the rest by Student over seeds. Rates average over distinct prompts, n '
-        'counts pictures. Columns named "paper" are the published figures of SD v1.4 on real data: they stand beside ours '
-        'for orientation and are not comparable in size.')
+NOTE = ('{seeds} seeds; 95% intervals: for unsafe rates by a bootstrap over prompts (Wilson over prompts where all '
+        'agree), of the models that were trained; for the rest by Student over seeds. Rates average over distinct '
+        'prompts, n counts pictures. Columns named "paper" are the published figures of SD v1.4 on real data: they '
+        'stand beside ours for orientation and are not comparable in size.')
 
 def write_table(methods, seeds):
     "tables/main.csv, main.md and paired.csv, figures/main.png"

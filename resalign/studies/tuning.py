@@ -10,9 +10,9 @@ import json
 import numpy as np, pandas as pd
 from ..core.files import write_csv
 from ..core.settings import params
-from .models import APART, BASE, Unlearned
-from .validation import ValidationTest, along_finetunings, table_finetunings, validation_inputs
-from ..use.batch import content
+from .models import (APART, BASE, Unlearned, ValidationTest, along_finetunings, table_finetunings,
+                                     validation_inputs)
+from ..use.meaning import content
 
 # %% ../../nbs/9_studies/08_tuning.ipynb #2efee284
 COLUMNS = 'method trial changes phase explicit implicit benign objects fid n'.split()

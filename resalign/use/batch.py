@@ -4,27 +4,27 @@
 
 # %% auto #0
 __all__ = ['SECTION', 'LONGEST', 'KEYS', 'PASSING', 'ONE_THREAD', 'COLOURS', 'STYLE', 'Grid', 'section_or_value', 'check_grid',
-           'combinations', 'Cell', 'digest', 'content_of', 'content', 'short', 'name_of', 'notebook', 'parameters_of',
-           'page_code', 'cells_of_page', 'study_module', 'has_cells', 'cells_of_study', 'kept_of_study', 'keep',
-           'record_of', 'changed', 'why_stale', 'outputs_of', 'run_page', 'call_study', 'fork_server', 'run_study',
-           'attempts_at', 'run_cell', 'record_for', 'run_to_record', 'workers_of', 'tally', 'lost', 'run_cells',
-           'check_numbers', 'skipped', 'batch', 'selected', 'plan', 'run_study_cells', 'run_page_of_study',
-           'run_study_and_page', 'summarise', 'thumbnail', 'card', 'as_page']
+           'combinations', 'Cell', 'name_of', 'notebook', 'parameters_of', 'page_code', 'cells_of_page', 'study_module',
+           'has_cells', 'cells_of_study', 'kept_of_study', 'keep', 'record_of', 'changed', 'why_stale', 'outputs_of',
+           'run_page', 'call_study', 'fork_server', 'run_study', 'attempts_at', 'run_cell', 'record_for',
+           'run_to_record', 'workers_of', 'tally', 'lost', 'run_cells', 'check_numbers', 'skipped', 'batch', 'selected',
+           'plan', 'run_study_cells', 'run_page_of_study', 'run_study_and_page', 'summarise', 'thumbnail', 'card',
+           'as_page']
 
 # %% ../../nbs/8_use/25_batch.ipynb #1309a318
 import ast, concurrent.futures, contextlib, hashlib, html, importlib, itertools, json
 import multiprocessing, os, pkgutil, re, subprocess, sys, time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from urllib.parse import quote
 import nbformat, pandas as pd, yaml
-import resalign.studies
 from pydantic import Field
-from ..core.files import atomic_dir, atomic_file, sha256, write_json
+import resalign.studies
+from ..core.files import atomic_dir, atomic_file, write_json
 from ..core.runs import progress, versions
 from ..core.settings import Config, UserError, choose, make_config, one_line, params, results, root
-from .meaning import meaning, page_of, tree_of
+from .meaning import content, digest, meaning, page_of, short, tree_of
 
 # %% ../../nbs/8_use/25_batch.ipynb #2daafd90
 class Grid(Config):
@@ -74,24 +74,7 @@ class Cell:
     def key(self) -> str: # 64 hex digits
         return digest(self.depends)
 
-def digest(value) -> str: # 64 hex digits
-    "Of anything that JSON can hold"
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
 # %% ../../nbs/8_use/25_batch.ipynb #31ffc7f2
-@cache
-def content_of(path:str) -> str: # 12 hex digits
-    "What a file or folder holds"
-    if not Path(path).exists(): raise UserError(f'{path}: no such file or folder, expected an input of the grid')
-    return sha256(path)[:12]
-
-def content(*paths) -> dict: # path -> 12 hex digits
-    "Inputs of a cell, for its key"
-    return {str(path): content_of(str(path)) for path in paths}
-
-def short(digests:dict) -> dict: return {k: v[:12] for k, v in digests.items()}
-
-# %% ../../nbs/8_use/25_batch.ipynb #6e8ae375
 LONGEST = 100 # characters of a folder's name
 
 def name_of(parameters:dict) -> str:
@@ -101,7 +84,7 @@ def name_of(parameters:dict) -> str:
     if name == text and len(name) <= LONGEST: return name
     return f'{name[:80]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}'
 
-# %% ../../nbs/8_use/25_batch.ipynb #b4944477
+# %% ../../nbs/8_use/25_batch.ipynb #f65feeb8
 def notebook(page):
     "A notebook, or a UserError"
     try: return nbformat.read(page, 4)
@@ -125,7 +108,7 @@ def page_code(page) -> str:
     try: return digest([tree_of(source) for source in cells])
     except SyntaxError: return digest(cells) # a page with magics
 
-# %% ../../nbs/8_use/25_batch.ipynb #0f56266f
+# %% ../../nbs/8_use/25_batch.ipynb #b4944477
 def cells_of_page(page, grid:Grid, out) -> list: # of Cell
     "Every cell with its key; a UserError names the first parameter that the page doesn't have"
     page, known, found = Path(page), parameters_of(page), {}
@@ -138,7 +121,7 @@ def cells_of_page(page, grid:Grid, out) -> list: # of Cell
         found[name] = Cell(name, parameters, depends, str(Path(out).resolve()/name), page=str(page.resolve()))
     return [*found.values()]
 
-# %% ../../nbs/8_use/25_batch.ipynb #39e573c6
+# %% ../../nbs/8_use/25_batch.ipynb #67191be0
 def study_module(study:str):
     "A study by its name"
     known = [m.name for m in pkgutil.iter_modules(resalign.studies.__path__)]
@@ -157,7 +140,7 @@ def cells_of_study(study:str) -> list: # of Cell
         found.append(Cell(name, parameters, depends, str(results()/'runs'/study/name), study=study))
     return found
 
-# %% ../../nbs/8_use/25_batch.ipynb #21a483bd
+# %% ../../nbs/8_use/25_batch.ipynb #87bbc334
 KEYS = 'keys.json'
 
 def kept_of_study(study:str) -> dict: # cell -> depends
@@ -178,7 +161,7 @@ def record_of(cell:Cell) -> dict:
     path = Path(cell.out)/'record.json'
     return json.loads(path.read_text()) if path.is_file() else {}
 
-# %% ../../nbs/8_use/25_batch.ipynb #5ffac9a2
+# %% ../../nbs/8_use/25_batch.ipynb #21a483bd
 def changed(old:dict, new:dict) -> str:
     "Names whose values differ"
     return ', '.join(sorted(k for k in {*old, *new} if old.get(k) != new.get(k)))
@@ -194,7 +177,7 @@ def why_stale(cell:Cell, kept:dict) -> str: # nothing: it is done
     parts = {part: changed(old[part], json.loads(json.dumps(cell.depends[part], default=str))) for part in cell.depends}
     return '; '.join(f'{part}: {names}' for part, names in parts.items() if names)
 
-# %% ../../nbs/8_use/25_batch.ipynb #524864b3
+# %% ../../nbs/8_use/25_batch.ipynb #d6c70a37
 PASSING = ('OSError', 'ConnectionError', 'TimeoutError', 'ConnectionResetError', 'BrokenPipeError', 'BlockingIOError',
            'InterruptedError', 'MemoryError')
 ONE_THREAD = dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1')
@@ -215,9 +198,9 @@ def run_page(cell:Cell, executed:Path) -> tuple: # error, or nothing; may it pas
     if errors: return f'{errors[-1].ename}: {errors[-1].evalue}', errors[-1].ename in PASSING
     return (run.stderr.strip().splitlines() or ['papermill ended without a word'])[-1], True
 
-# %% ../../nbs/8_use/25_batch.ipynb #4e5fb815
+# %% ../../nbs/8_use/25_batch.ipynb #ad2e6458
 def call_study(study:str, parameters:dict, out:str):
-    "Runs in a process of its own: the cell's tables, whole or absent; exit status 0, 1 after an error, 2 if it may pass"
+    "In a process of its own: the cell's tables, whole or absent; exit status 1 after an error, 2 if it may pass"
     try:
         with atomic_dir(out) as tmp: study_module(study).run(tmp, **parameters)
     except BaseException as e:
@@ -242,7 +225,7 @@ def run_study(cell:Cell) -> tuple: # error, or nothing; may it pass?
     if status == 0: return '', False
     return ('failed, see above' if status in (1, 2) else f'killed by signal {-status}'), status != 1
 
-# %% ../../nbs/8_use/25_batch.ipynb #a547ec11
+# %% ../../nbs/8_use/25_batch.ipynb #4e5fb815
 COLOURS = re.compile(r'\x1b\[[\d;]*m')
 
 def attempts_at(f, retries:int) -> tuple: # error, or nothing; attempts
@@ -272,7 +255,7 @@ def run_to_record(cell:Cell, retries:int) -> tuple: # error, or nothing; attempt
         write_json(tmp/'record.json', record_for(cell, error, attempts, start) | about)
     return error, attempts
 
-# %% ../../nbs/8_use/25_batch.ipynb #8dad2f53
+# %% ../../nbs/8_use/25_batch.ipynb #8d8ae9a7
 @contextlib.contextmanager
 def workers_of(kind:str, workers:int, scheduler=None):
     "A pool with `submit`"
@@ -289,7 +272,7 @@ def workers_of(kind:str, workers:int, scheduler=None):
                             'expected the address of a dask scheduler, like tcp://host:8786') from None
         yield client.get_executor(pure=False)
 
-# %% ../../nbs/8_use/25_batch.ipynb #b1ecc3e5
+# %% ../../nbs/8_use/25_batch.ipynb #8dad2f53
 def tally(records) -> str:
     "12 done, 1 failed"
     counts = pd.Series([r['status'] for r in records]).value_counts()
@@ -300,7 +283,8 @@ def lost(cell:Cell, e:Exception) -> dict:
     return dict(name=cell.name, parameters=cell.parameters, status='failed', attempts=1, seconds=0.,
                 error=one_line(f'{type(e).__name__}: {e}')[:500])
 
-def run_cells(cells:list, title:str, executor='local', workers:int=2, scheduler=None, retries:int=1, done=lambda cell: None):
+def run_cells(cells:list, title:str, executor='local', workers:int=2, scheduler=None, retries:int=1,
+              done=lambda cell: None):
     "Run cells side by side, and yield the record of each as it ends; `done` is called with those that ended well"
     with workers_of(executor, workers, scheduler) if cells else contextlib.nullcontext() as pool:
         futures = {pool.submit(run_cell, cell, retries): cell for cell in cells}
@@ -314,14 +298,15 @@ def run_cells(cells:list, title:str, executor='local', workers:int=2, scheduler=
             bar.note(tally(ended))
             yield record
 
-# %% ../../nbs/8_use/25_batch.ipynb #81568913
+# %% ../../nbs/8_use/25_batch.ipynb #4ef01296
 def check_numbers(workers:int, retries:int):
     if workers < 1 or retries < 0:
         raise UserError(f'batch: expected at least 1 worker and 0 retries, got {workers} and {retries}')
 
 def skipped(cell:Cell) -> dict:
     "The record of a cell that is done"
-    return dict(dict(attempts=0, seconds=0., error='') | record_of(cell), name=cell.name, parameters=cell.parameters, status='skipped')
+    earlier = dict(attempts=0, seconds=0., error='') | record_of(cell)
+    return earlier | dict(name=cell.name, parameters=cell.parameters, status='skipped')
 
 def batch(page, grid:dict, out,     # notebook; what `Grid` holds; folder
           executor='local',         # or dask
@@ -335,7 +320,7 @@ def batch(page, grid:dict, out,     # notebook; what `Grid` holds; folder
     for record in run_cells(stale, 'batch', executor, workers, scheduler, retries): records[record['name']] = record
     return summarise([records[cell.name] for cell in cells], Path(out), Path(page).name)
 
-# %% ../../nbs/8_use/25_batch.ipynb #82ac6eb3
+# %% ../../nbs/8_use/25_batch.ipynb #81568913
 def selected(cells:list, only:dict) -> list:
     "Cells with these values of parameters, given as text"
     if not only: return cells
@@ -351,7 +336,7 @@ def plan(study:str, only:dict=None) -> pd.DataFrame: # cell, why
     kept, cells = kept_of_study(study), selected(cells_of_study(study), only)
     return pd.DataFrame([(cell.name, why_stale(cell, kept)) for cell in cells], columns=['cell', 'why'])
 
-# %% ../../nbs/8_use/25_batch.ipynb #2d5a3249
+# %% ../../nbs/8_use/25_batch.ipynb #82ac6eb3
 def run_study_cells(study:str, only:dict=None, executor='local', workers:int=2, scheduler=None,
                     retries:int=1) -> pd.DataFrame: # a row a cell
     "Run the stale cells of a study, and drop what belongs to no cell"
@@ -368,7 +353,7 @@ def run_study_cells(study:str, only:dict=None, executor='local', workers:int=2, 
     rows = [ran.get(cell.name) or skipped(cell) for cell in chosen]
     return pd.DataFrame([{k: row[k] for k in ('name', 'status', 'attempts', 'seconds', 'error')} for row in rows])
 
-# %% ../../nbs/8_use/25_batch.ipynb #90f5553e
+# %% ../../nbs/8_use/25_batch.ipynb #97181947
 def run_page_of_study(study:str) -> Path: # the executed page
     "Make a study's tables and figure: run its page with `smoke` off"
     page = page_of(f'resalign.studies.{study}')
@@ -388,7 +373,7 @@ def run_study_and_page(study:str, **where) -> pd.DataFrame: # a row a cell
     run_page_of_study(study)
     return table
 
-# %% ../../nbs/8_use/25_batch.ipynb #f0ec17b2
+# %% ../../nbs/8_use/25_batch.ipynb #feb59c7d
 def summarise(records:list, out:Path, page:str) -> pd.DataFrame: # a row a cell
     "summary.csv and index.html"
     about = lambda r: {k: r[k] for k in ('status', 'attempts', 'seconds', 'error')}
@@ -403,7 +388,7 @@ def thumbnail(executed:Path) -> str: # base64 of a PNG, or nothing
     found = [o['data']['image/png'] for o in outputs_of(executed) if 'image/png' in o.get('data', {})]
     return found[-1].replace('\n', '') if found else ''
 
-# %% ../../nbs/8_use/25_batch.ipynb #3861201c
+# %% ../../nbs/8_use/25_batch.ipynb #f0ec17b2
 STYLE = '''body{font-family:sans-serif}
 ul{display:flex;flex-wrap:wrap;gap:1em;list-style:none;padding:0}
 li{border:1px solid #ccc;padding:.6em;max-width:22em;overflow-wrap:anywhere}

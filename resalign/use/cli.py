@@ -229,7 +229,7 @@ def evaluate(
     import pandas
     from resalign.model.pipelines import SamplingConfig
     from resalign import evaluate
-    from resalign.use.model_card import write_card
+    from resalign.use.unlearn import write_card
     from resalign.core.settings import make_config
     settings, seed = settings_for('evaluate', config, set, seed)
     settings = make_config(SamplingConfig, settings, 'settings of evaluate').model_dump()

@@ -40,7 +40,8 @@ def draw(pipe, rows:list, steps:int, guidance:float,
     for k, value in enumerate(groups):
         at = np.flatnonzero(scale == value)
         folder = album if len(groups) == 1 or album is None else Path(album)/str(k)
-        images = generate(pipe, [rows[i]['prompt'] for i in at], [rows[i]['seed'] for i in at], steps, value, store=folder)
+        prompts, seeds = [rows[i]['prompt'] for i in at], [rows[i]['seed'] for i in at]
+        images = generate(pipe, prompts, seeds, steps, value, store=folder)
         for i, image in zip(at, images): out[i] = image
     return np.stack(out)
 

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['WITH_DOCSTRING', 'REGISTRY', 'STUDIES', 'is_text', 'names_all', 'tree_of', 'import_graph', 'file_of', 'tree_digest',
-           'modules_of_methods', 'closure', 'meaning', 'page_of', 'code_cells', 'page_tree', 'study_meaning', 'studies',
-           'write_meanings']
+           'modules_of_methods', 'closure', 'meaning', 'page_of', 'code_cells', 'page_tree', 'digest', 'content_of',
+           'content', 'short', 'study_meaning', 'studies', 'write_meanings']
 
 # %% ../../nbs/8_use/20_meaning.ipynb #5c2e74a5
 import ast, hashlib, importlib.util, json
 from functools import cache
 from pathlib import Path
 import grimp
+from ..core.files import sha256
 from ..core.settings import UserError, root
 
 # %% ../../nbs/8_use/20_meaning.ipynb #53829fcd
@@ -89,6 +90,23 @@ def page_tree(page:Path) -> str:
     return '\n'.join(tree_of(code) for code in code_cells(page))
 
 # %% ../../nbs/8_use/20_meaning.ipynb #209bc023
+def digest(value) -> str: # 64 hex digits
+    "Of anything that JSON can hold"
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+@cache
+def content_of(path:str) -> str: # 12 hex digits
+    "What a file or folder holds"
+    if not Path(path).exists(): raise UserError(f'{path}: no such file or folder, expected an input')
+    return sha256(path)[:12]
+
+def content(*paths) -> dict: # path -> 12 hex digits
+    "Inputs, for a key"
+    return {str(path): content_of(str(path)) for path in paths}
+
+def short(digests:dict) -> dict: return {k: v[:12] for k, v in digests.items()}
+
+# %% ../../nbs/8_use/20_meaning.ipynb #f3ebc74d
 STUDIES = 'resalign.studies'
 
 def study_meaning(study:str) -> dict: # module or page -> digest
