@@ -9,9 +9,10 @@ import numpy as np, pytest, torch, torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPTokenizer
 
-from resalign.measure import detectors as D
-from resalign.core.runs import generator
 from resalign.core.files import sha256
+from resalign.core.runs import generator
+from resalign.measure import detectors as D
+from resalign.measure import evaluators as E
 from refusals import said
 
 COMMITTED = Path(__file__).resolve().parent.parent / 'outs/evaluators'
