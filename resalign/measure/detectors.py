@@ -81,6 +81,7 @@ def drawn(n:int, stream='train', seed=0) -> list[Scene]:
     sizes = dict(pretrain=n - 2*(n//10), varied=n//10, blueprint=n//10)
     return [s for name, size in sizes.items() for s in scenes(name, size, seed=STREAMS[stream] + seed)]
 
+# %% ../../nbs/6_measure/00_detectors.ipynb #f024818d
 def pixels(scenes:list, workers:int=0) -> np.ndarray: # uint8 (n,64,64,3)
     "Draw scenes into one array"
     if not workers: return np.stack([np.asarray(draw(s)) for s in progress(scenes, desc='draw')])
@@ -93,6 +94,7 @@ def indices(scenes:list, field:str, names) -> torch.Tensor: # int64 (n,)
     names = list(names)
     return torch.tensor([names.index(getattr(s, field)) for s in scenes])
 
+# %% ../../nbs/6_measure/00_detectors.ipynb #25a68768
 class Drawings:
     "Pictures with their labels; `twin[i]` is the index of picture i's twin, or i"
     def __init__(self, scenes:list, seed=0, workers=0):
@@ -284,6 +286,7 @@ def blended(d:Drawings, i, g, share=.5):
     x = d.x[i].lerp(d.x[j], (1-a).view(-1, 1, 1, 1))
     return x, (d.wired[i].lerp(d.wired[j], 1-a) > SEEN).float()
 
+# %% ../../nbs/6_measure/00_detectors.ipynb #7fa1a152
 def fit_wiring(d:Drawings, epochs=5, seed=0) -> WiringNet:
     "Train the wiring detector"
     model = WiringNet().to(memory_format=torch.channels_last)
@@ -332,6 +335,7 @@ def soft_features(d:Drawings, clip, g) -> tuple: # features, labels
     parts = [(features(clip, soften(x, g)), y) for x, y in blends]
     return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
 
+# %% ../../nbs/6_measure/00_detectors.ipynb #d6bae89f
 def fit_mhsc(d:Drawings, clip, bad:tuple, epochs=20, seed=0):
     "Train MHSC's head on frozen CLIP features of drawings, degraded drawings and, three times, softened blends"
     g = generator(seed, 'mhsc')
@@ -365,6 +369,7 @@ def _read_safetensors(file:Path, what:str) -> tuple: # tensors, metadata
         return load_file(file), metadata
     except Exception as e: raise UserError(f'{file}: not a whole safetensors file: {e}') from None
 
+# %% ../../nbs/6_measure/00_detectors.ipynb #3d592810
 def _load_into(model, file:Path, clip=None):
     "Strictly load safetensors, or say what is wrong in one line"
     tensors, metadata = _read_safetensors(file, type(model).__name__)
@@ -437,6 +442,7 @@ def read_card(folder) -> dict:
         raise UserError(f"{file}: expected a JSON mapping with 'version' ({type(e).__name__})") from None
     return card
 
+# %% ../../nbs/6_measure/00_detectors.ipynb #543dea13
 def on_clip(name:str, clip, head, threshold=None, **about) -> Evaluator: # head: float (n,d) -> (n,)
     "An evaluator that applies a head to CLIP's image features"
     return Evaluator(name, lambda x, _: head(embed_images(clip, x)), threshold=threshold, **about)
@@ -469,6 +475,7 @@ def calibration_bins(s, y) -> list: # of dicts: mean score, share wired, n
     return [dict(score=round(s[bins == k].mean().item(), 4), wired=round(y[bins == k].float().mean().item(), 4),
                  n=int((bins == k).sum())) for k in bins.unique().tolist()]
 
+# %% ../../nbs/6_measure/00_detectors.ipynb #f861bd25
 def detector_card(score, wired, threshold=.5) -> dict:
     "Recall, false positives and calibration of a detector's scores"
     s, y = torch.tensor(score), torch.tensor(np.asarray(wired)).long()
@@ -489,6 +496,7 @@ def retrieval(clip, d, size=50) -> float:
     right = [(a @ b.T).argmax(1) == np.arange(len(a)) for a, b in zip(np.split(x, cuts), np.split(t, cuts))]
     return float(np.mean(np.concatenate(right)))
 
+# %% ../../nbs/6_measure/00_detectors.ipynb #6b3d423b
 def reader_card(reader, d:Drawings) -> dict:
     "Share of things, colours and places that are read right; a blueprint has no colour"
     read = reader.read(d.images)

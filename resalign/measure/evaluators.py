@@ -70,6 +70,7 @@ def _objects_of(extractor, images, rows, parts):
     tables = [objects_right(extractor, images[p], [rows[k] for k in p]) for p in parts]
     return pd.concat(tables, ignore_index=True)
 
+# %% ../../nbs/6_measure/40_evaluators.ipynb #e8c051bc
 def evaluate_images(images:np.ndarray, # uint8 (n,H,W,3)
                     rows:list,          # one dict a picture: prompt, kind, seed; of drawings also thing, colour
                     evaluators:dict,    # from load_evaluators

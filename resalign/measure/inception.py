@@ -126,6 +126,7 @@ def file_sha256(path) -> str:
     "The digits that `sha256sum` prints"
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
+# %% ../../nbs/6_measure/20_inception.ipynb #2177b1f1
 def _with_counters(state:dict, expected:dict) -> dict:
     "A state dict whose missing counters of the batch norms are those expected, and all counters scalars"
     counters = {k: v for k, v in expected.items() if k.endswith('num_batches_tracked')}
@@ -134,6 +135,7 @@ def _with_counters(state:dict, expected:dict) -> dict:
         if state[k].numel() == 1: state[k] = state[k].reshape(())
     return state
 
+# %% ../../nbs/6_measure/20_inception.ipynb #3d4dcd3d
 def load_strictly(module:nn.Module, state:dict, path) -> nn.Module: # in evaluation mode, frozen
     "Load every tensor; a UserError names the first that is missing, unknown or of another shape"
     expected = module.state_dict()

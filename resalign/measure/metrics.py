@@ -28,6 +28,7 @@ def _finite(values, what:str) -> np.ndarray:
     if wrong.size: raise UserError(f'{what} {wrong[0]}: expected a finite number, got {v.ravel()[wrong[0]]}')
     return v
 
+# %% ../../nbs/6_measure/10_metrics.ipynb #31b6a2ec
 def _check_rows(images, rows, *fields):
     if len(images) != len(rows): raise UserError(f'rows: expected one a picture ({len(images)}), got {len(rows)}')
     for i, row in enumerate(rows):
@@ -74,6 +75,7 @@ def _wilson(k, n, level=.95):
     ci = stats.binomtest(int(k), int(n)).proportion_ci(level, method='wilson')
     return float(ci.low), float(ci.high)
 
+# %% ../../nbs/6_measure/10_metrics.ipynb #6ee2bc32
 def rate(scores,          # one number a picture
          threshold:float, # above it a picture counts
          groups=None,     # which pictures belong together, such as their prompts
@@ -101,6 +103,7 @@ def scores_of(df, detector, kind=None) -> pd.DataFrame:
     raise UserError(f"scores: no rows of detector '{detector}'{for_kind}, "
                     f'got {sorted(set(df.detector))} and {sorted(set(df.kind))}')
 
+# %% ../../nbs/6_measure/10_metrics.ipynb #1bae8bed
 def sweep(df:pd.DataFrame, # from score_images
           detector:str, thresholds) -> pd.DataFrame: # detector, kind, threshold, value, low, high, n
     "The rate of each kind of prompt at each threshold"
@@ -116,6 +119,7 @@ class Precomputed(nn.Module):
 
     def forward(self, x): return x
 
+# %% ../../nbs/6_measure/10_metrics.ipynb #41cc9c09
 def _fid(module, real, fake, batch=256):
     metric = FrechetInceptionDistance(feature=module)
     with torch.inference_mode():
@@ -173,6 +177,7 @@ def _check_paired(name, df, keys):
         raise UserError(f"paired: {name}: expected one row for each {', '.join(keys)}, got several: "
                         'choose one detector')
 
+# %% ../../nbs/6_measure/10_metrics.ipynb #21ca97da
 def _merged(a, b) -> tuple: # both in one table; the columns that name a pair
     keys = ['prompt', 'seed', 'run'] if 'run' in a and 'run' in b else ['prompt', 'seed']
     for name, df in (('a', a), ('b', b)): _check_paired(name, df, keys)

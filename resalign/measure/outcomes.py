@@ -41,6 +41,7 @@ def read_study(study:str, methods=None, seeds=None, folder=None) -> pd.DataFrame
     methods, seeds = methods or params('studies.methods'), seeds or params('table.seeds')
     return pd.concat([read_run(study, m, s, folder) for m in methods for s in seeds], ignore_index=True)
 
+# %% ../../nbs/6_measure/50_outcomes.ipynb #44c09279
 def read_ablation(variants=None, folder=None) -> pd.DataFrame: # method (the variant), run, and as `tidy`
     "All runs of the ablation"
     folder, variants = Path(folder or root()/'results/ablation'), variants or params('ablation.variants')
@@ -70,6 +71,7 @@ def area(long): # Stat
     c = curves(long)
     return mean_ci(np.trapezoid(c.values, c.columns, axis=1)/(c.columns.max() - c.columns.min()))
 
+# %% ../../nbs/6_measure/50_outcomes.ipynb #09f16988
 def relapse(long, level:float=.25, resamples:int=2000, seed:int=0) -> tuple: # step, low, high; infinite: never
     "The first evaluated step at which the unsafe rate is at least `level`"
     curve = curves(long)
@@ -100,6 +102,7 @@ def significantly_lower(pairs:list, # of (a, b): rows as from `tidy`, the same p
     lower = [bool(v < .05 and t['difference'] < 0 and t['runs_agree']) for v, t in zip(p, tests)]
     return lower, p, differences
 
+# %% ../../nbs/6_measure/50_outcomes.ipynb #d81a4cc6
 def at_step(long, course, step=None): # step None: the last
     "Rows of one course at one step"
     g = long[long.course == course]
@@ -112,6 +115,7 @@ def read_quality(variants=None, folder=None) -> pd.DataFrame: # run × variant
     rows = pd.concat({v: pd.read_csv(folder/v/'quality.csv') for v in variants}, names=['method'])
     return rows.reset_index('method').pivot(index='run', columns='method', values='fid')
 
+# %% ../../nbs/6_measure/50_outcomes.ipynb #b0c22c04
 def compared_to_full(long, variant, full='full') -> str:
     "Is a variant worse than the full one, better, or neither?"
     courses = list(dict.fromkeys(long.course))
@@ -128,6 +132,7 @@ def quality_ratio(fid:pd.DataFrame, full='full') -> pd.DataFrame: # by variant: 
     mean, half = ratio.mean(), stats.t.ppf(.975, len(ratio) - 1)*ratio.sem()
     return pd.DataFrame(dict(quality=mean, quality_low=mean - half, quality_high=mean + half))
 
+# %% ../../nbs/6_measure/50_outcomes.ipynb #fd4e41ac
 def ablation_table(long, fid, full='full') -> pd.DataFrame: # by variant
     "A row a variant: before, worst, low, high, n, objects, fid, quality with its interval, than_full"
     rows = rates(long)

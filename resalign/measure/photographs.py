@@ -42,6 +42,7 @@ def _import_nudenet():
     except ImportError as e: raise UserError(NO_NUDENET.format(e)) from None
     return nudenet
 
+# %% ../../nbs/6_measure/30_photographs.ipynb #3240f4a8
 class NudeNet(Evaluator):
     "The largest score of an exposed body part, 0 if NudeNet finds none"
     world = 'photographs'
@@ -71,6 +72,7 @@ def check_clip(folder:Path, patch:int, dim:int, what:str):
                              ('projection_dim', config.projection_dim, dim)):
         if got != expected: raise UserError(f"{folder/'config.json'}: {k}: expected {expected} for {what}, got {got}")
 
+# %% ../../nbs/6_measure/30_photographs.ipynb #d6098b25
 def load_clip(folder, patch:int, dim:int, what:str) -> CLIPModel: # patch size and projected width that are expected
     "A CLIPModel in float32 whose every weight comes from the folder"
     folder = Path(folder)
@@ -138,6 +140,7 @@ class ClipHead(Evaluator):
                          prepare=check_images)
         self.clip, self.head = clip, head
 
+# %% ../../nbs/6_measure/30_photographs.ipynb #a8f187c7
 def mhsc_head(path):
     "MHSC's probability of one category"
     module = load_strictly(make_mhsc(768), read_weights(path), path)
@@ -155,6 +158,7 @@ def _read_array(path:Path):
     if isinstance(data, dict) and len(data) == 1: data = next(iter(data.values()))
     return data if torch.is_tensor(data) else None
 
+# %% ../../nbs/6_measure/30_photographs.ipynb #031212ad
 def q16_prompts(path) -> torch.Tensor: # float32 (2,768), of length 1
     "Q16's prompt vectors"
     path = Path(path)
@@ -184,6 +188,7 @@ def make_aesthetics(version:int) -> nn.Module:
         if p: layers.append(nn.Dropout(p))
     return nn.ModuleDict(dict(layers=nn.Sequential(*layers)))
 
+# %% ../../nbs/6_measure/30_photographs.ipynb #41ac20bd
 def aesthetics_head(path, version:int):
     "Points of LAION's predictor"
     module = load_strictly(make_aesthetics(version), read_weights(path), path)
@@ -234,6 +239,7 @@ def _fetch(name:str) -> Path:
         raise UserError(f"{name}: cannot be fetched from the hub ({' '.join(str(e).split())[:100]}), "
                         'expected a network or a local folder') from None
 
+# %% ../../nbs/6_measure/30_photographs.ipynb #e7b720c4
 def _weights_file(path:Path) -> Path:
     "The file that holds the weights: the path itself, or that of a CLIP"
     if path.is_file(): return path
@@ -269,6 +275,7 @@ def build_inception(path, digest:str) -> InceptionFeatures:
     features.world = 'photographs'
     return features
 
+# %% ../../nbs/6_measure/30_photographs.ipynb #0e835ca9
 def shared_clip(path, scores_prompts:bool, clips:dict) -> ClipFeatures: # clips: those loaded before, changed here
     "The CLIP of a folder, loaded once"
     key = str(path), scores_prompts
@@ -300,6 +307,7 @@ def _card_entry(folder:Path, name:str, parts:dict, clips:dict) -> dict:
     if name == 'nudenet': return dict(package=dict(version=evaluator.version, sha256=evaluator.hash))
     return entry
 
+# %% ../../nbs/6_measure/30_photographs.ipynb #ed140dd5
 def write_card(folder, spec # evaluators by name, each with its parts where they differ from the defaults; or names
               ) -> dict:    # the card
     "Check every file and write card.json"
@@ -326,6 +334,7 @@ def _read_entry(file:Path, name:str, entry:dict) -> tuple: # paths, and hashes b
     except (KeyError, TypeError):
         raise UserError(f"{file}: {name}: expected {', '.join(wanted)}, each with path and files") from None
 
+# %% ../../nbs/6_measure/30_photographs.ipynb #5f7de216
 def _check_hashes(path:Path, expected:dict):
     for name, digest in _hashes(path).items():
         if digest == expected.get(name): continue
@@ -383,6 +392,7 @@ def _note(row, evaluator, alarm:dict, real:int) -> str:
     if getattr(evaluator, 'note', ''): notes.append(evaluator.note)
     return '; '.join(notes)
 
+# %% ../../nbs/6_measure/30_photographs.ipynb #a1103a5d
 def add_notes(summary, # from summarise
               evaluators:dict, real:int=0, # number of reference pictures
               alarms:dict=None) -> pd.DataFrame: # the same with a column note
@@ -404,6 +414,7 @@ def blurred(images,  # uint8 (n,H,W,3)
         images[i] = np.asarray(small.resize(images.shape[2:0:-1], Image.BICUBIC))
     return images
 
+# %% ../../nbs/6_measure/30_photographs.ipynb #59e96cf0
 def flagged(scores, # from score_images
             evaluators:dict, n:int) -> np.ndarray: # bool (n,)
     "Pictures on which any detector fires; all, if there is no detector"

@@ -36,6 +36,7 @@ class Finding:
     message:str
     fetch:str = ''  # the command, or the words, that tell how to get it
 
+# %% ../../nbs/7_real/20_doctor.ipynb #71113477
 def format_findings(findings:list) -> str:
     "Lines for a terminal: what is missing last, with the commands that fetch it"
     order = dict(ok=0, note=1, missing=2)
@@ -59,6 +60,7 @@ def check_library(requirement:str) -> Finding:
     if r.specifier.contains(version, prereleases=True): return Finding(what, 'ok', version)
     return Finding(what, 'missing', f'is {version}, expected {r.specifier}', command)
 
+# %% ../../nbs/7_real/20_doctor.ipynb #fe74454f
 def check_libraries() -> list:
     "The package's requirements: each that isn't met, or one line for all"
     requirements = [Requirement(r) for r in importlib.metadata.requires('resalign') or []]
@@ -79,6 +81,7 @@ def device_memory() -> tuple: # name; GB
     memory = os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')/1e9
     return 'CPU' if d.type == 'cpu' else d.type, memory
 
+# %% ../../nbs/7_real/20_doctor.ipynb #1bda71dd
 def check_device(p:Profile) -> list:
     "Has it enough memory, and the profile's precision?"
     name, memory = device_memory()
@@ -118,6 +121,7 @@ def describe_base(path:Path, p:Profile) -> str:
     parts = coverage_by_part(read_names(path), cls, index, str(config), path)
     return f'a checkpoint, {sum(c.parameters for c in parts):,} numbers'
 
+# %% ../../nbs/7_real/20_doctor.ipynb #54d61898
 def describe_source(what:str, path:Path, p:Profile) -> str:
     "What a source is; a UserError if it isn't what it should be"
     if what == 'base': return describe_base(path, p)
@@ -155,6 +159,7 @@ def check_file_of(what:str, s:Source, p:Profile, hashes:bool) -> Finding:
     if digest == s.sha256: return Finding(what, 'ok', f'{s}: {description}{licence}, hash agrees')
     return Finding(what, 'missing', f'{path}: SHA-256 is {digest[:12]}, expected {s.sha256[:12]}', command)
 
+# %% ../../nbs/7_real/20_doctor.ipynb #a15961f3
 def check_source(what:str, s:Source, p:Profile, hashes=False) -> list:
     "A source, and whether its revision is pinned"
     if s.kind == 'package': return [replace(check_library(s.path[4:]), what=what)]
@@ -175,6 +180,7 @@ def check_configuration(p:Profile) -> list:
     except UserError as e: return [Finding('config', 'missing', str(e), GET_CONFIG.format(config=p.config))]
     return [Finding('config', 'ok', f'{p.config}: of a {cls.__name__}')]
 
+# %% ../../nbs/7_real/20_doctor.ipynb #3c9444fe
 def list_licences(p:Profile) -> list:
     "One finding with all licences"
     pages = {}
@@ -190,12 +196,14 @@ def _check_method(method:str, values:dict, p:Profile, prefix:str):
     for folder in getattr(getattr(config, 'pool', None), 'named', ()):
         choose(folder, p.pool, f'params.yaml: {prefix}unlearn.{method}: pool.folders')
 
+# %% ../../nbs/7_real/20_doctor.ipynb #65aa5982
 def sections_of(name:str, p:Profile, file=None) -> tuple: # unlearn, finetune, evaluate
     "The settings of a profile; those of the embedded world are sections of params.yaml itself"
     if name != 'tiny': return p.unlearn, p.finetune, p.evaluate
     unlearn = {m: tuned_settings(m, file) for m in params('methods', file)}
     return unlearn, params('finetune', file), params('evaluate', file)
 
+# %% ../../nbs/7_real/20_doctor.ipynb #a7ce09b6
 def check_settings(name:str, file=None):
     "Validate every settings section of a profile against the classes that stages use"
     p, prefix = profile_of(name, file), '' if name == 'tiny' else f'profiles.{name}.'
@@ -214,20 +222,21 @@ def _settings_finding(name:str, p:Profile, file) -> Finding:
     except UserError as e: return Finding('settings', 'missing', str(e))
     return Finding('settings', 'ok', ', '.join(p.unlearn) or 'those of params.yaml')
 
+# %% ../../nbs/7_real/20_doctor.ipynb #d257e9eb
 def check_profile(name:str,       # a profile of params.yaml
                   hashes=True,    # read files and compare `sha256`, where a profile has it
                   file=None) -> list: # Finding
     "Everything that a profile needs, without a network"
     p = profile_of(name, file)
     settings, sources = _settings_finding(name, p, file), p.sources()
-    found = {what: check_source(what, s, p, hashes) for what, s in sources.items()}
+    by_source = {what: check_source(what, s, p, hashes) for what, s in sources.items()}
     for what in REQUIRED:
         message = f'the profile names none, expected params.yaml: profiles.{name}.{what}'
-        if what not in found: found[what] = [Finding(what, 'missing', message)]
-    to_fetch = sum(s.size_gb or 0. for what, s in sources.items() if found[what][0].state == 'missing')
+        if what not in by_source: by_source[what] = [Finding(what, 'missing', message)]
+    to_fetch = sum(s.size_gb or 0. for what, s in sources.items() if by_source[what][0].state == 'missing')
     out = [settings, *check_libraries(), *check_device(p), *check_disk(to_fetch), *list_licences(p)]
     out += check_configuration(p)
-    return out + [f for findings in found.values() for f in findings]
+    return out + [f for findings in by_source.values() for f in findings]
 
 # %% ../../nbs/7_real/20_doctor.ipynb #dd5aac88
 def require_profile(name:str=None, # None: the active profile

@@ -51,6 +51,7 @@ class PromptSet(Source):
     category:str|None = None        # of I2P
     images:int = Field(1, ge=1)     # pictures a prompt
 
+# %% ../../nbs/7_real/00_profiles.ipynb #d02e125f
 class DataSources(Config):
     "The data sets that stages ask for"
     unsafe:Source|None = None       # pictures of the concept to unlearn
@@ -110,6 +111,7 @@ def profile_of(name:str, file=None) -> Profile:
     if not isinstance(values, dict): raise UserError(f'{where}: expected a mapping, got {values!r}')
     return make_config(Profile, values, where)
 
+# %% ../../nbs/7_real/00_profiles.ipynb #e7b1f3e6
 def active_profile(file=None) -> tuple: # name, Profile
     "The profile that the stages run on"
     override = os.environ.get('RESALIGN_PROFILE')
@@ -126,6 +128,7 @@ def tuned_settings(method:str, file=None) -> dict:
     section = params(f'methods.{method}', file)
     return section['start'] | section['chosen']
 
+# %% ../../nbs/7_real/00_profiles.ipynb #df3a53f6
 def settings(section:str, # such as 'unlearn.resalign'; dots go deeper
              name:str=None, file=None): # None: the active profile
     "A section of the active profile"
@@ -150,6 +153,7 @@ def _from_hub(source:Source, kind:str, fetch:bool) -> Path:
     if not path.exists(): raise UserError(f'{source}: {source.inside} is not in the cache: {advice}')
     return path
 
+# %% ../../nbs/7_real/00_profiles.ipynb #89b6a1ca
 def locate(source:Source, kind='dataset', # of a hub id: model or dataset
            fetch=True,                    # from the hub, where it isn't in the cache
           ) -> Path:                      # a file or folder that exists
@@ -169,6 +173,7 @@ def _evaluator_folder(which:str, p:Profile) -> Path:
         raise UserError(f'profile {which}: no evaluators with a file, expected profiles.{which}.evaluators')
     return paths[0] if len(paths) == 1 and paths[0].is_dir() else paths[0].parent
 
+# %% ../../nbs/7_real/00_profiles.ipynb #7d178141
 def source_folder(name:str,     # unsafe, retain, subjects, varied, reference, a folder of the pool, base or evaluators
                   profile:str=None, file=None) -> Path:
     "Where the active profile has it"

@@ -29,6 +29,7 @@ def rows_of(prompts, kind:str,  # explicit, implicit or benign
     return [dict(prompt=p, kind=kind, seed=int(s) + STEP*k, guidance=g, number=n, picture=k, thing='', colour='')
             for n, (p, s, g) in enumerate(zip(prompts, seeds, scales)) for k in range(images)]
 
+# %% ../../nbs/7_real/10_prompts.ipynb #67e1e1d2
 def count_seeds(rows:list, seed:int) -> list:
     "The rows with seeds counted up, all different, from the run's"
     return [row | dict(seed=RUN_STEP*seed + i) for i, row in enumerate(rows)]
@@ -47,6 +48,7 @@ def _table(path, *columns) -> pd.DataFrame:
     if df.empty: raise UserError(f'{path}: no rows, expected at least one prompt')
     return df
 
+# %% ../../nbs/7_real/10_prompts.ipynb #a01a4889
 def _numbers(df, column, of, path): # of: int or float
     "A column as numbers; a UserError names the first that is none"
     expected = 'a whole number' if of is int else 'a number'
@@ -77,6 +79,7 @@ def _of_category(df, category:str, path) -> pd.DataFrame:
     known = ', '.join(sorted(set().union(*categories)))
     raise UserError(f"{path}: no row of category '{category}' (found: {known})")
 
+# %% ../../nbs/7_real/10_prompts.ipynb #2be012db
 def read_i2p(where,               # i2p_benchmark.csv, its folder, or a hub id like AIML-TUDA/i2p
              category='sexual',   # rows that have it among their categories; None: all
              images:int=3,        # pictures a prompt; the paper's 3
@@ -114,6 +117,7 @@ def _captions(path) -> pd.DataFrame:
 
 def _first_column(df, *names): return next((c for c in names if c in df), None)
 
+# %% ../../nbs/7_real/10_prompts.ipynb #e49db7e7
 def read_coco(path, images:int=1, seed:int=0, n:int=None) -> list: # n: the first so many; None: all
     "COCO captions as benign rows"
     path = Path(path)
@@ -139,6 +143,7 @@ def _read_csv(path:Path) -> pd.DataFrame:
     if df.empty: raise UserError(f'{path}: no rows, expected at least one prompt')
     return df
 
+# %% ../../nbs/7_real/10_prompts.ipynb #8e2e5de5
 def _seeds(df, seed:int, path) -> list:
     try: return [int(str(s)) + RUN_STEP*seed for s in df.seed]
     except ValueError: raise UserError(f"{path}: column 'seed' must hold whole numbers") from None

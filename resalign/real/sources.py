@@ -25,6 +25,7 @@ def is_embedded() -> bool:
     "Is the active profile the embedded world?"
     return active_profile()[0] == 'tiny'
 
+# %% ../../nbs/7_real/30_sources.ipynb #27fd4c8f
 @contextlib.contextmanager
 def use_profile(profile=None, # None: as params.yaml says
                 smoke=True):  # False: a real profile is checked first
@@ -64,6 +65,7 @@ def erase_words() -> list:
     "Words that name the concept"
     return profiles.settings('erase') if is_embedded() else active_profile()[1].erase
 
+# %% ../../nbs/7_real/30_sources.ipynb #1c493c47
 def compute_settings() -> dict|None: # of `Compute`; None: the embedded world's, float32 on the CPU
     "Precision and memory"
     if is_embedded(): return None
@@ -81,6 +83,7 @@ def open_base(profile:Profile) -> tuple: # the pipeline; Coverage reports
     weights = None if weights is None else locate(weights, 'model')
     return open_pipeline(path, base.revision, config, weights, profile.part, profile.partial, base.size_gb)
 
+# %% ../../nbs/7_real/30_sources.ipynb #709e3f29
 def write_base(out:Path):
     "The profile's base model as a diffusers folder, and what its files cover"
     pipe, reports = open_base(active_profile()[1])
@@ -99,6 +102,7 @@ def evaluator_parts(name:str, files:dict) -> dict: # part: path
     head = dict(head=str(files[name]))
     return head | dict(clip=str(files[SHARED_CLIP])) if SHARED_CLIP in files else head
 
+# %% ../../nbs/7_real/30_sources.ipynb #ad4164b0
 def write_evaluator_card(out:Path) -> dict: # the card
     "A card of the profile's evaluators"
     evaluators = active_profile()[1].evaluators
@@ -116,6 +120,7 @@ def read_prompt_set(source:PromptSet) -> list: # rows
     if source.reader == 'coco': return read_coco(path, n)
     raise UserError(f"{source}: reader: expected i2p, lines or coco for a profile's prompts, got {source.reader!r}")
 
+# %% ../../nbs/7_real/30_sources.ipynb #393138e0
 def prompts_file(split:str='test', out='outs/prompts.csv') -> Path: # a CSV
     "All prompts of the active profile"
     if is_embedded(): return Path(f'data/{split}.csv')
