@@ -15,7 +15,7 @@ from transformers import CLIPTextModel
 import resalign
 from resalign.world import scenes as world
 from resalign.baselines import advunlearn, uce
-from resalign.baselines.parts import demo, demo_data, moved
+from resalign.baselines.parts import changed_params, demo, demo_data
 from resalign.core.runs import Stopped
 from resalign.model.data import embed
 from resalign.model.losses import Denoiser
@@ -81,7 +81,7 @@ def check_what_moves(shaped, what, method):
     base, data = shaped
     pipe, out = copy.deepcopy(base), {}
     small = dict(batch=2) if 'batch' in METHODS[method][1].model_fields else {}
-    changed = moved(pipe.unet, lambda: out.update(unlearn(pipe, data, method, small, 0)))
+    changed = changed_params(pipe.unet, lambda: out.update(unlearn(pipe, data, method, small, 0)))
     expected = names(pipe.unet, CLASSES[what][0])
     # gradient descent leaves alone how the one pixel of the middle attends to itself
     if method == 'pgu': expected -= names(pipe.unet, r'mid_block.*attn1\.to_[qk]')

@@ -58,7 +58,8 @@ def trajectory_bank(model:Denoiser, text, empty, config:ESDConfig) -> dict: # te
 
 # %% ../../nbs/5_baselines/10_esd.ipynb #esd-trained
 @torch.no_grad()
-def partial_samples(model:Denoiser, original:Denoiser, text, empty, config:ESDConfig, gen) -> dict: # as `trajectory_bank`
+def partial_samples(model:Denoiser, original:Denoiser, text, empty, config:ESDConfig,
+                    gen) -> dict: # as `trajectory_bank`
     "Samples of `model`, stopped at a random step, with the target by `original`"
     text = text[torch.randint(len(text), (config.batch,), generator=gen)]
     last = int(torch.randint(config.sampling_steps, (), generator=gen))

@@ -38,7 +38,8 @@ def embeddings(pipe, texts:list) -> tuple: # (n, tokens, width) in float64; (n,)
     mask = tokenize(pipe, texts).attention_mask
     return embed(pipe, texts)[:, :mask.shape[1]].double(), (mask.sum(1) - 2).clamp(min=0)
 
-def edit_embeddings(pipe, split:list, benign:list, tokens:str) -> tuple: # each (n, width): erase, guide, empty, preserve
+def edit_embeddings(pipe, split:list, benign:list,
+                    tokens:str) -> tuple: # each (n, width): erase, guide, empty, preserve
     "Embeddings to erase, of their guides, of the empty prompt at the same positions, and to preserve"
     unsafe, guides = zip(*sorted({(before + words, before) for before, words, _ in split}))
     E, end = embeddings(pipe, list(unsafe))

@@ -4,7 +4,7 @@ import copy
 import pytest
 import torch
 
-from resalign.baselines.esd import ESDConfig, esd, partly_sampled, some_captions, trajectory_bank
+from resalign.baselines.esd import ESDConfig, choose_captions, esd, partial_samples, trajectory_bank
 from resalign.baselines.parts import layers
 from resalign.core.runs import generator
 from resalign.model.losses import Denoiser
@@ -44,7 +44,7 @@ def test_the_esd_bank():
     pipe, data = given()
     pipe.unet.requires_grad_(True)
     config = ESDConfig(**SMALL)
-    assert some_captions(data, config) == esd_prompts(config)
+    assert choose_captions(data, config) == esd_prompts(config)
     found = trajectory_bank(Denoiser(pipe), torch.stack([said(pipe, c) for c in esd_prompts(config)]),
                             said(pipe, '')[None], config)
     for k, row in enumerate(esd_bank(pipe, 'epsilon', config)):
@@ -81,7 +81,7 @@ def test_samples_of_another_model_are_given_up_within_a_step():
     text, empty = torch.stack([said(pipe, c) for c in esd_prompts(config)]), said(pipe, '')[None]
     nets = [copy.deepcopy(p.unet).double() for p in (other, pipe)]
     for seed in 0, 1, 2, 3, next(k for k in range(999) if last_moment(k)):
-        found = partly_sampled(Denoiser(other), Denoiser(pipe), text, empty, config, generator(seed))
+        found = partial_samples(Denoiser(other), Denoiser(pipe), text, empty, config, generator(seed))
         for k, row in enumerate(half_way(*nets, pipe, config, generator(seed), offset=1)):
             for what, v in zip(('z_t', 't', 'text', 'target'), row): close(found[what][k], v, what, 1e-3)
         times += found['t'].tolist()

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from resalign.baselines import parts
-from resalign.baselines.parts import (anchor_pictures, anchored, anchors, cut, demo_data, drawn, epsilon, fit, guided,
-                                      kept_captions, layers, moved, original)
+from resalign.baselines.parts import (anchor_pictures, anchors, changed_params, demo_data, epsilon, fit, guided_ddim,
+                                      layers, original, retain_captions, sample_latents, split_caption, split_captions)
 from resalign.core.settings import UserError
 from resalign.core.runs import generator
 from resalign.model.losses import Denoiser
@@ -19,23 +19,23 @@ from tests.fast.toys import (BENIGN, CHANNELS, ERASE, SAFE, SIDE, T, UNSAFE, clo
 
 
 def test_a_caption_is_cut_at_the_first_words_and_there_at_the_longest():
-    assert cut('a robot with wires', (' with wires',)) == ('a robot', ' with wires', '')
-    assert cut('wires on a robot', ('wires', 'robot')) == ('', 'wires', ' on a robot')
-    assert cut('a robot with wires out', ('robot', 'robot with wires')) == ('a ', 'robot with wires', ' out')
-    assert cut('a robot with wires out', ('robot with wires', 'robot')) == ('a ', 'robot with wires', ' out')
-    assert cut('wires, wires', ('wires',)) == ('', 'wires', ', wires')
-    assert cut('a car', ('wires', '')) is None and cut('a car', ('',)) is None
+    assert split_caption('a robot with wires', (' with wires',)) == ('a robot', ' with wires', '')
+    assert split_caption('wires on a robot', ('wires', 'robot')) == ('', 'wires', ' on a robot')
+    assert split_caption('a robot with wires out', ('robot', 'robot with wires')) == ('a ', 'robot with wires', ' out')
+    assert split_caption('a robot with wires out', ('robot with wires', 'robot')) == ('a ', 'robot with wires', ' out')
+    assert split_caption('wires, wires', ('wires',)) == ('', 'wires', ', wires')
+    assert split_caption('a car', ('wires', '')) is None and split_caption('a car', ('',)) is None
 
 
 def test_every_caption_is_anchored_or_named():
-    assert anchored(UNSAFE, ERASE, 'm') == [('a red robot', ' bare wires', ''),
+    assert split_captions(UNSAFE, ERASE, 'm') == [('a red robot', ' bare wires', ''),
                                             ('a blue robot', ' open chest', ' in garden'),
                                             ('a green robot', ' bare wires', ' in garden'),
                                             ('old robot', ' open chest', '')]
     for erase in (), ('',):
-        with pytest.raises(UserError, match='m: expected `erase`'): anchored(UNSAFE, erase, 'm')
+        with pytest.raises(UserError, match='m: expected `erase`'): split_captions(UNSAFE, erase, 'm')
     with pytest.raises(UserError, match="m: unsafe caption 'a car'.*' bare wires', ' open chest'"):
-        anchored(['old robot open chest', 'a car'], ERASE, 'm')
+        split_captions(['old robot open chest', 'a car'], ERASE, 'm')
 
 
 def test_anchors_hold_none_of_the_words():
@@ -49,9 +49,9 @@ def test_anchors_hold_none_of_the_words():
 
 def test_benign_captions_are_asked_for():
     _, data = given()
-    assert kept_captions(data, 'm') == BENIGN and kept_captions(data, 'm') is not data.retain_captions
+    assert retain_captions(data, 'm') == BENIGN and retain_captions(data, 'm') is not data.retain_captions
     data.retain_captions = ()
-    with pytest.raises(UserError, match='m: .*retain_captions'): kept_captions(data, 'm')
+    with pytest.raises(UserError, match='m: .*retain_captions'): retain_captions(data, 'm')
 
 
 @pytest.mark.parametrize('kind', ['epsilon', 'v_prediction'])
@@ -91,7 +91,7 @@ def test_guided_sampling_is_ddim(kind, guidance, offset):
     pipe.unet.requires_grad_(True)
     captions = [SAFE[0], UNSAFE[1]]
     text, empty = torch.stack([said(pipe, c) for c in captions]), said(pipe, '')[None]
-    found = list(guided(Denoiser(pipe), text, empty, 4, guidance, generator(5)))
+    found = list(guided_ddim(Denoiser(pipe), text, empty, 4, guidance, generator(5)))
     assert len(found) == 4 and not any(v.requires_grad for row in found for v in row)
     net, start = copy.deepcopy(pipe.unet).double(), torch.randn(2, CHANNELS, SIDE, SIDE, generator=generator(5))
     path, end = sampled(net, kind, start, text, empty[0], 4, guidance, offset)
@@ -103,7 +103,7 @@ def test_guided_sampling_is_ddim(kind, guidance, offset):
 
 def test_what_is_drawn_is_where_sampling_ends_with_its_caption():
     pipe, _ = given()
-    found = drawn(pipe, SAFE[:2], 5, 2., 3)
+    found = sample_latents(pipe, SAFE[:2], 5, 2., 3)
     net, start = copy.deepcopy(pipe.unet).double(), torch.randn(2, CHANNELS, SIDE, SIDE,
                                                                 generator=generator(3, 'drawn'))
     text = torch.stack([said(pipe, c) for c in SAFE[:2]])
@@ -177,7 +177,7 @@ def test_fit_goes_on_from_its_checkpoint(tmp_path):
 
 def test_the_original_is_left_alone():
     pipe, data = given()
-    assert moved(pipe.unet, lambda: original(pipe, data, None)) == set() and original(pipe, data, None) == dict(log=[],
+    assert changed_params(pipe.unet, lambda: original(pipe, data, None)) == set() and original(pipe, data, None) == dict(log=[],
             solves=[])
 
 
@@ -185,7 +185,7 @@ def test_moved_names_what_has_changed():
     module, _ = line()
     def run():
         with torch.no_grad(): module.b.add_(1.)
-    assert moved(module, run) == {'b'}
+    assert changed_params(module, run) == {'b'}
 
 
 def test_the_pages_demo_is_a_few_drawings_of_a_small_untrained_pipeline(monkeypatch):

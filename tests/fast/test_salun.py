@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from resalign.baselines.parts import layers
-from resalign.baselines.salun import SalUnConfig, saliency, salun
+from resalign.baselines.salun import SalUnConfig, saliency_masks, salun
 from resalign.model.losses import Denoiser
 from tests.fast.toys import (SAFE, T, answers, check_settings, close, denoising, draw_sample, given, gradients, ledger,
                              noisy, run,
@@ -38,7 +38,7 @@ def test_the_mask_is_the_share_of_weights_with_the_largest_summed_gradient(kind,
     pipe, data = given(kind)
     config, named = SalUnConfig(share=share, saliency_batches=batches, batch=3, seed=4), layers(pipe.unet, 'cross')
     unheard = torch.nn.Parameter(torch.zeros(1)) # a weight that the loss doesn't know
-    *found, last = saliency(Denoiser(pipe), data.unsafe, [*named.values(), unheard],
+    *found, last = saliency_masks(Denoiser(pipe), data.unsafe, [*named.values(), unheard],
                             SalUnConfig(**dict(config) | dict(share=share*.98)))
     n = sum(p.numel() for p in named.values())
     kept = round(share*.98*(n + 1))

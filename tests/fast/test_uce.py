@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from resalign.baselines.parts import layers
-from resalign.baselines.uce import RECEConfig, UCEConfig, distance, edit, embeddings, rece, rows, still_there, uce
+from resalign.baselines.uce import (RECEConfig, UCEConfig, distance, edit, edit_embeddings, embeddings, rece, rece_embeddings,
+                                    uce)
 from tests.fast.toys import BEFORE, BENIGN, UNSAFE, check_settings, close, given, ledger, said
 
 KEYS = 'block.attn2.to_k.weight', 'block.attn2.to_v.weight'
@@ -37,7 +38,7 @@ def test_the_edit_minimises_its_objective_and_is_what_dense_least_squares_finds(
 def test_what_is_still_there_minimises_its_objective():
     now, then, c = [numbers(3, 4, seed=k) for k in (1, 2)], [numbers(3, 4, seed=k) for k in (3, 4)], numbers(5, 4)
     for ridge in .1, 2.:
-        found = still_there(now, then, c, ridge)
+        found = rece_embeddings(now, then, c, ridge)
         x = found.clone().requires_grad_(True)
         objective = ridge*x.square().sum() + sum((W @ a - W0 @ b).square().sum()
                                                  for W, W0 in zip(now, then) for a, b in zip(x, c))
@@ -76,7 +77,7 @@ def test_embeddings_stand_at_the_right_places(tokens):
     pipe, _ = given()
     cuts = [(b, w[len(b):], '') for b, w in zip(BEFORE, WHOLE)]
     cuts += [(*cuts[0][:2], ' in garden')]   # the same words of another caption, once
-    found = rows(pipe, cuts, BENIGN + BENIGN[:1], tokens)
+    found = edit_embeddings(pipe, cuts, BENIGN + BENIGN[:1], tokens)
     for what, a, b in zip(('erase', 'guide', 'empty', 'keep'), found, places(pipe, tokens, whole=WHOLE)):
         close(a, b, what)
     many = 4 if tokens == 'last' else 5 + 5 + 5 + 6
