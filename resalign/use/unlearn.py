@@ -179,7 +179,7 @@ def unlearn(pipeline,        # diffusers folder or hub id
     pipe = load_prepared(pipeline, compute)
     data = load_data(pipe, unsafe, benign, pool, erase)
     checkpoint = checkpoint_of(out, record)
-    with Ranks().result(out, checkpoint) as tmp:
+    with Ranks().output_dir(out, checkpoint) as tmp:
         given = dict(checkpoint=checkpoint, save_adapter=tmp/'adapter')
         with measure_cost(pipe) as cost: result = run_method(pipe, data, method, record['settings'], seed, **given)
         finish(pipe)
