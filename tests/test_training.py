@@ -32,7 +32,8 @@ def test_same_seed_same_bits(pipe, data):
     assert same(weights(a), weights(b)) and not same(weights(a), weights(c))
 
 def test_killed_run_goes_on_with_the_same_bits(pipe, data, tmp_path, monkeypatch):
-    import resalign.meta as meta, resalign.training as training
+    from resalign.core import training
+    from resalign.method import resalign as meta
     whole, cut = copy.deepcopy(pipe), copy.deepcopy(pipe)
     resalign(whole, data, CONFIG)
     def often(*a, **kw): return training.optimise(*a, **dict(kw, every=2))
