@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from resalign.baselines.lcfdsd import LCFDSDConfig, contrast, guesses, lcfdsd, transformed
+from resalign.baselines.lcfdsd import LCFDSDConfig, contrastive_loss, lcfdsd, predict_x0, transform
 from resalign.core.runs import generator
 from resalign.model.losses import Denoiser
 from tests.fast.toys import (T, agree, alpha_bar, check_settings, close, draw_sample, given, ledger, noised, noises,
@@ -32,21 +32,21 @@ def guess(net, kind, s, shift):
 def test_guesses_of_shifted_noise(kind, shift):
     pipe, data = given(kind)
     s = draw_sample(data.unsafe, 3, generator(1), T)
-    for found, expected in zip(guesses(Denoiser(pipe), s, shift), guess(pipe.unet.double(), kind, s, shift)):
+    for found, expected in zip(predict_x0(Denoiser(pipe), s, shift), guess(pipe.unet.double(), kind, s, shift)):
         close(found, expected)
 
 
 def test_lt_moves_guesses_and_ng_leaves_them():
     x = torch.randn(3, 4)
-    assert torch.equal(transformed(x, True, 'lt'), -x - 100) and torch.equal(transformed(x, False, 'lt'), x + 100)
-    assert transformed(x, True, 'ng') is x and transformed(x, False, 'ng') is x
+    assert torch.equal(transform(x, True, 'lt'), -x - 100) and torch.equal(transform(x, False, 'lt'), x + 100)
+    assert transform(x, True, 'ng') is x and transform(x, False, 'ng') is x
 
 
 def test_the_other_centre_repels_only_beyond_the_distance():
     x, own, other = torch.tensor([[1., 2.], [3., 4.]]), torch.tensor([0., 1.]), torch.tensor([2., 6.])
     near, far = (1 + 1 + 9 + 9)/4, (1 + 16 + 1 + 4)/4
-    for l in 0., 1., 5.4: assert contrast(x, own, other, l).item() == pytest.approx(near - (far - l))
-    for l in 5.5, 5.6, 100.: assert contrast(x, own, other, l).item() == pytest.approx(near)
+    for l in 0., 1., 5.4: assert contrastive_loss(x, own, other, l).item() == pytest.approx(near - (far - l))
+    for l in 5.5, 5.6, 100.: assert contrastive_loss(x, own, other, l).item() == pytest.approx(near)
 
 
 @ledger('lcfdsd-ng/contrast_gradient', 'lcfdsd-lt/contrast_gradient', 'lcfdsd-ng/contrast', 'lcfdsd-lt/contrast',

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from resalign.baselines.meta_unlearning import MetaUnlearningConfig, meta_unlearning, related, unlearning_loss
+from resalign.baselines.meta_unlearning import MetaUnlearningConfig, meta_unlearning, related_bank, unlearning_loss
 from resalign.core.runs import generator
 from resalign.model.losses import Denoiser
 from adam import adam
@@ -86,7 +86,7 @@ def test_gradients_at_both_points_are_weighted_and_those_ahead_subtracted(kind, 
                                          weight_decay=.003, batch=3, seed=7) | GAMMAS | changes)
     anchors, _ = drawn_pictures(pipe, kind, 7, ['meta anchors'], config)
     banks = dict(hrm=data.unsafe, irt=data.retain, tgt=anchors)
-    close(related(pipe, data, config).mean, anchors.mean, rtol=1e-3)
+    close(related_bank(pipe, data, config).mean, anchors.mean, rtol=1e-3)
     teacher, empty = copy.deepcopy(pipe.unet).double(), said(pipe, '')
     steps, inner, out = run(meta_unlearning, pipe, data, config)
     many = config.inner_steps or 2 # an epoch of four pictures, three at once
