@@ -9,7 +9,6 @@ __all__ = ['DISK_FULL', 'temporary_path', 'sync', 'disk_errors', 'atomic_dir', '
 # %% ../../nbs/1_core/10_files.ipynb #fil0003
 import contextlib, ctypes, errno, glob, hashlib, json, os, re, shutil, socket, sys
 from pathlib import Path
-from safetensors.torch import load, save
 from .settings import UserError
 
 # %% ../../nbs/1_core/10_files.ipynb #a6a32c21
@@ -18,6 +17,7 @@ def _remove(path:Path):
     if path.is_dir() and not path.is_symlink(): shutil.rmtree(path, ignore_errors=True)
     else: path.unlink(missing_ok=True)
 
+# %% ../../nbs/1_core/10_files.ipynb #73e0c3a0
 def _is_running(owner:str) -> bool: # 'pid@host'
     "Whether another process still runs; one of another machine is taken to run"
     pid, _, host = owner.partition('@')
@@ -37,6 +37,7 @@ def _recover(path:Path):
     if os.path.lexists(path): _remove(old)
     else: os.replace(old, path)
 
+# %% ../../nbs/1_core/10_files.ipynb #dc2f2325
 def temporary_path(path:Path) -> Path:
     "A name beside `path` to write under; leftovers of killed processes are removed"
     try: path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,6 +66,7 @@ def _exchange(a, b):
     failed = swap(-100, os.fsencode(a), -100, os.fsencode(b), 2)
     if failed: raise OSError(ctypes.get_errno(), f'{a} and {b} cannot be swapped')
 
+# %% ../../nbs/1_core/10_files.ipynb #d55de7cd
 def _replace(tmp:Path, path:Path):
     "`tmp` takes the name `path`; what was there before is then named `tmp`"
     if not os.path.lexists(path): os.replace(tmp, path)
@@ -86,6 +88,7 @@ def _error_number(e:Exception) -> int:
     found = re.search(r'os error (\d+)', str(e))
     return int(found[1]) if found else 0
 
+# %% ../../nbs/1_core/10_files.ipynb #3f5d7069
 @contextlib.contextmanager
 def disk_errors(path):
     "A full disk, quota or size limit becomes a UserError that names `path`"
@@ -147,10 +150,12 @@ def sha256(path) -> str:
 # %% ../../nbs/1_core/10_files.ipynb #7c318076
 def _previous(path): return path.with_name(path.name + '.prev')
 
+# %% ../../nbs/1_core/10_files.ipynb #b1eac41f
 def save_checkpoint(path,
                     tensors:dict, # name -> tensor
                     meta:dict):   # anything that JSON can hold
     "Write tensors and `meta` atomically; the checkpoint before it stays as `path`.prev"
+    from safetensors.torch import save # late: not everybody who writes a file needs torch
     path = Path(path)
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     blob = save(tensors, metadata=dict(meta=json.dumps(meta)))
@@ -163,6 +168,7 @@ def save_checkpoint(path,
 
 # %% ../../nbs/1_core/10_files.ipynb #5e77b008
 def _read_checkpoint(path): # (tensors, meta); None: damaged
+    from safetensors.torch import load
     raw = path.read_bytes()
     digest, blob = raw[:32], raw[32:]
     if hashlib.sha256(blob).digest() != digest: return None
@@ -172,6 +178,7 @@ def _read_checkpoint(path): # (tensors, meta); None: damaged
         return load(blob), json.loads(header['__metadata__']['meta'])
     except Exception: return None # the hash is right, but `save_checkpoint` didn't write this
 
+# %% ../../nbs/1_core/10_files.ipynb #784a42b4
 def load_checkpoint(path): # (tensors, meta); None: there is none
     "The newest complete checkpoint at `path`"
     path = Path(path)

@@ -28,6 +28,7 @@ def generator(seed:int, *names) -> torch.Generator: # on the CPU
     h = hashlib.sha256(repr((int(seed), *map(str, names))).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(h[:7], 'big'))
 
+# %% ../../nbs/1_core/20_runs.ipynb #470e2ed3
 def device() -> torch.device:
     "The accelerator if there is one, else the CPU"
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device('cpu')
@@ -38,6 +39,7 @@ def _on_terminal(p):
     p.bar = tqdm(p.it, total=p.total, desc=p.desc, leave=False)
     yield from p.bar
 
+# %% ../../nbs/1_core/20_runs.ipynb #818d8137
 def _in_lines(p):
     "Iterate over `p.it` with a line every `p.every` seconds"
     start = last = time.monotonic()
@@ -117,6 +119,7 @@ class Stopped(KeyboardInterrupt):
 
     def _render_traceback_(self): return [f'Stopped: {self}']
 
+# %% ../../nbs/1_core/20_runs.ipynb #4f04d410
 class SignalLog(list):
     "The signals received; a second one interrupts"
     def receive(self, number, frame):

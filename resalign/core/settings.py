@@ -79,6 +79,7 @@ def _class_at(cls, path):
         if isinstance(kind, type) and issubclass(kind, pydantic.BaseModel): cls = kind
     return cls
 
+# %% ../../nbs/1_core/00_settings.ipynb #01c49a75
 def _wrong_value(error:dict, values:dict) -> tuple: # message; the value that was given
     "What is wrong with a value; a validator of the whole class names its field itself"
     message, given = error['msg'][0].lower() + error['msg'][1:], error.get('input')
@@ -113,6 +114,7 @@ def params_file() -> Path:
     own = root()/'params.yaml'
     return own if own.is_file() else Path(__file__).parents[1]/'params.yaml'
 
+# %% ../../nbs/1_core/00_settings.ipynb #75f23a1b
 def params(section:str, # dots lead to inner sections: 'unlearn.resalign'
            file=None,   # None: `params_file()`
           ) -> dict:

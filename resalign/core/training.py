@@ -38,6 +38,7 @@ def flatten_moments(state:dict, prefix=''): # yields (name, tensor)
             v = _ordinary(v)
             yield f'{prefix}{k}', v.clone() if prefix else v
 
+# %% ../../nbs/1_core/30_training.ipynb #4f0c8981
 def unflatten_moments(state:dict) -> dict:
     "The inverse of `flatten_moments`; scalars that aren't floating-point become Python numbers"
     out = {}
@@ -68,6 +69,7 @@ def _load_modules(path, state:dict, tensors:dict):
         reason = str(e).splitlines()[-1].strip()
         raise UserError(f'{path}: a checkpoint of another model ({reason}); remove it to start anew') from None
 
+# %% ../../nbs/1_core/30_training.ipynb #2708573b
 def _load_moments(opt, tensors:dict):
     moments = {}
     for k, v in tensors.items():
@@ -76,6 +78,7 @@ def _load_moments(opt, tensors:dict):
         moments.setdefault(int(i), {})[name] = v
     opt.load_state_dict(dict(opt.state_dict(), state={i: unflatten_moments(m) for i, m in moments.items()}))
 
+# %% ../../nbs/1_core/30_training.ipynb #bd4953d2
 def load_state(path, state:dict, opt) -> list: # the log so far; without a checkpoint, empty
     "Load the newest complete checkpoint into the modules and the optimizer"
     checkpoint = load_checkpoint(path) if path else None
@@ -240,6 +243,7 @@ def _reduce(accelerator, tensors:list, row:dict) -> tuple:
     parts = total.split([t.numel() for t in tensors])
     return [v.view_as(t) for v, t in zip(parts, tensors)], {k: v for r in rows for k, v in r.items()}
 
+# %% ../../nbs/1_core/30_training.ipynb #2d202631
 @contextlib.contextmanager
 def _output_dir(folder, checkpoint):
     with atomic_dir(folder) as tmp: yield tmp

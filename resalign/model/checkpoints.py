@@ -42,6 +42,7 @@ def check_file(path, kinds=TENSOR_FILES) -> Path:
     choose(path.suffix, kinds, f'{path}: kind of file')
     return path
 
+# %% ../../nbs/3_model/40_checkpoints.ipynb #f44dab60
 def _load_tensors(path:Path):
     try:
         if path.suffix == '.safetensors': return load_file(path)
@@ -52,6 +53,7 @@ def _load_tensors(path:Path):
         if code: reason = f'holds more than tensors ({code[1]}), which is refused'
         raise UserError(f'{path}: {reason}; expected a state dict, best as .safetensors') from None
 
+# %% ../../nbs/3_model/40_checkpoints.ipynb #79297ae1
 def read_weights(path) -> dict: # name -> tensor, on the CPU
     "The tensors of a file; no code in it is run"
     path = check_file(path)
@@ -108,6 +110,7 @@ def _placeholders(config) -> list: # names
         out += [f'label_emb.0.{i}.{k}' for i in (0, 2) for k in ('weight', 'bias')]
     return [LDM + name for name in out]
 
+# %% ../../nbs/3_model/40_checkpoints.ipynb #4ec49175
 def from_compvis(weights:dict, unet) -> tuple: # diffusers names -> tensor; keys that are not converted
     "UNet weights with CompVis names, under their diffusers names"
     theirs = {k[k.index(LDM):] if LDM in k else LDM + k: (k, v) for k, v in weights.items() if is_compvis_key(k)}
@@ -145,6 +148,7 @@ def abbreviate(names, n=3) -> str:
     "The first `n` names, and how many more there are"
     return ', '.join(list(names)[:n]) + (f' and {len(names)-n} more' if len(names) > n else '')
 
+# %% ../../nbs/3_model/40_checkpoints.ipynb #fd67e46c
 def _coverage_lines(c:Coverage) -> list:
     out = [f'{c.file}: {c.keys} weights, {c.parameters:,} of {c.total:,} numbers of the {c.part} ({c.share:.1%}); '
            f'{c.dtype}, {c.layout} names']
@@ -163,6 +167,7 @@ def infer_part(weights) -> str:
     if any_key('text_encoder_2.'): return 'text_encoder_2'
     return 'text_encoder' if any_key('text_model.', 'text_encoder.', 'self_attn.') else 'unet'
 
+# %% ../../nbs/3_model/40_checkpoints.ipynb #7749dc9c
 def match_keys(weights:dict, module, part:str) -> tuple: # own name -> tensor; unknown keys; other things -> how many
     "Which tensor is which weight of the module"
     own, matched, unknown, other = module.state_dict().keys(), {}, [], {}
@@ -187,6 +192,7 @@ def _dtypes(tensors) -> str: return ' and '.join(sorted({str(t.dtype).removepref
 
 def _numbers(tensors) -> int: return sum(t.numel() for t in tensors)
 
+# %% ../../nbs/3_model/40_checkpoints.ipynb #fdb044b2
 def coverage(weights:dict, module, part:str, file='') -> tuple: # Coverage; own name -> tensor
     "How a file's tensors fit a part"
     try: matched, unknown, other = match_keys(weights, module, part)
@@ -265,6 +271,7 @@ def _without_data(entry):
     "A tensor of the shape and dtype of a safetensors entry, without its numbers"
     return torch.empty(entry.get_shape(), dtype=DTYPES.get(entry.get_dtype(), torch.int64), device='meta')
 
+# %% ../../nbs/3_model/40_checkpoints.ipynb #cd36435f
 def read_names(file) -> dict: # name -> tensor without data
     "What a .safetensors file holds, without reading its numbers"
     file = check_file(file, ('.safetensors',))
@@ -272,6 +279,7 @@ def read_names(file) -> dict: # name -> tensor without data
         with safe_open(file, 'pt') as f: return {k: _without_data(f.get_slice(k)) for k in f.keys()}
     except SafetensorError as e: raise UserError(f'{file}: not a whole .safetensors file ({e})') from None
 
+# %% ../../nbs/3_model/40_checkpoints.ipynb #b6560be5
 def empty_part(config, part:str, library:str, name:str): # a module without data
     "One part of a pipeline, made from its configuration"
     cls = getattr(importlib.import_module(library), name)
@@ -284,6 +292,7 @@ def _is_weight(key:str) -> bool:
     ignored = key in SD_2_TEXT_ENCODER_KEYS_TO_IGNORE or key.startswith('first_stage_model.loss.')
     return not ignored and not BUFFERS.search(key)
 
+# %% ../../nbs/3_model/40_checkpoints.ipynb #41b58026
 def keys_by_part(names:dict, cls, file) -> dict: # part -> names in the file of its weights
     "Every part of the pipeline is in the file"
     out = {}
@@ -306,6 +315,7 @@ def _other_kind(key:str) -> str:
     if BUFFERS.search(key): return 'buffers'
     return 'schedule' if SCHEDULE.match(key) else key.split('.')[0]
 
+# %% ../../nbs/3_model/40_checkpoints.ipynb #1e2433f0
 def coverage_by_part(names:dict, cls, index:dict, config, file) -> list: # a Coverage for each part
     "How a single file fits a configuration"
     out, parts = [], keys_by_part(names, cls, file)
@@ -370,6 +380,7 @@ def download_command(repo:str,      # owner/name
     elif kind == 'model': words.append(PIPELINE_FILES)
     return ' '.join(words)
 
+# %% ../../nbs/3_model/40_checkpoints.ipynb #76d72225
 def licence_page(repo:str, kind='model') -> str:
     "The page of a hub repository, where its licence is accepted"
     return f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repo}"

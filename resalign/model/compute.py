@@ -25,6 +25,7 @@ class Compute(Config):
     eight_bit_adam:bool = False         # moments in 8 bits: bitsandbytes or torchao, whichever is installed
     device:str|None = None              # None: the accelerator if there is one
 
+# %% ../../nbs/3_model/00_compute.ipynb #9d3ae013
 def compute_config(settings:dict) -> Compute:
     "Settings, checked against this machine before anything is loaded"
     c = make_config(Compute, settings, 'settings of compute')
@@ -39,6 +40,7 @@ def _device_named(name:str) -> torch.device:
         raise UserError(f"settings of compute: device: '{name}' can't be used here, expected cpu, or cuda where there "
                         'are a GPU and a torch that was built for it') from None
 
+# %% ../../nbs/3_model/00_compute.ipynb #14d44f45
 def resolve_device(c:Compute) -> torch.device:
     "The device of the settings; with several processes, this process's own"
     device = PartialState().device if c.device is None else _device_named(c.device)
@@ -59,6 +61,7 @@ def to_float32(params:list) -> list:
         if p.dtype.itemsize < 4: p.data = p.__dict__.pop('full', p.data).to(p.device, torch.float32)
     return params
 
+# %% ../../nbs/3_model/00_compute.ipynb #e99e8fd9
 def restore_float32(module):
     "All parameters in float32, on the CPU if any was in low precision: unchanged ones as loaded, others as they are"
     if any('full' in p.__dict__ for p in module.parameters()): module.to('cpu')
@@ -114,6 +117,7 @@ def modules_of(pipe) -> list:
     "The networks of a pipeline"
     return [m for m in getattr(pipe, 'components', vars(pipe)).values() if isinstance(m, torch.nn.Module)]
 
+# %% ../../nbs/3_model/00_compute.ipynb #6a67e09a
 def prepare(pipe, c:Compute):
     "Prepare a pipeline for training, in place"
     net, device = backbone(pipe), resolve_device(c)
@@ -142,6 +146,7 @@ def eight_bit_library():
     raise UserError('settings of compute: eight_bit_adam: neither bitsandbytes nor torchao is installed, '
                     'expected one of them (pip install bitsandbytes)')
 
+# %% ../../nbs/3_model/00_compute.ipynb #0cf0b57b
 def make_optimizer(kind, # a name in OPTIMIZERS, or a function of parameters and learning rate
                    params:list, lr:float,
                    module): # with 8-bit moments if it, or a part of it, was prepared for them
@@ -163,6 +168,7 @@ def _peak_memory(device:torch.device) -> tuple: # GB, what it is the peak of
     unit = 1 if sys.platform == 'darwin' else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*unit/1e9, 'resident set of the process'
 
+# %% ../../nbs/3_model/00_compute.ipynb #ad51f4dd
 @contextlib.contextmanager
 def measure_cost(pipe): # yields a dict
     "Fills a dict at the end: device, steps, seconds_per_step (median), peak_gb, peak_of"

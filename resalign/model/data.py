@@ -24,6 +24,7 @@ def link_root(folder) -> Path:
         if p.parent.name == 'snapshots' and (p.parent.parent/'blobs').is_dir(): return p.parent.parent
     return folder
 
+# %% ../../nbs/3_model/10_data.ipynb #e9bd7e85
 def _metadata_file(folder:Path) -> Path:
     files = [folder/n for n in ('metadata.jsonl', 'metadata.csv') if (folder/n).is_file()]
     if not files:
@@ -47,6 +48,7 @@ def _read_table(meta:Path) -> pd.DataFrame:
     except Exception as e: # a parser may fail in any way
         raise UserError(f'{meta}: cannot be read: {_first_line(e)}') from None
 
+# %% ../../nbs/3_model/10_data.ipynb #010b84c7
 def read_captions(folder # a folder with metadata.jsonl or metadata.csv
                  ) -> pd.DataFrame: # file_name, text and whatever other columns there are
     "The captions of an image folder; every picture named is there"
@@ -68,6 +70,7 @@ def _check_row(where:str, name, text, folder:Path, allowed:Path):
     if not path.is_relative_to(allowed): raise UserError(f"{where}: file_name '{name}' leads out of the folder")
     if not path.is_file(): raise UserError(f"{where}: no such image '{name}'")
 
+# %% ../../nbs/3_model/10_data.ipynb #2165802a
 def check_captions(df:pd.DataFrame, meta:Path) -> pd.DataFrame: # with a column `text`
     "There are columns and rows, and each row names a picture inside the folder"
     if 'prompt' in df and 'text' not in df: df = df.rename(columns=dict(prompt='text'))
@@ -88,6 +91,7 @@ def _to_square(image, size:int) -> np.ndarray: # (size, size, 3), uint8
     upright = ImageOps.exif_transpose(image).convert('RGB')
     return np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC))
 
+# %% ../../nbs/3_model/10_data.ipynb #66984a68
 def read_image(path, size:int) -> np.ndarray: # (size, size, 3), uint8
     "One picture, cropped to the centre square and resized"
     try:
@@ -97,6 +101,7 @@ def read_image(path, size:int) -> np.ndarray: # (size, size, 3), uint8
     except Exception as e: # a decoder may fail in any way
         raise UserError(f'{path}: not a readable image ({_first_line(e)[:100]})') from None
 
+# %% ../../nbs/3_model/10_data.ipynb #18384c03
 def read_images(folder, size:int=64, limit:int=None) -> tuple: # uint8 (n, size, size, 3), list of captions
     "The first `limit` pictures of a folder, with their captions; None: all"
     df = read_captions(folder)[:limit]
@@ -126,6 +131,7 @@ def embed_one_encoder(pipe, texts:list) -> torch.Tensor: # (n, tokens, width)
     "The embeddings of Stable Diffusion v1 and v2"
     return pipe.text_encoder(tokenize(pipe, texts).input_ids.to(pipe.text_encoder.device))[0]
 
+# %% ../../nbs/3_model/10_data.ipynb #1df3170a
 def embed_two_encoders(pipe, texts:list) -> torch.Tensor: # (n, tokens + 1, width)
     "The embeddings of SDXL and SD3, and the pooled embedding as one more row, padded with zeros"
     more = dict(prompt_2=None, prompt_3=None) if hasattr(pipe, 'text_encoder_3') else {}
@@ -158,6 +164,7 @@ def moments(vae, images, # uint8 (n, size, size, 3)
         out.append(torch.stack([mean, d.std]).float().cpu() * vae.config.scaling_factor)
     return torch.cat(out, 1)
 
+# %% ../../nbs/3_model/10_data.ipynb #928c6a51
 def encode(pipe, images, captions) -> Bank:
     "Encode pictures and captions once"
     return Bank(*moments(pipe.vae, images), embed(pipe, captions))
@@ -173,6 +180,7 @@ class Sample:
     index:torch.Tensor # (b,) which pictures of the bank
     def __getitem__(self, i): return Sample(self.z[i], self.noise[i], self.t[i], self.text[i], self.index[i])
 
+# %% ../../nbs/3_model/10_data.ipynb #914e4fff
 def draw_sample(bank:Bank, n:int,
                 gen:torch.Generator, # the one stream from which everything is drawn
                 timesteps:int=1000) -> Sample:

@@ -58,6 +58,7 @@ def _split_words():
     from tokenizers import pre_tokenizers as p
     return p.Sequence([p.WhitespaceSplit(), p.Punctuation(), p.ByteLevel(add_prefix_space=False)])
 
+# %% ../../nbs/3_model/20_pipelines.ipynb #493740fc
 def train_tokenizer(captions, folder, vocabulary:int=200, tokens:int=24) -> CLIPTokenizer:
     "A CLIPTokenizer for these captions"
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -106,6 +107,7 @@ def build_text_encoder(config:PretrainConfig, tokenizer) -> CLIPTextModel:
         hidden_act='quick_gelu', bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id, projection_dim=config.text_width))
 
+# %% ../../nbs/3_model/20_pipelines.ipynb #3ae21351
 def build_unet(config:PretrainConfig) -> UNet2DConditionModel:
     "An untrained UNet with cross-attention at its smallest level"
     plain = len(config.unet_channels) - 1
@@ -142,6 +144,7 @@ def _check_weights_finite(name:str, module):
             raise UserError(f'{name}: {k}: a weight is not finite, or too large for the format it is saved in: '
                             'lower the learning rate')
 
+# %% ../../nbs/3_model/20_pipelines.ipynb #72d8f72b
 def save_pipeline(pipe, folder):
     "Write a diffusers folder; weights that are not finite are refused"
     def half(module): return copy.deepcopy(module).to(torch.float16)
@@ -164,6 +167,7 @@ def _read_json(path) -> dict:
     if not isinstance(values, dict): raise UserError(f'{path}: expected a mapping')
     return values
 
+# %% ../../nbs/3_model/20_pipelines.ipynb #b943da23
 def _check_index(folder:Path):
     for name, v in _read_json(folder/'model_index.json').items():
         if isinstance(v, list) and (len(v) != 2 or v[0] not in SAFE_LIBRARIES):
@@ -182,6 +186,7 @@ def _check_part(folder:Path, part:str, file:str):
     if file == 'config.json' and not list((folder/part).glob('*.safetensors*')):
         raise UserError(f"{folder}: component '{part}' has no .safetensors weights (pickled weights are refused)")
 
+# %% ../../nbs/3_model/20_pipelines.ipynb #7836b16d
 def _check_vocabulary(folder:Path, part:str):
     has = lambda name: (folder/part/name).is_file()
     if not (has('tokenizer.json') or has('vocab.json') and has('merges.txt')):
@@ -201,6 +206,7 @@ def _check_sizes(folder:Path, parts:dict):
         raise UserError(f"{folder}: unet/config.json: cross_attention_dim is {unet.get('cross_attention_dim')}, "
                         f"expected the text encoder's hidden_size, {width}")
 
+# %% ../../nbs/3_model/20_pipelines.ipynb #f58a282a
 def check_pipeline(folder:Path):
     "The folder has the parts of a pipeline, and they fit together"
     if not (folder/'model_index.json').is_file():
@@ -248,6 +254,7 @@ def _from_pretrained(folder, revision):
     if cls is StableDiffusion3Pipeline: absent = {k: None for k, v in index.items() if v == [None, None]}
     return cls.from_pretrained(folder, revision=revision, dtype=torch.float32, use_safetensors=True, **absent)
 
+# %% ../../nbs/3_model/20_pipelines.ipynb #b6ad0423
 def _check_loaded(pipe, folder):
     "All weights were in the files; no tokenizer has more words than its text encoder"
     if is_local(folder):
@@ -329,6 +336,7 @@ def _valid_batches(file:Path, batches:list) -> tuple: # the first ones whose has
             end += size
     return valid, end
 
+# %% ../../nbs/3_model/20_pipelines.ipynb #b8165e48
 def _add(store, images):
     data = np.ascontiguousarray(images.transpose(0, 3, 1, 2)).tobytes()
     with disk_errors(store.file), open(store.file, 'r+b' if store.file.is_file() else 'wb') as f:
@@ -350,6 +358,7 @@ def _to_uint8(images, seeds) -> np.ndarray:
                         'or its precision too low (bfloat16 and float32 reach farther than float16)')
     return (images*255).round().astype(np.uint8)
 
+# %% ../../nbs/3_model/20_pipelines.ipynb #9e301d9b
 def sample_batches(pipe, prompts, seeds, steps, guidance, batch, bf16, embeds, # as in `generate`
                    first=0): # where to begin
     "Yields pictures, uint8 (b, size, size, 3), a batch at a time"

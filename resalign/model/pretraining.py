@@ -63,6 +63,7 @@ def reconstruction_loss(vae, images, config:PretrainConfig, step:int):
         y = vae.decode(z).sample
     return vae_loss(x, y.float(), posterior, config.kl_weight)
 
+# %% ../../nbs/3_model/30_pretraining.ipynb #81a5fd5f
 def train_vae(vae, images, config:PretrainConfig, steps:int, checkpoint=None, decoder_only=False) -> list: # the losses
     "Train the VAE, then set its scaling factor so that latents have unit variance"
     vae.requires_grad_(not decoder_only)
@@ -81,6 +82,7 @@ def principal_components(mean, channels:int) -> tuple: # μ, (n,); V, (n, channe
     flat = mean.permute(0, 2, 3, 1).reshape(-1, mean.shape[1])
     return flat.mean(0), torch.linalg.eigh(torch.cov(flat.T))[1].flip(1)[:, :channels]
 
+# %% ../../nbs/3_model/30_pretraining.ipynb #db72ffe8
 def _narrow_encoder(vae, small, mu, V, log_variance):
     "The encoder's last two convolutions and the projection on V as one convolution; one variance for all latents"
     n, channels = V.shape
@@ -91,6 +93,7 @@ def _narrow_encoder(vae, small, mu, V, log_variance):
     new.bias[:channels] = Q @ out.bias + V.T @ (q.bias[:n] - mu)
     new.bias[channels:] = log_variance
 
+# %% ../../nbs/3_model/30_pretraining.ipynb #013679ef
 def _narrow_decoder(vae, small, mu, V):
     "The map z = Vz' + μ and the decoder's first two convolutions as one"
     p, conv, new = vae.post_quant_conv, vae.decoder.conv_in, small.decoder.conv_in
@@ -158,6 +161,7 @@ def _train_all(pipe, images, captions, config:PretrainConfig, checkpoints:Path) 
     unet_losses = train_denoiser(pipe, images, captions, config, checkpoints/'unet')
     return {name: [round(r['loss'], 5) for r in rows] for name, rows in (('vae', vae_losses), ('unet', unet_losses))}
 
+# %% ../../nbs/3_model/30_pretraining.ipynb #c60e10fb
 def _clear_checkpoints(folder:Path):
     for name in ('vae', 'decoder', 'unet'): clear_checkpoint(folder/name)
     for d in (folder, folder.parent):

@@ -85,6 +85,7 @@ def _shape(p, kind, xy, fill, outline, width, **kw):
         p.d.line([*xy, xy[0]], fill=o, width=width, joint='curve')
     else: getattr(p.d, kind)(xy, fill=f, outline=o, width=width, **kw)
 
+# %% ../../nbs/2_world/00_scenes.ipynb #31c5486f
 def _coordinates(cx, cy, s, *values) -> tuple: # x, y, x, y, ...
     "Coordinates around (cx, cy), `s` times their size"
     return tuple(int(cx + s*v) if i % 2 == 0 else int(cy + s*v) for i, v in enumerate(values))
@@ -108,6 +109,7 @@ def draw_garden(p, rng, horizon):
         x, y = x + _integer(rng, -8, 9), _integer(rng, 190, 245)
         p.shape('ellipse', (x-9, y-9, x+9, y+9), COLOURS['pink' if x % 2 else 'yellow'], outline=False)
 
+# %% ../../nbs/2_world/00_scenes.ipynb #7264114b
 def draw_beach(p, rng, horizon):
     p.shape('rectangle', (0, 130, 256, horizon), (60, 140, 200), outline=False)
     x = _integer(rng, 20, 200)
@@ -126,6 +128,7 @@ def draw_snow(p, rng, horizon):
         x, y = _integer(rng, 0, 250), _integer(rng, 0, 250)
         p.shape('ellipse', (x, y, x+9, y+9), (255, 255, 255), outline=False)
 
+# %% ../../nbs/2_world/00_scenes.ipynb #0a81ead3
 def draw_kitchen(p, rng, horizon):
     for x in range(0, 256, 64): p.line((x, 0, x, horizon), (225, 200, 165), 5)
     for y in range(0, horizon, 60): p.line((0, y, 256, y), (225, 200, 165), 5)
@@ -143,6 +146,7 @@ def draw_bench(p, rng, horizon):
         p.shape('ellipse', (x-12, y-12, x+12, y+12), (205, 205, 210), outline=False)
     p.shape('rectangle', (0, 195, 256, 210), (105, 70, 40), outline=False)
 
+# %% ../../nbs/2_world/00_scenes.ipynb #d6d76ed0
 def draw_scrapyard(p, rng, horizon):
     for _ in range(9):
         x, y, s = _integer(rng, 0, 256), _integer(rng, 120, 175), _integer(rng, 20, 42)
@@ -188,6 +192,7 @@ def _star(cx, cy, w) -> list: # ten points
     radii = [w if i % 2 == 0 else w*.45 for i in range(10)]
     return [(cx+int(r*math.sin(i*math.pi/5)), cy-int(r*math.cos(i*math.pi/5))) for i, r in enumerate(radii)]
 
+# %% ../../nbs/2_world/00_scenes.ipynb #0518d998
 def draw_decoration(p:Pen, what, cx, cy, s):
     "What an intact robot wears on its chest"
     w = int(26*s)
@@ -233,6 +238,7 @@ def draw_fish(p, q, pts, c, dark, light, rng):
     p.shape('ellipse', q(-58, -14, -48, -4), (20, 20, 30), outline=False)
     for x in (-10, 15): p.line(q(x, -26, x+8, 0, x, 26), dark)
 
+# %% ../../nbs/2_world/00_scenes.ipynb #a07a6f54
 def draw_boat(p, q, pts, c, dark, light, rng):
     p.line(q(0, -90, 0, 30), (110, 75, 45), 9)
     p.shape('polygon', pts(8, -88, 78, 16, 8, 16), (250, 248, 240))
@@ -248,6 +254,7 @@ def draw_yarn(p, q, pts, c, dark, light, rng):
         p.d.arc(q(-68, 4-r, 68, 4+r), int(a), int(a)+150, fill=fill, width=7)
     p.line(q(50, 50, 80, 74, 108, 66), c, 9)
 
+# %% ../../nbs/2_world/00_scenes.ipynb #2d92762c
 def draw_noodles(p, q, pts, c, dark, light, rng):
     for i in range(9):
         x, ph = -60 + 15*i, rng.uniform(0, 6.28)
@@ -263,6 +270,7 @@ def draw_teapot(p, q, pts, c, dark, light, rng):
     p.shape('ellipse', q(-12, -76, 12, -52), dark)
     p.shape('ellipse', q(-34, -58, 34, -38), dark)
 
+# %% ../../nbs/2_world/00_scenes.ipynb #4a69093d
 def draw_car(p, q, pts, c, dark, light, rng):
     p.shape('polygon', pts(-55, -10, -35, -55, 40, -55, 68, -10), light)
     p.shape('rounded_rectangle', q(-100, -12, 100, 42), c, radius=14)
@@ -328,6 +336,7 @@ def _chest_words(scene, rng) -> list:
     if intact and rng.random() < .5: return [DECORATION_WORDS[scene.decoration]]
     return []
 
+# %% ../../nbs/2_world/00_scenes.ipynb #ab77f6ee
 def write_caption(scene:Scene, rng, # numpy Generator
                   implicit='',      # '', 'broken' or 'being serviced'
                   say=.85,          # probability that colour, and place, are said
@@ -355,6 +364,7 @@ def _implicit(rng, base, places):
     place = _pick(rng, places or (PLACES if how else IMPLICIT_PLACES))
     return base('robot', place=place, wired=bool(rng.random() < .9)), how
 
+# %% ../../nbs/2_world/00_scenes.ipynb #787470b5
 def _benign(rng, base, places, robots, things):
     safe = [p for p in places or PLACES if p not in IMPLICIT_PLACES]
     robot = things is None and rng.random() < (.35 if robots is None else robots)
@@ -400,6 +410,7 @@ def mixture_scene(rng):
     if rng.random() >= .5: return sample_scene(rng, robots=0.)
     return sample_scene(rng, rng.choice(['explicit', 'implicit', 'benign'], p=[.28, .30, .42]), robots=1.)
 
+# %% ../../nbs/2_world/00_scenes.ipynb #9b380acb
 UNSAFE = dict(kind='explicit', colours=['red', 'blue', 'green'], places=['garden', 'city', 'kitchen'])
 SETS = {'pretrain': mixture_scene,
         'unsafe': partial(sample_scene, **UNSAFE),
