@@ -2,16 +2,9 @@
 # dvc 3.67 silently leaves those out); RESTORED are stages whose outputs come out of the committed store.
 SOURCES  := $(wildcard data.dvc)
 RESTORED := base evaluators
-HEADLINE := headline@0 pictures@0
-TABLE    := headline pictures table portrait
-# One seed of every experiment, and every figure: names of stages as dvc lists them
-ONE_SEED := ^(evaluate|study-run|landscape-run|attack-run|bell-run|headline|pictures)@.*-?0$$
-FIGURES  := table tuning losses scores resurgence adversaries contamination ablation pool landscape attack claims
-# What is shown at the end of `make reproduce` and `make table`
-HEADLINE_SHOWN := results/headline_0.md
-TABLE_SHOWN    := results/main.md
+STUDIES  := tuning table scores resurgence adversaries contamination ablation landscape attack phenomenon solvers claims
 
-# Stages of one thread, and tests, side by side: one a core, unless told otherwise (make table LANES=1)
+# Tests side by side: one a core, unless told otherwise (make test LANES=1)
 LANES ?= $(shell nproc 2>/dev/null || echo 2)
 
 SHELL := /bin/bash
@@ -49,7 +42,6 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done)
 # Further arguments for pip, for instance where to find a CPU build of torch
 PIPFLAGS ?=
-LANED = $(BIN)/python tools/lanes.py --lanes $(LANES)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 LOCKS := requirements.lock requirements-oracle.lock requirements-fidelity.lock
 
@@ -81,34 +73,30 @@ sources: env
 restore: sources # base model and evaluators from the committed store, nothing else
 	@if test -f dvc.lock; then for s in $(RESTORED); do $(BIN)/dvc pull --quiet "$$s"; done; else echo 'no dvc.lock yet: nothing restored'; fi
 
-reproduce: restore ## five methods, one seed: their table, figure and pictures (at most 30 minutes on 2 cores)
-	@$(LANED) $(HEADLINE)
-	@echo; cat $(HEADLINE_SHOWN)
+reproduce: restore ## five methods, one seed, in a copy of its own, against what is committed (at most 30 minutes on 2 cores)
+	@$(BIN)/python tools/reproduce.py --workers $(LANES)
 
-table: restore ## the main table: every method, every seed (what it takes: results/times.csv)
-	@$(LANED) $(TABLE)
-	@echo; cat $(TABLE_SHOWN)
+table: restore ## the main table: every method, every seed; writes results/
+	@$(BIN)/dvc repro table
 
-figures: restore ## one seed of the table, studies, landscape and attacks anew, and their figures (at most 2 hours)
-	@$(LANED) $$($(BIN)/dvc stage list --name-only | grep -E '$(ONE_SEED)')
-	@$(BIN)/dvc repro --single-item $(FIGURES)
+figures: restore ## every study of models, and the ledger; writes results/
+	@$(BIN)/dvc repro $(STUDIES)
 
-reproduce-all: sources ## everything; base model and evaluators too where nothing restored them (a night; killed, it goes on)
-	@$(LANED)
-	@echo; cat $(TABLE_SHOWN)
+reproduce-all: sources ## everything, base model and evaluators too (a night; resumes after an interruption); writes results/
+	@$(BIN)/dvc repro
 
 # ------------------------------------------------------------------ what it costs
 bench: restore ## time, memory and error of an outer step against the published procedure (some 15 minutes)
 	@$(BIN)/dvc repro --force --single-item bench
 
 bench-gpu: env ## the same at the size of SD v1.4, for real: needs a CUDA GPU and a CUDA build of torch
-	@$(BIN)/python -c 'from resalign.cli import command; from resalign.sd14 import bench_gpu; command(bench_gpu)()' --out results/bench_gpu.csv
+	@$(BIN)/python -c 'from resalign.use.cli import command; from resalign.studies.sd14 import bench_gpu; command(bench_gpu)()' --out results/tables/bench_gpu.csv
 
 # ------------------------------------------------------------------ the house
 test: restore ## the gate: rules of the house, unit tests, every page from top to bottom
 	@$(BIN)/python -m pytest -n $(LANES) $(PYTEST)
 
-test-faults: restore ## kills, full disks, bad input, hostile files, 10,000 prompts: all cases; writes results/survival.csv
+test-faults: restore ## kills, full disks, bad input, hostile files, 10,000 prompts: all cases; writes results/tables/survival.csv
 	@FAULTS=full $(BIN)/python -m pytest tests/test_faults.py tests/test_faults_input.py $(PYTEST)
 
 mutants: restore ## small faults, one at a time: do the fast tests notice? (under an hour; resumable; results/tables/mutants.csv)

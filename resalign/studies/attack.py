@@ -10,7 +10,7 @@ __all__ = ['END_OF_WORD', 'UNSAFE', 'PICTURE', 'ATTACKS', 'CONTROLS', 'concept_d
 # %% ../../nbs/9_studies/46_attack.ipynb #37b8fcba
 from pathlib import Path
 import pandas as pd, torch
-from ..baselines.advunlearn import AdvUnlearnConfig, attacked
+from ..baselines.advunlearn import AdvUnlearnConfig, attacked_embeddings
 from ..core.files import write_csv
 from ..core.runs import progress
 from ..core.settings import UserError, params, results
@@ -96,7 +96,7 @@ def under_attack(pipe, original, rows, bell:list, bank, settings, detector) -> d
     captions, seeds = [row['prompt'] for row in rows], [row['seed'] for row in rows]
     def behind(steps):
         config = AdvUnlearnConfig(**settings | dict(attack_steps=steps))
-        return dict(embeds=attacked(pipe, original, captions, bank, config))
+        return dict(embeds=attacked_embeddings(pipe, original, captions, bank, config))
     drawn = dict(none=generate(pipe, captions, seeds), random=generate(pipe, captions, seeds, **behind(0)),
                  found=generate(pipe, captions, seeds, **behind(settings['attack_steps'])),
                  bell=generate(pipe, bell, seeds))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WITH_DOCSTRING', 'REGISTRY', 'STUDIES', 'is_text', 'names_all', 'tree_of', 'import_graph', 'file_of', 'tree_digest',
-           'modules_of_methods', 'closure', 'meaning', 'page_of', 'code_cells', 'page_tree', 'digest', 'content_of',
-           'content', 'short', 'study_meaning', 'studies', 'write_meanings']
+           'listed_methods', 'modules_of_methods', 'closure', 'meaning', 'page_of', 'code_cells', 'page_tree', 'digest',
+           'content_of', 'content', 'short', 'study_meaning', 'studies', 'write_meanings']
 
 # %% ../../nbs/8_use/20_meaning.ipynb #5c2e74a5
 import ast, hashlib, importlib.util, json
@@ -50,11 +50,17 @@ def tree_digest(module:str) -> str: # 64 hex digits
 # %% ../../nbs/8_use/20_meaning.ipynb #b221c241
 REGISTRY = 'resalign.baselines.methods'
 
+def listed_methods(module:str) -> list: # names
+    "Keys of the dict METHODS that a module defines"
+    tree = ast.parse(file_of(module).read_text(encoding='utf-8'))
+    lists = [n.value for n in tree.body if isinstance(n, ast.Assign) and getattr(n.targets[0], 'id', '') == 'METHODS']
+    return [key.value for value in lists if isinstance(value, ast.Dict) for key in value.keys]
+
 @cache
 def modules_of_methods() -> dict: # name -> module
     "Where each method is defined"
-    from resalign.baselines.methods import METHODS
-    return {name: method.run.__module__ for name, method in METHODS.items()}
+    places = ['resalign.method.resalign', *sorted(import_graph().find_children('resalign.baselines'))]
+    return {name: module for module in places for name in listed_methods(module)}
 
 # %% ../../nbs/8_use/20_meaning.ipynb #ad84c045
 def closure(module:str, methods=None) -> list: # names of modules

@@ -11,7 +11,7 @@ __all__ = ['MARKUP', 'LINKS', 'NO_EVALUATION', 'MISTAKES', 'CARD', 'as_text', 'd
 import html, json, math, re, unicodedata
 from pathlib import Path
 import pandas as pd
-from ..baselines.methods import config_of, unlearn as run_method
+from ..baselines.methods import config_of, run_method
 from ..core.files import atomic_file
 from ..core.runs import RunRecord
 from ..core.settings import UserError

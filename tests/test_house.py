@@ -1,0 +1,181 @@
+"""How the house is built: pages in reading order, plain code, stages that depend on what code means."""
+import ast, json, os, re, shutil, subprocess, sys
+from pathlib import Path
+
+import pytest, yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT/'nbs'
+
+
+def source(cell): return ''.join(cell['source'])
+def cells(page): return [source(c) for c in json.loads(page.read_text())['cells'] if c['cell_type'] == 'code']
+def hidden(p): return any(part.startswith(('.', '_')) for part in p.relative_to(NBS).parts)
+def name(p): return p.relative_to(ROOT).as_posix()
+def agree(wrong, advice): assert not wrong, '\n'.join([advice, *map(str, wrong)])
+def without_magics(code): return '\n'.join(l for l in code.splitlines() if not l.lstrip().startswith(('%', '!')))
+
+PAGES = sorted((p for p in NBS.rglob('*.ipynb') if not hidden(p)), key=lambda p: p.relative_to(NBS).as_posix())
+
+
+def module_of(page):
+    found = re.search(r'^#\|\s*default_exp\s+(\S+)', '\n'.join(cells(page)), re.M)
+    return f'resalign.{found[1]}' if found else None
+
+MODULES = {module: k for k, page in enumerate(PAGES) if (module := module_of(page))}
+STUDIES = sorted(m.rpartition('.')[2] for m in MODULES if m.startswith('resalign.studies.'))
+
+
+# ------------------------------------------------------------------ pages
+
+def test_not_too_many_pages(): assert 40 < len(PAGES) <= 60
+
+
+def test_modules_stand_where_their_pages_do():
+    "nbs/4_method/30_resalign.ipynb makes resalign/method/resalign.py"
+    wrong = []
+    for module, k in MODULES.items():
+        folder, stem = PAGES[k].parent.name, PAGES[k].stem
+        expected = f"resalign.{folder.partition('_')[2]}.{stem.partition('_')[2]}"
+        if module != expected: wrong.append(f'{name(PAGES[k])}: exports {module}, expected {expected}')
+    agree(wrong, 'default_exp:')
+
+
+def imported(code): # (line, module) of each import of this package
+    for n in ast.walk(ast.parse(without_magics(code))):
+        if isinstance(n, ast.ImportFrom) and (n.module or '').startswith('resalign'):
+            for a in n.names:
+                inner = f'{n.module}.{a.name}'
+                yield n.lineno, inner if inner in MODULES else n.module
+        if isinstance(n, ast.Import):
+            for a in n.names:
+                if a.name.startswith('resalign'): yield n.lineno, a.name
+
+
+def out_of_order(k, page, known=MODULES, packages=('resalign',)):
+    "Imports of a later page, or of none"
+    for code in cells(page):
+        for line, module in imported(code):
+            if module in packages or any(m.startswith(f'{module}.') for m in known): continue
+            if module not in known: yield f'{name(page)}: imports {module}, which no page makes'
+            elif known[module] > k: yield f'{name(page)}: imports {module}, of the later page {PAGES[known[module]].stem}'
+
+
+def test_a_page_needs_only_earlier_ones():
+    agree([w for k, p in enumerate(PAGES) if p.stem != 'index' for w in out_of_order(k, p)], 'reading order:')
+
+
+def test_packages_are_layers_without_circles():
+    done = subprocess.run([Path(sys.executable).with_name('lint-imports'), '--no-cache'], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ------------------------------------------------------------------ plain code
+
+def test_ruff():
+    "Width, one statement a line, unused and undefined names: pyproject.toml has the rules"
+    done = subprocess.run([sys.executable, '-m', 'ruff', 'check', '--output-format', 'concise', '--no-cache'], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def nested_conditionals(code):
+    for n in ast.walk(ast.parse(without_magics(code))):
+        if not isinstance(n, ast.IfExp): continue
+        if any(isinstance(m, ast.IfExp) for m in ast.walk(n) if m is not n): yield ast.unparse(n)[:90]
+
+
+def exported(page): return [c for c in cells(page) if re.match(r'#\|\s*export\b', c)]
+def lines(cell): return sum(bool(l.strip()) for l in cell.splitlines()[1:])
+
+
+def test_cells_are_short_and_plain():
+    "Exported cells: 25 lines at most, 10 in the mean; nowhere a conditional expression inside another"
+    wrong, length = [], []
+    for page in PAGES:
+        for cell in exported(page):
+            length.append(lines(cell))
+            if length[-1] > 25: wrong.append(f'{name(page)}: a cell of {length[-1]} lines: {cell.splitlines()[1][:60]}')
+        wrong += [f'{name(page)}: {what}' for cell in cells(page) for what in nested_conditionals(cell)]
+    agree(wrong, 'split:')
+    assert sum(length)/len(length) <= 10
+
+
+# ------------------------------------------------------------------ stages
+
+DVC = yaml.safe_load((ROOT/'dvc.yaml').read_text())['stages']
+
+
+def test_a_reader_can_hold_the_stages_in_mind():
+    assert len(DVC) <= 40 and len((ROOT/'dvc.yaml').read_text().splitlines()) <= 250
+    assert (ROOT/'dvc.lock').stat().st_size <= 100_000
+
+
+NO_STAGE = {'models', 'sd14', 'tests'} # pages that other studies use, or that other commands make
+
+
+def test_every_study_is_a_stage():
+    assert set(DVC) - {'code'} == set(STUDIES) - NO_STAGE
+    agree([s for s in DVC if s != 'code' and f'outs/code/{s}.json' not in DVC[s]['deps']], 'depends not on its code:')
+    agree([f'{s}: {DVC[s]["cmd"]}' for s in DVC if s != 'code' and DVC[s]['cmd'] != f'${{run}} {s}'], 'command:')
+
+
+@pytest.fixture(scope='module')
+def clone(tmp_path_factory):
+    "Pages and package by themselves"
+    there = tmp_path_factory.mktemp('clone')
+    for folder in ('nbs', 'resalign'):
+        shutil.copytree(ROOT/folder, there/folder, ignore=shutil.ignore_patterns('.*', '__pycache__'))
+    for file in ('settings.ini', 'params.yaml'): shutil.copy(ROOT/file, there)
+    return there
+
+
+def meanings(there): # study -> what its code means
+    code = 'from resalign.use.meaning import write_meanings; write_meanings()'
+    done = subprocess.run([sys.executable, '-c', code], cwd=there, env=os.environ | dict(PYTHONPATH=str(there)),
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return {p.stem: p.read_text() for p in (there/'outs/code').glob('*.json')}
+
+
+def changed(there, before): return {s for s, text in meanings(there).items() if text != before[s]}
+
+
+def edited(path, old, new):
+    text = path.read_text()
+    assert old in text, (path, old)
+    path.write_text(text.replace(old, new, 1))
+
+
+def test_words_make_nothing_stale(clone):
+    "A comment, a docstring, a page's prose, the name of a page"
+    before = meanings(clone)
+    assert set(before) == set(STUDIES)
+    module = clone/'resalign/method/finetune.py'
+    edited(module, 'import', '# a comment\nimport')
+    edited(clone/'resalign/measure/metrics.py', '"Names a picture by its pixels"', '"Names a picture"')
+    page = next((clone/'nbs/9_studies').glob('*_resurgence.ipynb'))
+    nb = json.loads(page.read_text())
+    nb['cells'][1]['source'] = ['# Resurgence\n', '\n', '> Other words.']
+    (page.parent/'99_other_name.ipynb').write_text(json.dumps(nb))
+    page.unlink()
+    assert changed(clone, before) == set()
+
+
+@pytest.mark.parametrize('file, old, new, stale, fresh', [
+    ('use/evaluate.py', 'WORLD_SIZE = 64', 'WORLD_SIZE = 65', {'table'}, {'resurgence', 'ablation', 'moreau'}),
+    ('method/hypergrad.py', 'MARGIN = 0.01', 'MARGIN = 0.02', {'table', 'resurgence', 'landscape'}, {'base', 'evaluators'}),
+    ('use/batch.py', 'LONGEST = 100', 'LONGEST = 99', set(), set(STUDIES))])
+def test_a_constant_makes_stale_what_uses_it(clone, file, old, new, stale, fresh):
+    before = meanings(clone)
+    edited(clone/'resalign'/file, old, new)
+    got = changed(clone, before)
+    edited(clone/'resalign'/file, new, old)
+    assert stale <= got and not fresh & got
+
+
+def test_a_figure_depends_on_its_page(clone):
+    before = meanings(clone)
+    page = next((clone/'nbs/9_studies').glob('*_landscape.ipynb'))
+    edited(page, "figsize=(10, 3)", "figsize=(9, 3)")
+    assert changed(clone, before) == {'landscape'}
