@@ -20,7 +20,7 @@ from resalign.method.rectified_flow import build_sd3
 from resalign.method.hypergrad import MoreauOperator, flat, hypergradient, lora_pairs, unflat
 from resalign.model.losses import HarmfulLoss, denoiser
 from resalign.method.resalign import UnlearnData
-from resalign.baselines.methods import unlearn
+from resalign.baselines.methods import run_method
 from resalign.model.pipelines import check_pipeline, generate, load_pipeline, save_pipeline
 from tests.far import Far, FarTensor
 
@@ -122,8 +122,8 @@ def test_on_another_device(given):
     with Far():
         prepare(far, Compute(device='fpga'))
         assert all(isinstance(p, FarTensor) for p in far.transformer.parameters())
-        unlearn(far, given[1], 'ga', {})
+        run_method(far, given[1], 'ga', {})
         finish(far)
-    unlearn(near, given[1], 'ga', {})
+    run_method(near, given[1], 'ga', {})
     for p, q in zip(far.transformer.parameters(), near.transformer.parameters()):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)

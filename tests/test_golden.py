@@ -21,7 +21,7 @@ from resalign.measure import detectors
 from resalign.baselines.parts import demo_data
 from resalign.core.runs import seed_all
 from resalign.method.finetune import ALGORITHMS, FinetuneConfig, finetune
-from resalign.baselines.methods import METHODS, config_of, unlearn
+from resalign.baselines.methods import METHODS, config_of, run_method
 from resalign.model.pipelines import PretrainConfig, build_pipeline, build_vae, generate, load_pipeline
 from resalign.model.pretraining import narrow, train_denoiser, train_vae
 from resalign.world.scenes import scenes
@@ -229,7 +229,7 @@ def settings_of(method):
 def unlearnings(pipe, data):
     for method in METHODS:
         mine = copy.deepcopy(pipe)
-        out = unlearn(mine, data, method, settings_of(method))
+        out = run_method(mine, data, method, settings_of(method))
         log = [
             r | {f"{s['j']}/depth_after": s['depth_after'] for s in out['solves'] if s['step'] == r['step']}
             for r in out['log']

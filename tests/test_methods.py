@@ -19,7 +19,7 @@ from resalign.baselines.parts import changed_params, demo, demo_data
 from resalign.core.runs import Stopped
 from resalign.model.data import embed
 from resalign.model.losses import Denoiser
-from resalign.baselines.methods import METHODS, unlearn
+from resalign.baselines.methods import METHODS, run_method
 from resalign.model.pipelines import load_pipeline, save_pipeline
 from tests.compvis import eightfold_vae, narrow_xl, two_layers
 
@@ -81,7 +81,7 @@ def check_what_moves(shaped, what, method):
     base, data = shaped
     pipe, out = copy.deepcopy(base), {}
     small = dict(batch=2) if 'batch' in METHODS[method][1].model_fields else {}
-    changed = changed_params(pipe.unet, lambda: out.update(unlearn(pipe, data, method, small, 0)))
+    changed = changed_params(pipe.unet, lambda: out.update(run_method(pipe, data, method, small, 0)))
     expected = names(pipe.unet, CLASSES[what][0])
     # gradient descent leaves alone how the one pixel of the middle attends to itself
     if method == 'pgu': expected -= names(pipe.unet, r'mid_block.*attn1\.to_[qk]')
@@ -168,11 +168,11 @@ def test_an_interrupted_run_goes_on_with_the_same_bits(world_of_demo, method, tm
         if group.get('initial_lr', group['lr']) != 2e-3: return # an inner one
         made.append(0)
         if len(made) == 2: os.kill(os.getpid(), signal.SIGTERM)
-    unlearn(whole, data, method, settings, 0)
+    run_method(whole, data, method, settings, 0)
     hook = register_optimizer_step_pre_hook(note)
     try:
-        with pytest.raises(Stopped): unlearn(cut, data, method, settings, 0, checkpoint=tmp_path/'c')
-        out = unlearn(again, data, method, settings, 0, checkpoint=tmp_path/'c')
+        with pytest.raises(Stopped): run_method(cut, data, method, settings, 0, checkpoint=tmp_path/'c')
+        out = run_method(again, data, method, settings, 0, checkpoint=tmp_path/'c')
     finally: hook.remove()
     assert len(made) == 4 and [r['step'] for r in out['log']] == [0, 1, 2, 3] and torch.equal(weights(whole),
             weights(again))
@@ -184,7 +184,7 @@ def test_a_module_is_merged_into_what_was_fine_tuned(given, tmp_path):
     save_pipeline(pipe, tmp_path/'base')
     start = load_pipeline(tmp_path/'base')
     modular = copy.deepcopy(start)
-    unlearn(modular, data, 'modular-lora', {}, 0, save_adapter=tmp_path/'adapter')
+    run_method(modular, data, 'modular-lora', {}, 0, save_adapter=tmp_path/'adapter')
     world.write_set(tmp_path/'images', world.scenes('varied', 4))
     for name, module in ('plain', None), ('merged', tmp_path/'adapter'):
         resalign.finetune(tmp_path/'base', tmp_path/'images', tmp_path/name, dict(steps=2), module=module)

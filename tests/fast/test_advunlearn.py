@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from resalign.baselines.advunlearn import (AdvUnlearnConfig, advunlearn, attack, attacked, prefixed, tokens,
-                                           trained_params)
+from resalign.baselines.advunlearn import (AdvUnlearnConfig, advunlearn, attack, attacked_embeddings, prefixed,
+                                           token_ids, trained_params)
 from resalign.core.settings import UserError
 from resalign.core.runs import generator
 from resalign.model.losses import Denoiser
@@ -27,13 +27,13 @@ def test_settings():
 def test_a_prefix_takes_the_place_after_the_start_and_the_end_can_still_be_read():
     pipe, _ = given()
     words = [pipe.tokenizer.ids[w] for w in UNSAFE[0].split()]
-    plain, room = (tokens(pipe, [UNSAFE[0], 'old'], p) for p in (False, True))
+    plain, room = (token_ids(pipe, [UNSAFE[0], 'old'], p) for p in (False, True))
     assert plain[0].tolist() == [0, *words, 1, 2, 2] and room[0].tolist() == [0, words[0], *words, 1, 2]
     long = ' '.join(['old']*20)
-    assert tokens(pipe, [long], True)[0].tolist() == [0] + [pipe.tokenizer.ids['old']]*(TOKENS - 2) + [1]
-    assert tokens(pipe, [long], False).shape == tokens(pipe, [long], True).shape == (1, TOKENS)
+    assert token_ids(pipe, [long], True)[0].tolist() == [0] + [pipe.tokenizer.ids['old']]*(TOKENS - 2) + [1]
+    assert token_ids(pipe, [long], False).shape == token_ids(pipe, [long], True).shape == (1, TOKENS)
     pipe.text_encoder_2 = None
-    with pytest.raises(UserError, match='advunlearn: .*one text encoder'): tokens(pipe, ['old'], False)
+    with pytest.raises(UserError, match='advunlearn: .*one text encoder'): token_ids(pipe, ['old'], False)
 
 
 def told(encoder, pipe, caption, delta=None):
@@ -49,12 +49,12 @@ def told(encoder, pipe, caption, delta=None):
 def test_inside_prefixed_the_second_embedding_is_delta_and_outside_it_is_not():
     pipe, _ = given()
     encoder, delta = pipe.text_encoder, torch.randn(2, WIDTH, dtype=torch.float64)
-    ids = tokens(pipe, UNSAFE[:2], True)
+    ids = token_ids(pipe, UNSAFE[:2], True)
     with contextlib.suppress(KeyError), prefixed(encoder, delta):
         found = encoder(ids)[0]
         raise KeyError
     for k in range(2): close(found[k], told(encoder, pipe, UNSAFE[k], delta[k].float()))
-    close(encoder(tokens(pipe, UNSAFE[:1], False))[0][0], told(encoder, pipe, UNSAFE[0]))
+    close(encoder(token_ids(pipe, UNSAFE[:1], False))[0][0], told(encoder, pipe, UNSAFE[0]))
 
 
 def searched(net, encoder, pipe, captions, view, config, gen):
@@ -85,7 +85,7 @@ def test_the_attack_descends_towards_the_wanted_prediction_over_changing_views(s
                                                       generator=generator(k, 'wanted'))) for k, s in enumerate(views)]
     single = [(z.float(), t, w.float()) for z, t, w in views]
     encoder.requires_grad_(True)
-    found = attack(Denoiser(pipe), encoder, tokens(pipe, captions, True), lambda k: single[k], config, generator(5))
+    found = attack(Denoiser(pipe), encoder, token_ids(pipe, captions, True), lambda k: single[k], config, generator(5))
     assert not found.requires_grad
     close(found, searched(pipe.unet.double(), encoder.double(), pipe, captions, lambda k: views[k], config,
                           generator(5)), rtol=1e-3)
@@ -146,7 +146,7 @@ def test_prefixes_against_a_pipeline_bring_back_the_originals_answers():
     (original, data), (pipe, _) = given(), given(seed=3)
     config, captions = AdvUnlearnConfig(attack_steps=3, attack_lr=.1, seed=2), [UNSAFE[k % 4] for k in range(5)]
     for p in original, pipe: p.unet.requires_grad_(True), p.text_encoder.requires_grad_(True)
-    found = attacked(pipe, original, captions, data.unsafe, config, 2)
+    found = attacked_embeddings(pipe, original, captions, data.unsafe, config, 2)
     assert found.shape == (5, TOKENS, WIDTH) and not found.requires_grad
     assert not any(p.requires_grad for m in (pipe.unet, pipe.text_encoder) for p in m.parameters())
     nets, encoder = [copy.deepcopy(p.unet).double()
@@ -166,5 +166,5 @@ def test_captions_are_attacked_24_at_a_time(monkeypatch):
     many = []
     encoder = pipe.text_encoder.forward
     pipe.text_encoder.forward = lambda ids: many.append(len(ids)) or encoder(ids)
-    attacked(pipe, original, UNSAFE[:1]*25, data.unsafe, AdvUnlearnConfig(attack_steps=0))
+    attacked_embeddings(pipe, original, UNSAFE[:1]*25, data.unsafe, AdvUnlearnConfig(attack_steps=0))
     assert many == [24, 1]

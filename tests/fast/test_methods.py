@@ -9,9 +9,9 @@ import yaml
 
 from resalign.baselines import (advunlearn, ca, esd, lcfdsd, meta_unlearning, modular_lora, other_losses, parts, pgu,
                                 safegen, salun, uce)
+from resalign.baselines.methods import METHODS, config_of, run_method
 from resalign.core.settings import Config, UserError
-from resalign.method.resalign import ResAlignConfig, resalign
-from resalign.baselines.methods import FIXED, METHODS, config_of, unlearn
+from resalign.method.resalign import Method, ResAlignConfig, resalign
 from tests.fast import toys
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,11 +44,12 @@ SAYS = { # what a name decides, and a setting that contradicts it
 
 
 def test_what_each_name_runs():
-    assert METHODS == RUNS
+    assert {name: (method.run, method.config) for name, method in METHODS.items()} == RUNS
 
 
 def test_what_each_name_decides_and_refuses():
-    assert FIXED == {method: {field: value} for method, (field, value, _) in SAYS.items()}
+    fixed = {name: method.fixed for name, method in METHODS.items() if method.fixed}
+    assert fixed == {method: {field: value} for method, (field, value, _) in SAYS.items()}
     for method, (field, value, other) in SAYS.items():
         assert getattr(config_of(method, {}), field) == getattr(config_of(method, {field: value}), field) == value
         with pytest.raises(UserError, match=f'unlearn.{method}: {field}: .*{value!r}.*{other!r}'):
@@ -64,40 +65,44 @@ def test_resilience_needs_a_weight():
 
 
 def test_settings_are_checked_and_the_seed_is_set():
-    for method, (_, cls) in METHODS.items():
-        config = config_of(method, {}, 7)
-        assert type(config) is cls and getattr(config, 'seed', 7) == 7 and getattr(config_of(method, {}), 'seed',
-                0) == 0
+    for name, method in METHODS.items():
+        config = config_of(name, {}, 7)
+        assert type(config) is method.config and getattr(config, 'seed', 7) == 7
+        assert getattr(config_of(name, {}), 'seed', 0) == 0
     assert config_of('esd-x', dict(eta=3., seed=2), 7) == esd.ESDConfig(eta=3., seed=7)
     with pytest.raises(UserError, match='unlearn.ca: wieght'): config_of('ca', dict(wieght=1.))
     with pytest.raises(UserError, match="method.*'esdx'"): config_of('esdx', {})
 
 
 def test_the_settings_of_params_yaml_hold():
-    settings = yaml.safe_load((ROOT/'params.yaml').read_text(encoding='utf-8'))['unlearn']
-    assert set(settings) == set(METHODS)
-    for method in METHODS: config_of(method, settings[method])
+    sections = yaml.safe_load((ROOT/'params.yaml').read_text(encoding='utf-8'))['methods']
+    assert set(sections) == set(METHODS)
+    for method, section in sections.items():
+        for settings in [*section.get('trials', []), section['chosen']]: config_of(method, section['start'] | settings)
 
 
 def test_methods_that_need_the_words_to_erase_say_so():
     pipe, data = toys.given()
     data.erase = ()
     for method in 'ca', 'salun', 'uce', 'rece', 'meta-unlearning-esd', 'resalign-ca':
-        with pytest.raises(UserError, match=f'{method[:15]}: expected `erase`'): unlearn(pipe, data, method, {})
+        with pytest.raises(UserError, match=f'{method[:15]}: expected `erase`'): run_method(pipe, data, method, {})
 
 
 def test_methods_that_need_benign_captions_say_so():
     pipe, data = toys.given()
     data.retain_captions = ()
     for method in 'uce', 'rece', 'advunlearn':
-        with pytest.raises(UserError, match=f'{method}: .*retain_captions'): unlearn(pipe, data, method, {})
+        with pytest.raises(UserError, match=f'{method}: .*retain_captions'): run_method(pipe, data, method, {})
 
 
 def test_a_method_is_run_with_its_settings_and_what_else_is_given(monkeypatch):
     pipe, calls = SimpleNamespace(unet=None), []
-    monkeypatch.setitem(METHODS, 'esd-u', (lambda *args, **kw: calls.append((args, kw)) or 'log', esd.ESDConfig))
-    assert unlearn(pipe, 'data', 'esd-u', dict(eta=2.), 3, checkpoint='here', save_adapter='there') == 'log'
-    assert unlearn(pipe, 'data', 'esd-u', {}) == 'log'
+    def record(*args, **kw):
+        calls.append((args, kw))
+        return 'log'
+    monkeypatch.setitem(METHODS, 'esd-u', Method(record, esd.ESDConfig, 'ESD-u', dict(variant='u')))
+    assert run_method(pipe, 'data', 'esd-u', dict(eta=2.), 3, checkpoint='here', save_adapter='there') == 'log'
+    assert run_method(pipe, 'data', 'esd-u', {}) == 'log'
     assert calls == [((pipe, 'data', esd.ESDConfig(variant='u', eta=2., seed=3)),
                       dict(checkpoint='here', save_adapter='there')),
                      ((pipe, 'data', esd.ESDConfig(variant='u', seed=0)), {})]
@@ -105,13 +110,13 @@ def test_a_method_is_run_with_its_settings_and_what_else_is_given(monkeypatch):
 
 def test_a_transformer_is_for_algorithm_2_on_ascent_alone(monkeypatch):
     pipe = SimpleNamespace(transformer=None)
-    assert unlearn(pipe, None, 'original', {}) == dict(log=[], solves=[])
+    assert run_method(pipe, None, 'original', {}) == dict(log=[], solves=[])
     for method in METHODS:
         if method in ('original', 'ga', 'resalign', 'resalign-first-order'): continue
         with pytest.raises(UserError, match=f'{method}: expected a pipeline with a UNet'):
-            unlearn(pipe, None, method, {})
+            run_method(pipe, None, method, {})
     for method in 'ga', 'resalign', 'resalign-first-order': # these get further: to the data
-        with pytest.raises((AttributeError, UserError)) as e: unlearn(pipe, None, method, {})
+        with pytest.raises((AttributeError, UserError)) as e: run_method(pipe, None, method, {})
         assert 'UNet' not in str(e.value)
 
 
@@ -123,7 +128,7 @@ def test_the_ledger_names_methods_and_switches():
     assert {r['method'] for r in LEDGER} >= set(METHODS) - ours
     for r in LEDGER:
         assert r['what'] and r['here'] and r['method'] in METHODS, r
-        assert not r['switch'] or r['switch'] in METHODS[r['method']][1].model_fields, r
+        assert not r['switch'] or r['switch'] in METHODS[r['method']].config.model_fields, r
 
 
 def test_every_switch_of_the_ledger_is_tested_for_what_it_says():

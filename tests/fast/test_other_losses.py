@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from resalign.baselines import other_losses
-from resalign.baselines.other_losses import (ResAlignCAConfig, ResAlignESDConfig, Towards, TowardsAnchor, resalign_ca,
+from resalign.baselines.other_losses import (AnchorLoss, ResAlignCAConfig, ResAlignESDConfig, TargetLoss, resalign_ca,
                                              resalign_esd)
 from resalign.core.runs import generator
 from resalign.model.losses import Denoiser
@@ -22,7 +22,7 @@ def test_settings():
 
 
 def test_rows_are_drawn_from_all_of_the_bank():
-    i = Towards(dict(t=torch.arange(3))).draw(100, generator(1))
+    i = TargetLoss(dict(t=torch.arange(3))).draw(100, generator(1))
     assert torch.equal(i, torch.randint(3, (100,), generator=generator(1))) and set(i.tolist()) == {0, 1, 2}
 
 
@@ -72,6 +72,6 @@ def test_concept_ablation_on_algorithm_2(monkeypatch, kind):
     (model, net), i = trained(pipe), torch.tensor([0, 3, 3, 6])
     part = s[i]
     unsafe = [said(pipe, UNSAFE[which[j]]) for j in part.index]
-    assert isinstance(harmful, TowardsAnchor) and len(harmful.bank['t']) == 7
+    assert isinstance(harmful, AnchorLoss) and len(harmful.bank['t']) == 7
     wanted = answers(net, noisy(part), part.t, part.text).detach()
     compare(harmful(model, i, .1), square(answers(net, noisy(part), part.t, unsafe) - wanted), model, net)
