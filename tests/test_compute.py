@@ -9,7 +9,7 @@ from diffusers import StableDiffusionXLPipeline
 from resalign.model import compute
 import resalign
 from resalign.use.inputs import load_bank
-from resalign.use.model_card import model_card, said
+from resalign.use.unlearn import model_card, said
 from resalign.studies import sd14
 from resalign.core import training
 from resalign.world import scenes as world
@@ -21,7 +21,7 @@ from resalign.method.finetune import FinetuneConfig, FinetuneLoss, add_lora, fin
 from resalign.method.hypergrad import flat
 from resalign.model.losses import Denoiser, HarmfulLoss
 from resalign.method.resalign import ResAlignConfig, lora_map, resilience_gradient
-from resalign.baselines.methods import unlearn
+from resalign.baselines.methods import run_method
 from resalign.model.pipelines import load_pipeline, save_pipeline
 from tests.compvis import narrow_xl
 from tests.far import Far, FarTensor, LeftBehind
@@ -81,7 +81,7 @@ def test_passes_are_low_and_answers_are_wide():
 def test_float32_on_the_cpu_has_the_same_bits(given):
     "With gradient checkpointing too"
     for run, settings in (
-        (lambda p, d: unlearn(p, d, 'resalign', {}), dict(gradient_checkpointing=True)),
+        (lambda p, d: run_method(p, d, 'resalign', {}), dict(gradient_checkpointing=True)),
         (lambda p, d: finetune(p, d.retain, FinetuneConfig(algorithm='full', steps=2)), {}),
     ):
         plain, other = copy.deepcopy(given[0]), ready(given, **settings)
@@ -186,7 +186,7 @@ def test_hypergradients_of_low_passes_point_the_same_way(given):
         for p in ('fd-forward', 'exact', 'lora-bilinear')
     }
     assert not {p: c for p, c in cosine.items() if c < 0.95}
-    run = lambda p: unlearn(ready(given, dtype='float16'), given[1], 'resalign', dict(steps=1, product=p))
+    run = lambda p: run_method(ready(given, dtype='float16'), given[1], 'resalign', dict(steps=1, product=p))
     assert all(f"product '{p}' in float16" in said(run, p) for p in ('exact', 'gauss-newton'))
 
 
@@ -202,7 +202,7 @@ def test_methods_and_fine_tunings_in_low_precision(given):
         return weights(low), weights(plain), logs
 
     for method in 'esd-x', 'uce', 'salun', 'pgu':
-        low, plain, _ = both(lambda pipe: unlearn(pipe, given[1], method, {}))
+        low, plain, _ = both(lambda pipe: run_method(pipe, given[1], method, {}))
         assert changed(first, low) == changed(first, plain) != set(), method
     for algorithm in 'full', 'svdiff', 'textual-inversion', 'custom-diffusion':
         config = FinetuneConfig(algorithm=algorithm, steps=2, ema=0.5)
@@ -229,7 +229,7 @@ def test_a_killed_run_in_low_precision_goes_on_with_the_same_bits(given, tmp_pat
 
         monkeypatch.setattr(parts, 'optimise', until)
         pipe = ready(given, **LOW)
-        unlearn(pipe, given[1], 'esd-x', dict(steps=4), checkpoint=checkpoint)
+        run_method(pipe, given[1], 'esd-x', dict(steps=4), checkpoint=checkpoint)
         finish(pipe)
         return weights(pipe)
 
@@ -273,7 +273,7 @@ def test_nothing_stays_behind(given, what):
                 captions=data.retain_captions,
             )
         else:
-            unlearn(pipe, data, what, {})
+            run_method(pipe, data, what, {})
 
     with Far():
         prepare(far, compute_config(dict(device='fpga')))
@@ -428,7 +428,7 @@ def test_eight_bit_adam_is_used_where_it_was_asked_for_and_its_state_survives(gi
         AdamW8bit=lambda ps, lr, weight_decay: made.append(len(ps)) or Eight(ps, lr, weight_decay=weight_decay)
     )
     monkeypatch.setattr(compute, 'eight_bit_library', lambda: library)
-    unlearn(ready(given, eight_bit_adam=True), given[1], 'ga', {})
+    run_method(ready(given, eight_bit_adam=True), given[1], 'ga', {})
     assert len(made) == 1
     p = torch.nn.Parameter(torch.ones(3))
     start = p.detach().clone()
