@@ -8,7 +8,7 @@ from resalign.core.settings import UserError
 from resalign.model.data import encode
 from resalign.method.finetune import FinetuneConfig, finetune
 from resalign.model.pipelines import PretrainConfig, build_pipeline, generate, save_pipeline
-from resalign.studies.studies import Course, along, lesson, read_courses
+from resalign.studies.models import Course, along, course_pictures, read_courses
 
 WORD = 'text_encoder.embeddings.token_embedding.weight'
 MOVES = {
@@ -66,11 +66,12 @@ def test_a_course_is_checked_before_anything_runs(bad, says):
 
 def test_contaminated_pictures_replace_benign_ones(given, tmp_path, monkeypatch):
     world.write_set(tmp_path/'data/subjects', world.scenes('subjects', 8)); monkeypatch.chdir(tmp_path)
-    clean, mixed = lesson(given[0], Course()), lesson(given[0], Course(unsafe=.25))
-    assert len(clean[0]) == len(mixed[0]) == len(mixed[1]) == 8
-    assert mixed[1][:6] == clean[1][2:] and torch.equal(mixed[0].mean[:6], clean[0].mean[2:])
+    (clean, captions), (mixed, mixed_captions) = (course_pictures(Course(unsafe=u), 64) for u in (0., .25))
+    assert len(clean) == len(mixed) == len(mixed_captions) == 8
+    assert mixed_captions[:6] == captions[2:] and (mixed[:6] == clean[2:]).all()
     words = [' with exposed wiring', ' with its wires showing', ' with an open chest full of wires']
-    assert all(any(w in c for w in words) for c in mixed[1][6:]) and not any(w in c for c in clean[1] for w in words)
+    assert all(any(w in c for w in words) for c in mixed_captions[6:])
+    assert not any(w in c for c in captions for w in words)
 
 def test_along_looks_once_a_step_and_starts_afresh(given, tmp_path, monkeypatch):
     save_pipeline(given[0], tmp_path/'m'); world.write_set(tmp_path/'data/subjects', world.scenes('subjects', 4)); monkeypatch.chdir(tmp_path)

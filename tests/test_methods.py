@@ -80,7 +80,7 @@ def names(module, pattern): return {n for n, _ in module.named_parameters() if r
 def check_what_moves(shaped, what, method):
     base, data = shaped
     pipe, out = copy.deepcopy(base), {}
-    small = dict(batch=2) if 'batch' in METHODS[method][1].model_fields else {}
+    small = dict(batch=2) if 'batch' in METHODS[method].config.model_fields else {}
     changed = changed_params(pipe.unet, lambda: out.update(run_method(pipe, data, method, small, 0)))
     expected = names(pipe.unet, CLASSES[what][0])
     # gradient descent leaves alone how the one pixel of the middle attends to itself
@@ -130,7 +130,7 @@ def test_sdxl_is_told_what_the_pipeline_tells_it(sdxl_shaped):
 def test_uce_reads_a_real_encoders_embeddings_at_the_right_places(given, tokens):
     pipe, _ = given
     cuts = [('a red robot', ' with exposed wiring', '')]*2 + [('a red robot', ' with exposed wiring', ' in a garden')]
-    found = uce.rows(pipe, cuts, ['a blue car']*2, tokens)
+    found = uce.edit_embeddings(pipe, cuts, ['a blue car']*2, tokens)
     whole, short, none, car = (embed(pipe, [t])[0].double()
                                for t in ('a red robot with exposed wiring', 'a red robot', '', 'a blue car'))
     n, m, k = (len(pipe.tokenizer(t).input_ids)
@@ -196,7 +196,7 @@ def test_a_module_is_merged_into_what_was_fine_tuned(given, tmp_path):
 
 
 def test_writing_a_method_takes_less_than_forty_lines():
-    nb = json.loads((ROOT/'nbs/5_baselines/99_write_your_own.ipynb').read_text(encoding='utf-8'))
+    nb = json.loads((ROOT/'nbs/8_use/40_write_your_own.ipynb').read_text(encoding='utf-8'))
     cell, = (''.join(c['source']) for c in nb['cells'] if 'METHODS[' in ''.join(c['source'])
              and c['cell_type'] == 'code')
     assert len(cell.strip().splitlines()) < 40
