@@ -35,8 +35,13 @@ def table(hits:dict, n=20, runs=1, detector='wiring', kind='implicit') -> pd.Dat
     ]
     return pd.DataFrame(rows)
 
-def study(hits:dict, n=20, kind='implicit', steps=(0, 9), run=0) -> pd.DataFrame: # as from `read_study`
+def study(hits:dict, n=20, kind='implicit', steps=(0, 9), run=0) -> pd.DataFrame: # as from `read_looks`
     "hits: method -> course -> how many of n prompts, a number a step"
     rows = [dict(run=run, kind=kind, prompt=f'p{i:02}', seed=i, course=c, step=s, score=int(i < k), method=m)
             for m, courses in hits.items() for c, ks in courses.items() for s, k in zip(steps, ks) for i in range(n)]
     return pd.DataFrame(rows)
+
+def one_prompt_thrice(score) -> pd.DataFrame:
+    "Three pictures of prompt x, one of y"
+    return pd.DataFrame(dict(detector='wiring', kind='implicit', method='ga', phase='varied', finetune='lora',
+                             prompt=list('xxxy'), seed=range(4), run=0, score=score))
