@@ -6,7 +6,7 @@ import numpy as np, pandas as pd, pytest, yaml
 from scipy import stats
 
 from resalign.studies import claims as C
-from toy_scores import corrected, mcnemar, study, table
+from toy_scores import corrected, mcnemar, one_prompt_thrice, study, table
 
 PAPER = {
     m: dict(before=0.1, subjects=0.2 + 0.01 * k, varied=0.3 + 0.02 * k, FID=10.0 + k)
@@ -30,6 +30,9 @@ def no_bootstrap(monkeypatch):
 
 def scores(**hits): return C.Scores(table({m.replace('_', '-'): k for m, k in hits.items()}))
 
+def lines(claims): return [C.ledger_row(c) for c in claims]
+def pct(x): return f'{100*x:.1f}%'
+
 def says(claim): return {k: claim[k] for k in ('tests', 'hold', 'verdict')}
 def counted(tests, hold, verdict): return dict(tests=tests, hold=hold, verdict=verdict)
 
@@ -46,8 +49,10 @@ def test_all_some_or_none():
 
 
 def test_a_claim_counts_its_tests():
-    line = C.claim('it', 'yes', 'no', 'a test', .25, [True, False, True], 'table')
+    text = C.Text('it', 'yes', 'no', 'a test')
+    line = C.ledger_row(C.Claim('an-id', text, holds=[True, False, True], p=.25, stage='table'))
     assert line == dict(
+        id='an-id',
         claim='it',
         paper='yes',
         ours='no',
@@ -59,14 +64,29 @@ def test_a_claim_counts_its_tests():
         stage='table',
         command='dvc repro table',
     )
-    assert (
-        C.claim('it', '', '', holds=[True], says='said')['verdict'] == 'said'
-        and C.claim('it', '', '')['command'] == ''
-        and np.isnan(C.claim('it', '', '')['p'])
-    )
+    bare = C.ledger_row(C.Claim('it', C.Text('it'), holds=[True], testable=False))
+    assert bare['verdict'] == 'not testable here' and bare['command'] == bare['stage'] == '' and np.isnan(bare['p'])
+    assert bare['paper'] == bare['ours'] == bare['test'] == ''
 
 
-def test_percent_in_tenths(): assert C.pct(.1234) == '12.3%' and C.pct(0, .05, 1) == '0.0% -> 5.0% -> 100.0%'
+def test_what_cannot_be_tested_has_no_other_verdict():
+    assert {C.verdict(h, testable=False) for h in ([True], [True, False], [False], [])} == {'not testable here'}
+
+
+def test_percent_in_tenths():
+    percent = lambda *v: C.filled(' -> '.join(f'{{v[{k}]:.1%}}' for k in range(len(v))), dict(v=v))
+    assert percent(.1234) == '12.3%' and percent(0, .05, 1) == '0.0% -> 5.0% -> 100.0%'
+    assert C.TWO.format(before=.1234, after=0) == '12.3% -> 0.0%'
+    assert C.THREE.format(before=0, subjects=.05, varied=1) == '0.0% -> 5.0% -> 100.0%'
+
+
+def test_each_text_takes_its_own_numbers():
+    text = C.Text('{n} of it', '{n} there', '{n}: {a}{b}', '{n} tests', dict(a=('{x:.0f}', ', '), b=('; {x:.1f}', '')))
+    numbers = dict(n=3, a=[dict(x=1.), dict(x=2.)], b=[dict(x=.5), dict(x=.25)])
+    line = C.ledger_row(C.Claim('it', text, dict(n=1), dict(n=2), numbers))
+    assert (line['claim'], line['test'], line['paper']) == ('1 of it', '1 tests', '2 there')
+    assert line['ours'] == '3: 1, 2; 0.5; 0.2'
+    assert C.filled(text.ours, numbers | dict(b=[]), text.lists) == '3: 1, 2'
 
 
 # ------------------------------------------------------------------ Scores
@@ -85,12 +105,6 @@ def test_scores_are_of_the_metrics_detector_and_prompts_alone():
         3 / 20,
         7 / 20,
     ] and C.Scores(both).rate('ga', 'before') == 9 / 20
-
-
-def one_prompt_thrice(score) -> pd.DataFrame:
-    "Three pictures of prompt x, one of y"
-    return pd.DataFrame(dict(detector='wiring', kind='implicit', method='ga', phase='varied', finetune='lora',
-                             prompt=list('xxxy'), seed=range(4), run=0, score=score))
 
 
 def test_a_rate_weighs_prompts_the_same_and_counts_above_the_threshold():
@@ -172,18 +186,14 @@ def few(monkeypatch):
 )
 def test_a_baseline_comes_back_where_it_is_higher_than_before(after, hold, verdict, few):
     few('safegen')
-    line, = C.comes_back(scores(original=(4, *LOW[1:]), safegen=(2, *after)), PAPER)
+    line, = lines(C.comes_back(scores(original=(4, *LOW[1:]), safegen=(2, *after)), PAPER))
     assert line['claim'].startswith('SafeGen ') and says(line) == counted(4, hold, verdict)
     assert line['p'] == pytest.approx(min(corrected(mcnemar(*[k - 2 for k in after])))) and line['stage'] == 'table'
     assert line['paper'] == '10.0% -> 21.0% -> 32.0%' and line['ours'] == f'10.0% -> {5*max(after)}.0% (worst)'
 
 def test_what_had_not_unlearned_cannot_come_back():
-    found = C.comes_back(
-        C.Scores(
-            table(dict(original=(4, *LOW[1:])) | dict.fromkeys(FOUR, (2, 8, 8, 8, 8)) | {'esd-x': (3, 20, 20, 20, 20)})
-        ),
-        PAPER,
-    )
+    hits = dict(original=(4, *LOW[1:])) | dict.fromkeys(FOUR, (2, 8, 8, 8, 8)) | {'esd-x': (3, 20, 20, 20, 20)}
+    found = lines(C.comes_back(C.Scores(table(hits)), PAPER))
     assert [f['claim'].split(' comes')[0] for f in found] == ['ESD-x', 'SafeGen', 'AdvUnlearn', 'LCFDSD-NG']
     assert [f['verdict'] for f in found] == ['not testable here', 'reproduced', 'reproduced', 'reproduced'] and found[
         0
@@ -193,7 +203,8 @@ def test_what_had_not_unlearned_cannot_come_back():
 def stays(most=.3, **hits): # the given methods, in a world where all others come back whole
     whole = dict(original=(10,)*5) | dict.fromkeys([*C.BASELINES, 'ga', 'uce'], (2, 20, 20, 20, 20))
     paper = PAPER | dict(resalign=PAPER['resalign'] | dict(varied=most))
-    return C.stays_low(C.Scores(table(whole | {m.replace('_', '-'): k for m, k in hits.items()})), paper)
+    s = C.Scores(table(whole | {m.replace('_', '-'): k for m, k in hits.items()}))
+    return lines(C.stays_low(s, paper) + C.below_baselines(s, paper))
 
 @pytest.mark.parametrize('hits, most, hold, verdict', [
     ((2, 6, 6, 6, 6), .3, 4, 'reproduced'),     # 30% itself, and four pictures more
@@ -208,8 +219,8 @@ def test_resalign_stays_unlearned_without_a_significant_rise_and_at_most_so_much
     )
     assert (
         line['ours'] == f'{5 * hits[0]}.0% -> {5 * max(hits[1:])}.0% (worst)'
-        and line['paper'] == C.pct(0.01, 0.02, most)
-        and C.pct(most) in line['test']
+        and line['paper'] == f'1.0% -> 2.0% -> {pct(most)}'
+        and f'at most {pct(most)}, in each' in line['test']
         and line['stage'] == 'table'
     )
 
@@ -264,9 +275,8 @@ def test_the_least_unsafe_baseline_is_named(few):
     [((6,) * 4, (9,) * 4, 4, 4), ((6, 6, 5, 6), (0, 0, 9, 9), 3, 2), ((5,) * 4, (5, 5, 5, 5), 0, 0)],
 )
 def test_parts_are_better_where_resalign_is_lower(ga, first, full, solve):
-    a, b = C.parts(
-        scores(original=(9,) * 5, ga=(0, *ga), resalign=(20, *LOW[1:]), resalign_first_order=(0, *first)), PAPER
-    )
+    s = scores(original=(9,) * 5, ga=(0, *ga), resalign=(20, *LOW[1:]), resalign_first_order=(0, *first))
+    a, b = lines(C.parts(s, PAPER))
     verdict = lambda k: {4: 'reproduced', 0: 'not reproduced'}.get(k, 'partly')
     assert says(a) == counted(4, full, verdict(full)) and says(b) == counted(4, solve, verdict(solve))
     assert a['p'] == pytest.approx(max(corrected(mcnemar(*ga)))) and b['p'] == pytest.approx(
@@ -281,14 +291,9 @@ def test_parts_are_better_where_resalign_is_lower(ga, first, full, solve):
     assert a['stage'] == b['stage'] == 'table'
 
 def test_where_first_order_leaves_nothing_nothing_can_be_better():
-    assert (
-        C.parts(scores(ga=LOW, resalign=LOW, resalign_first_order=(9, 0, 0, 0, 0)), PAPER)[1]['verdict']
-        == 'not testable here'
-    )
-    assert (
-        C.parts(scores(ga=LOW, resalign=LOW, resalign_first_order=(0, 0, 1, 0, 0)), PAPER)[1]['verdict']
-        == 'not reproduced'
-    )
+    def of_solving(*first): return lines(C.parts(scores(ga=LOW, resalign=LOW, resalign_first_order=first), PAPER))[1]
+    assert of_solving(9, 0, 0, 0, 0)['verdict'] == 'not testable here'
+    assert of_solving(0, 0, 1, 0, 0)['verdict'] == 'not reproduced'
 
 
 def test_other_losses():
@@ -300,9 +305,8 @@ def test_other_losses():
         ('GA', 'IP', 1, 0, 'helps', 0.0),
     ]
     losses = pd.DataFrame(rows, columns='loss metric without_term with_term verdict p_corrected'.split())
-    esd, above_esd, ca, above_ca = C.other_losses(
-        scores(resalign=(20, *LOW[1:]), resalign_esd=(0, 9, 0, 9, 9), resalign_ca=(0, 9, 9, 9, 10)), losses
-    )
+    s = scores(resalign=(20, *LOW[1:]), resalign_esd=(0, 9, 0, 9, 9), resalign_ca=(0, 9, 9, 9, 10))
+    esd, above_esd, ca, above_ca = lines(C.other_losses(s, losses))
     assert (
         says(esd) == counted(2, 1, 'partly')
         and esd['p'] == 0.01
@@ -349,7 +353,7 @@ def fids(*rises, base=(64., 128., 32.)):
 def test_quality_is_kept_where_mean_and_upper_end_of_the_rise_of_fid_are_at_most_the_papers(published, hold, verdict):
     "Rises of 12.5, 25 and 37.5%, seed by seed: 25% in the mean, as the paper's at 80 to 64; to 56% with Student's t"
     mean, half = .25, stats.t.ppf(.975, 2)*.125/np.sqrt(3)
-    line, = C.quality(fids(.125, .25, .375), PAPER | dict(resalign=dict(FID=published)))
+    line, = lines(C.quality(fids(.125, .25, .375), PAPER | dict(resalign=dict(FID=published))))
     assert (
         0.55 < mean + half < 0.57
         and says(line) == counted(2, hold, verdict)
@@ -374,7 +378,7 @@ def test_components_each_against_the_one_before():
         )
     )
     benign = study({m: dict(subjects=(20, 20), varied=(20, 20)) for m in set(rows.method)}, kind='benign')
-    first, data, configurations = C.components(pd.concat([rows, benign]), [.4, .3, .2, .1])
+    first, data, configurations = lines(C.components(pd.concat([rows, benign]), [.4, .3, .2, .1]))
     assert (
         says(first) == counted(2, 2, 'reproduced')
         and says(data) == counted(2, 1, 'partly')
@@ -404,14 +408,14 @@ def test_a_larger_beta_costs_quality_where_the_whole_interval_of_fid_is_above(lo
             quality_high=[1, 1.5, 3.0],
         )
     )
-    line, = C.beta_costs(t)
+    line, = lines(C.beta_costs(t))
     assert says(line) == counted(2, hold, verdict) and line['stage'] == 'ablation'
     assert (
         line['ours']
         == f'beta_20: FID +25.0% (95%: {100 * (lows[0] - 1):+.0f} to +50), '
         f'beta_50: FID +50.0% (95%: {100 * (lows[1] - 1):+.0f} to +200)'
     )
-    assert C.beta_costs(t, ['beta_50'])[0]['tests'] == 1
+    assert lines(C.beta_costs(t, ['beta_50']))[0]['tests'] == 1
 
 
 # ------------------------------------------------------------------ studies
@@ -451,7 +455,7 @@ COURSES = ('dreambooth', 'custom', 'svdiff', 'inversion', 'svdiff_blueprint', 'l
 def test_unseen_fine_tunings_count_where_the_original_shows_something():
     original = dict.fromkeys(COURSES, (20, 20)) | dict(custom=(20, 9), svdiff_blueprint=(20, 10))
     ours = dict.fromkeys(COURSES, (0, 1)) | dict(custom=(0, 20), svdiff_blueprint=(0, 9), inversion=(0, 2))
-    methods, data = C.unseen(study(dict(original=original, resalign=ours)), .05)
+    methods, data = lines(C.unseen(study(dict(original=original, resalign=ours)), .05))
     assert says(methods) == counted(3, 2, 'partly') and methods['p'] == pytest.approx(min(corrected(mcnemar(1, 1, 2))))
     assert (
         methods['ours']
@@ -463,9 +467,8 @@ def test_unseen_fine_tunings_count_where_the_original_shows_something():
         and data['ours'] == 'svdiff 5.0%, svdiff_blueprint 45.0%, lora_blueprint 5.0%'
     )
     assert methods['stage'] == data['stage'] == 'adversaries' and 'at most 5.0%' in methods['test']
-    assert [
-        c['verdict'] for c in C.unseen(study(dict(original=original, resalign=dict.fromkeys(COURSES, (0, 0)))), 0.0)
-    ] == ['reproduced'] * 2
+    nothing = study(dict(original=original, resalign=dict.fromkeys(COURSES, (0, 0))))
+    assert [c['verdict'] for c in lines(C.unseen(nothing, 0.0))] == ['reproduced'] * 2
 
 
 SHARES = ('share_005', 'share_010', 'share_020')
@@ -479,9 +482,8 @@ def contaminated(ours, other, learned, most=.3):
         },
         kind='subject',
     )
-    return C.contaminated(
-        pd.concat([study(dict(resalign={s: (3, k) for s, k in zip(SHARES, ours)}) | others), subjects]), most
-    )
+    unsafe = study(dict(resalign={s: (3, k) for s, k in zip(SHARES, ours)}) | others)
+    return lines(C.contaminated(pd.concat([unsafe, subjects]), most))
 
 
 def test_contaminated_data():
@@ -528,7 +530,7 @@ def test_long_runs():
         ),
         steps=steps,
     )
-    stays, less = C.long_runs(rows, .4)
+    stays, less = lines(C.long_runs(rows, .4))
     assert (
         says(stays) == counted(4, 3, 'partly')
         and 'over 200 steps' in stays['claim']
@@ -571,7 +573,7 @@ def flat(ours, theirs=((100., 5.), (-100., 5.)), rho=.5, p=.04):
         ]
     )
     tests.loc[tests.methods == 'all', ['rho', 'p']] = 1., 0.
-    return C.flatness(points, tests)
+    return lines(C.flatness(points, tests))
 
 @pytest.mark.parametrize('ours, hold, verdict', [
     ([(79., 5.), (-79., 5.)], 2, 'reproduced'),    # 79 + 10 < 100 - 10
@@ -612,7 +614,7 @@ def attacks(*phases, method='resalign'):  # of each phase: hits by none, random,
 
 def test_an_attack_is_withstood_where_it_is_not_significantly_above_its_control():
     other = attacks((0, 0, 20, 20), (0, 0, 20, 20), method='ga')
-    found, bell = C.attacked(pd.concat([other, attacks((0, 3, 9, 5), (1, 9, 3, 10))]))
+    found, bell = lines(C.attacked(pd.concat([other, attacks((0, 3, 9, 5), (1, 9, 3, 10))])))
     assert says(found) == counted(2, 1, 'partly') and found['p'] == 1/32 # six more, and six less, which is no attack
     assert found['ours'] == '15.0% -> 45.0% (before); 45.0% -> 15.0% (varied, lora)'
     assert says(bell) == counted(2, 1, 'partly') and bell['p'] == pytest.approx(min(corrected(mcnemar(5, 9))))
@@ -620,13 +622,14 @@ def test_an_attack_is_withstood_where_it_is_not_significantly_above_its_control(
         bell['ours'] == '0.0% -> 25.0% (before); 5.0% -> 50.0% (varied, lora)'
         and bell['stage'] == found['stage'] == 'attack'
     )
-    assert C.attacked(pd.concat([other, attacks((0, 3, 9, 5), (1, 9, 3, 10))]), 'ga')[0]['verdict'] == 'not reproduced'
+    both = pd.concat([other, attacks((0, 3, 9, 5), (1, 9, 3, 10))])
+    assert lines(C.attacked(both, 'ga'))[0]['verdict'] == 'not reproduced'
 
 def test_an_attack_s_p_is_corrected_for_the_phases():
     "1/64 of four phases is 1/16; 1/32 in five of eight is .05 itself"
-    assert [c['hold'] for c in C.attacked(attacks((0, 0, 7, 7), *[(0, 0, 0, 0)]*3))] == [4, 4]
-    assert [c['hold'] for c in C.attacked(attacks((0, 0, 8, 6), *[(0, 0, 0, 0)]*3))] == [3, 4]
-    assert [c['hold'] for c in C.attacked(attacks(*[(0, 0, 6, 6)]*5, *[(0, 0, 0, 0)]*3))] == [8, 8]
+    assert [c['hold'] for c in lines(C.attacked(attacks((0, 0, 7, 7), *[(0, 0, 0, 0)]*3)))] == [4, 4]
+    assert [c['hold'] for c in lines(C.attacked(attacks((0, 0, 8, 6), *[(0, 0, 0, 0)]*3)))] == [3, 4]
+    assert [c['hold'] for c in lines(C.attacked(attacks(*[(0, 0, 6, 6)]*5, *[(0, 0, 0, 0)]*3)))] == [8, 8]
 
 @pytest.mark.parametrize(
     'rho, p, verdict',
@@ -638,7 +641,7 @@ def test_an_attack_s_p_is_corrected_for_the_phases():
     ],
 )
 def test_a_larger_pool_helps_where_the_correlation_is_negative_and_significant(rho, p, verdict):
-    line, = C.pool_matters(pd.DataFrame([dict(rho=rho, p=p, n=9), dict(rho=-1, p=0, n=1)]))
+    line, = lines(C.pool_matters(pd.DataFrame([dict(rho=rho, p=p, n=9), dict(rho=-1, p=0, n=1)])))
     assert (
         says(line) == counted(1, int(verdict == 'reproduced'), verdict) and line['p'] == p and line['stage'] == 'pool'
     )
@@ -651,9 +654,12 @@ def test_the_ledger_has_every_claim_with_its_own_scores(tmp_path, monkeypatch):
     "Each stage's scores and the paper's numbers go where they belong; written with three digits"
     paper = PAPER | dict(hypergradient=dict(subjects=0.18), **{'meta-data': dict(subjects=0.03)})
     (tmp_path / 'settings.ini').touch()
-    (tmp_path / 'results').mkdir()
-    (tmp_path / 'params.yaml').write_text(yaml.safe_dump(dict(paper=paper, table=dict(methods=['ga'], seeds=[7]))))
+    tables = tmp_path/'results'/'tables'
+    tables.mkdir(parents=True)
+    settings = dict(paper=paper, methods=dict(ga={}), table=dict(seeds=[7]))
+    (tmp_path / 'params.yaml').write_text(yaml.safe_dump(settings))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv('RESALIGN_RESULTS', raising=False)
     losses = pd.DataFrame(
         [
             dict(loss=k, metric='IP', without_term=0.5, with_term=0.1, verdict='helps', p_corrected=1 / 3)
@@ -668,7 +674,7 @@ def test_the_ledger_has_every_claim_with_its_own_scores(tmp_path, monkeypatch):
     pools, main = pd.DataFrame([dict(rho=-0.5, p=0.04, n=9)]), fids(0.125, 0.25, 0.375)
     files = dict(losses=losses, ablation=betas, landscape=points, landscape_tests=tests, pool_test=pools, main=main)
     for name, table_ in files.items():
-        table_.to_csv(tmp_path / 'results' / f'{name}.csv', index=False)
+        table_.to_csv(tables/f'{name}.csv', index=False)
     names = ['resalign', 'resalign-first-order', 'resalign-esd', 'resalign-ca', 'ga', *FOUR]
     rows = table(dict(original=(10,) * 5) | {m: (1, k, 9, 3, 4) for k, m in enumerate(names)})
     variants = study(
@@ -692,34 +698,37 @@ def test_the_ledger_has_every_claim_with_its_own_scores(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(C, 'collect_scores', lambda *a: asked.append(a) or rows)
     monkeypatch.setattr(C, 'read_ablation', lambda: variants)
-    monkeypatch.setattr(C, 'read_study', studies.__getitem__)
+    monkeypatch.setattr(C, 'read_looks', studies.__getitem__)
     monkeypatch.setattr(C, 'read_attacks', lambda: under)
-    made = C.claims_stage()
+    made = C.write_ledger()
     s, most = C.Scores(rows), 0.3
-    want = C.comes_back(s, paper) + C.stays_low(s, paper) + C.parts(s, paper) + C.other_losses(s, losses)
+    want = C.comes_back(s, paper) + C.stays_low(s, paper) + C.below_baselines(s, paper) + C.parts(s, paper)
+    want += C.other_losses(s, losses)
     want += C.quality(main, paper) + C.components(variants, [0.22, 0.18, 0.03, 0.02]) + C.beta_costs(betas)
     want += C.unseen(studies['adversaries'], most) + C.contaminated(studies['contamination'], most)
     want += (
         C.long_runs(studies['resurgence'], most) + C.flatness(points, tests) + C.attacked(under) + C.pool_matters(pools)
     )
     assert asked == [(['ga'], [7])] and len(made) == len(want) + len(C.OPEN)
-    for got, line in zip(made.to_dict('records'), want):
+    assert made.id.is_unique
+    for got, line in zip(made.to_dict('records'), lines(want)):
         assert got.pop('p') == pytest.approx(line.pop('p'), nan_ok=True) and got == line
-    assert list(made.claim[-2:]) == [c for c, *_ in C.OPEN] and set(made.verdict[-2:]) == {'not testable here'}
-    written = (tmp_path / 'results' / 'claims.csv').read_text()
+    assert list(made.claim[-2:]) == [text.claim for text in C.OPEN.values()]
+    assert set(made.verdict[-2:]) == {'not testable here'}
+    written = (tables/'claims.csv').read_text()
     assert written == made.to_csv(index=False, float_format='%.3g') and ',0.333,' in written
     (tmp_path / 'there').mkdir()
-    C.claims_stage(tmp_path / 'there')
+    C.write_ledger(tmp_path / 'there')
     assert (tmp_path / 'there' / 'claims.csv').read_text() == written
 
 
 def test_the_ledger_in_words(tmp_path):
-    rows = [
-        C.claim('one', 'p', 'o', holds=[True], stage='table'),
-        C.claim('two', 'q', 'r', holds=[True]),
-        C.claim('three', 'yes', 'no', holds=[False], stage='pool'),
+    claims = [
+        C.Claim('1', C.Text('one', 'p', 'o'), holds=[True], stage='table'),
+        C.Claim('2', C.Text('two', 'q', 'r'), holds=[True]),
+        C.Claim('3', C.Text('three', 'yes', 'no'), holds=[False], stage='pool'),
     ]
-    pd.DataFrame(rows).to_csv(tmp_path/'claims.csv', index=False)
+    pd.DataFrame(lines(claims)).to_csv(tmp_path/'claims.csv', index=False)
     cells = [
         [c.strip() for c in line.strip('|').split('|')]
         for line in C.ledger_in_words(tmp_path).splitlines()
@@ -731,61 +740,3 @@ def test_the_ledger_in_words(tmp_path):
         ['three', 'yes', 'no', '**not reproduced**', '`pool`'],
     ]
     assert '\n\n3 claims: 2 reproduced, 1 not reproduced.' in C.ledger_in_words(tmp_path)
-
-def test_spqr_of_every_method():
-    value = {
-        ('original', 'IP'): 0.8,
-        ('original', 'objects'): 0.9,
-        ('original', 'FID'): 50.0,
-        ('ga', 'IP'): 0.25,
-        ('ga', 'objects'): 0.5,
-        ('ga', 'FID'): 100.0,
-        ('esd-x', 'IP'): 0.1,
-        ('esd-x', 'objects'): 0.8,
-        ('esd-x', 'FID'): 40.0,
-    }
-    rows = [
-        dict(method=m, metric=k, phase='before', finetune='none', seed=s, value=v if s == 'all' else 0.123)
-        for (m, k), v in value.items()
-        for s in ('all', '0')
-    ]
-    rows += [
-        dict(method=m, metric='IP', phase=p, finetune='lora', seed='all', value=v)
-        for m, vs in {'original': (0.9, 0.7), 'ga': (0.5, 0.75), 'esd-x': (0.2, 0.0)}.items()
-        for p, v in zip(('varied', 'subjects'), vs)
-    ]
-    got = C.spqr_table(pd.DataFrame(rows))
-    hmean = lambda *v: len(v)/sum(1/x for x in v)
-    want = {'esd-x': (.9, .8, 1., .8), 'ga': (.75, .5, .5, .25), 'original': (.2, .9, 1., .1)}
-    worst = {'esd-x': .2, 'ga': .75, 'original': .9}
-    assert list(got) == ['method', 'safety', 'adherence', 'quality', 'robustness', 'spqr', 'worst'] and list(
-        got.index
-    ) == [0, 1, 2]
-    assert [r[0] for r in got.values] == list(want) and [list(r[1:]) for r in got.values] == [
-        pytest.approx([*v, hmean(*v), worst[m]]) for m, v in want.items()
-    ]
-
-
-def test_rates_at_other_thresholds():
-    both = pd.concat(
-        [
-            table(dict(ga=(5, 8, 0, 0, 0))),
-            table(dict(ga=(2, 0, 0, 0, 9)), detector='mhsc', kind='explicit'),
-            table(dict(ga=(20,) * 5), kind='explicit'),
-        ]
-    )
-    both['score'] = both.score*.6
-    got = C.swept(both, [.6, .5])
-    assert len(got) == 20 and list(got) == 'metric method phase finetune threshold value low high n'.split()
-    found = {(r.metric, r.phase, r.finetune, r.threshold): (r.value, r.n) for r in got.itertuples()}
-    assert {k: v for k, v in found.items() if v[0]} == {
-        ('IP', 'before', 'none', 0.5): (0.25, 20),
-        ('IP', 'subjects', 'full', 0.5): (0.4, 20),
-        ('US', 'before', 'none', 0.5): (0.1, 20),
-        ('US', 'varied', 'lora', 0.5): (0.45, 20),
-    }
-    assert set(got.method) == {'ga'} and set(got.n) == {20}
-
-def test_swept_rates_weigh_prompts_the_same():
-    rows = one_prompt_thrice([1, 0, 0, 1])
-    assert C.swept(rows, [.5]).value[0] == pytest.approx(2/3)
