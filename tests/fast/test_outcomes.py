@@ -4,7 +4,6 @@ import matplotlib
 import numpy as np, pandas as pd, pytest
 from scipy import stats
 
-from resalign.core.settings import UserError
 from resalign.measure import outcomes as O
 from toy_scores import corrected, mcnemar, study
 
@@ -69,41 +68,6 @@ def test_runs_in_one_table_keep_a_start_each():
     ]
 
 
-def test_a_study_is_read_by_method_and_seed(tmp_path):
-    (tmp_path/'resurgence').mkdir()
-    for m in ('ga', 'uce'):
-        for s in (0, 2): WIDE.assign(before=int(m == 'ga')*s).to_csv(tmp_path/f'resurgence/{m}-{s}.csv', index=False)
-    long = O.read_study('resurgence', ['uce', 'ga'], [0, 2], tmp_path)
-    assert cells(long[(long.step == 0) & (long.course == 'slow') & (long.prompt == 'a')], 'method', 'run', 'score') == [
-        ('ga', 0, 0),
-        ('ga', 2, 2),
-        ('uce', 0, 0),
-        ('uce', 2, 0),
-    ]
-    assert list(long.method.unique()) == ['uce', 'ga'] and len(long) == 4*10 and list(long.index) == list(range(40))
-    with pytest.raises(UserError, match='esd-1.csv: .*study-run@resurgence-esd-1'):
-        O.read_study('resurgence', ['esd'], [1], tmp_path)
-
-
-def test_an_ablation_is_read_by_variant(tmp_path):
-    for v, fid in dict(full=(9., 8.), J_2=(7., 6.)).items():
-        (tmp_path/v).mkdir()
-        WIDE.assign(run=3, before=[len(v), 0]).to_csv(tmp_path/v/'looks.csv', index=False)
-        pd.DataFrame(dict(run=[1, 0], fid=fid, n=5)).to_csv(tmp_path/v/'quality.csv', index=False)
-    long = O.read_ablation(['full', 'J_2'], tmp_path)
-    assert list(long.index) == list(range(20))
-    assert cells(long[(long.step == 0) & (long.course == 'slow')], 'method', 'run', 'prompt', 'score') == [
-        ('J_2', 3, 'a', 3),
-        ('J_2', 3, 'b', 0),
-        ('full', 3, 'a', 4),
-        ('full', 3, 'b', 0),
-    ]
-    assert O.read_quality(['full', 'J_2'], tmp_path)[['full', 'J_2']].to_dict('index') == {
-        0: dict(full=8, J_2=6),
-        1: dict(full=9, J_2=7),
-    }
-
-
 # ------------------------------------------------------------------ rates
 
 def test_a_rate_is_of_its_kinds_of_prompts_which_weigh_the_same():
@@ -136,16 +100,15 @@ def test_a_rate_is_of_its_kinds_of_prompts_which_weigh_the_same():
     assert O.rates(long.assign(score=.5)).value.max() == 0 # half is not above a half
 
 def test_unsafe_rows_are_those_of_unsafe_prompts():
-    assert list(O.unsafe_rows(pd.DataFrame(dict(kind=['benign', 'implicit', 'subject', 'explicit'], k=range(4)))).k) == [
-        1,
-        3,
-    ]
+    rows = pd.DataFrame(dict(kind=['benign', 'implicit', 'subject', 'explicit'], k=range(4)))
+    assert list(O.unsafe_rows(rows).k) == [1, 3]
 
 
 def test_one_course_at_one_step():
     long = study(dict(a=dict(x=(1, 2), y=(3,))), n=3)
     assert cells(O.at_step(long, 'x'), 'course', 'step')[0] == ('x', 9) and len(O.at_step(long, 'x')) == 3
-    assert set(O.at_step(long, 'x', 0).step) == {0} and set(O.at_step(long, 'y').step) == {0} and O.at_step(long, 'x', 5).empty
+    assert set(O.at_step(long, 'x', 0).step) == {0} and set(O.at_step(long, 'y').step) == {0}
+    assert O.at_step(long, 'x', 5).empty
 
 
 # ------------------------------------------------------------------ curves
@@ -235,7 +198,8 @@ def test_a_row_a_method_and_course():
 def test_significantly_lower_after_correction(ds, holds):
     ours, other = study(dict(a=dict(c=(9,)))), [study(dict(b=dict(c=(9 + d,)))) for d in ds]
     noise = study(dict(b=dict(c=(20,))), kind='benign'), study(dict(a=dict(c=(0,))), kind='benign')
-    found, p, difference = O.significantly_lower([(pd.concat([ours, noise[0]]), pd.concat([o, noise[1]])) for o in other])
+    pairs = [(pd.concat([ours, noise[0]]), pd.concat([o, noise[1]])) for o in other]
+    found, p, difference = O.significantly_lower(pairs)
     assert (
         found == holds
         and list(p) == pytest.approx(corrected(mcnemar(*ds)))
@@ -248,91 +212,13 @@ def test_lower_asks_for_the_same_sign_in_every_run():
         pd.concat([study({m: dict(c=(k,))}, run=r) for r, k in enumerate(ks)])
         for m, ks in dict(a=(0, 0, 2), b=(10, 10, 0)).items()
     )
-    assert O.significantly_lower([(a, b)])[0] == [False] and O.significantly_lower([(a[a.run < 2], b[b.run < 2])])[0] == [True]
+    assert O.significantly_lower([(a, b)])[0] == [False]
+    assert O.significantly_lower([(a[a.run < 2], b[b.run < 2])])[0] == [True]
 
-def than(*pairs):  # of each course: hits of the full one, and of the variant
-    return O.compared_to_full(
-        study(
-            dict(
-                full={f'c{k}': (0, f) for k, (f, _) in enumerate(pairs)},
-                J_2={f'c{k}': (20, v) for k, (_, v) in enumerate(pairs)},
-                other={f'c{k}': (0, 0) for k in range(len(pairs))},
-            )
-        ),
-        'J_2',
-    )
-
-
-def test_a_variant_is_worse_or_better_or_not_told_apart():
-    "Twice as many tests as courses: 1/64 of two is 1/32, 1/64 of four is 1/16, and 1/128 of four is 1/32"
-    assert (
-        than((0, 7)) == 'worse'
-        and than((7, 0)) == 'better'
-        and than((0, 6)) == 'worse'
-        and than((0, 5)) == 'not told apart'
-    )
-    assert (
-        than((0, 8), (0, 0)) == 'worse'
-        and than((0, 0), (8, 0)) == 'better'
-        and than((0, 7), (0, 0)) == 'worse'
-        and than((0, 0), (0, 0)) == 'not told apart'
-    )
-    assert than((0, 9), (9, 0)) == 'worse' # in one of two: what is lost counts first
-
-def test_than_another_full_one():
-    assert O.compared_to_full(study(dict(a=dict(c=(0, 0)), b=dict(c=(0, 9)))), 'b', full='a') == 'worse'
-
-
-def test_a_row_a_variant():
-    looks = study(dict(full=dict(x=(2, 4), y=(2, 3)), J_2=dict(x=(1, 12), y=(1, 16))))
-    benign = study(dict(full=dict(x=(20, 18), y=(20, 19)), J_2=dict(x=(20, 10), y=(20, 7))), kind='benign')
-    fid = pd.DataFrame(dict(full=[100., 200., 50.], J_2=[110., 210., 60.]))
-    got = O.ablation_table(pd.concat([looks, benign]), fid)
-    ratio = np.array([1.1, 1.05, 1.2])
-    half = stats.t.ppf(.975, 2)*ratio.std(ddof=1)/3**.5
-    want = dict(
-        before=0.05,
-        worst=0.8,
-        low=bootstrap([1] * 16 + [0] * 4)[0],
-        high=bootstrap([1] * 16 + [0] * 4)[1],
-        n=20,
-        objects=0.35,
-        fid=380 / 3,
-        quality=ratio.mean(),
-        quality_low=ratio.mean() - half,
-        quality_high=ratio.mean() + half,
-    )
-    assert (
-        got.loc['J_2'].drop('than_full').to_dict() == pytest.approx(want)
-        and list(got) == [*want, 'than_full']
-        and got.index.name == 'variant'
-    )
-    assert got.than_full.to_dict() == dict(full='', J_2='worse') and (
-        got.worst['full'],
-        got.objects['full'],
-        got.quality['full'],
-        got.quality_low['full'],
-    ) == (0.2, 0.9, 1, 1)
-
-
-def test_the_size_of_a_pool():
-    one = dict(
-        algorithm=['lora'], optimizer=['adam'], steps=[10], prior_weight=[0.0], lr=dict(lora=[1e-3, 1e-2], full=[1e-4])
-    )
-    sizes = [
-        O.pool_size(one | change, 3)
-        for change in (
-            {},
-            dict(algorithm=['lora', 'full']),
-            dict(optimizer=['adam', 'sgd']),
-            dict(steps=[5, 10, 15]),
-            dict(prior_weight=[0.0, 1.0]),
-            dict(folders=['a']),
-            dict(folders=['a', 'b']),
-        )
-    ]
-    assert sizes == [6, 9, 12, 18, 12, 2, 4]
-    assert O.pool_size(dict(listed=[dict(folder='a', lr=1e-4, steps=2), dict(folder='b', lr=1e-4, steps=2)]), 3) == 2
+def test_lower_counts_above_the_threshold_that_it_is_given():
+    a, b = (study({m: dict(c=(0,))}).assign(score=score) for m, score in dict(a=.3, b=.6).items())
+    assert [O.significantly_lower([(a, b)], t)[0] for t in (.2, .3, .59, .6)] == [[False], [True], [True], [False]]
+    assert O.significantly_lower([(a, b)])[0] == [True] # .5
 
 def test_ranks_that_go_together():
     a, b = [1, 2, 3, 4, 5], [2, 1, 9, 30, 4]
