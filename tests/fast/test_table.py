@@ -1,22 +1,16 @@
-"""From scores to what is quoted: pooling, tests, layout and the sentences' arithmetic, on tables made by hand."""
-import re
+"""From cells to the main table: reading, pooling, tests and layout, on tables made by hand."""
 
 import matplotlib
 import numpy as np, pandas as pd, pytest
 from scipy import stats
 
-from resalign.studies import report as R
 from resalign.core.settings import UserError
+from resalign.studies import table as R
 from toy_scores import PHASES, mcnemar, table
 
 matplotlib.use('agg')
 COLUMNS = 'method seed phase finetune metric value low high n detector'.split()
 
-
-def wilson(k, n):
-    z, p = stats.norm.ppf(.975), k/n
-    middle, half = p + z*z/2/n, z*np.sqrt(p*(1 - p)/n + z*z/4/n/n)
-    return (middle - half)/(1 + z*z/n), (middle + half)/(1 + z*z/n)
 
 def bootstrap(values):
     return tuple(
@@ -84,7 +78,7 @@ def test_cells_are_collected_by_method_and_seed(tmp_path):
 def test_what_is_wrong_with_a_cell_is_named(tmp_path):
     def refused(words, f=R.collect, methods=('ga',)):
         with pytest.raises(UserError, match=words): f(methods, [0], tmp_path)
-    refused('ga-0/summary.csv: no such file.*evaluate@ga-0')
+    refused('ga-0/summary.csv: no such file.*dvc repro table')
     cell(tmp_path, 'ga', 0)
     (tmp_path/'ga-0').rename(tmp_path/'uce-0')
     refused(r"uce-0/summary.csv: .*'ga'.*expected uce and 0", methods=['uce'])
@@ -290,7 +284,7 @@ def test_the_headline_s_points_are_the_values_of_each_phase(tmp_path, monkeypatc
             for v, p in zip(range(base + more, base + more + 5), PHASES)
         ]
     )
-    R.headline(rows, tmp_path/'h.png')
+    R.headline(rows, tmp_path/'h.png', ['original', 'ga'])
     assert (tmp_path/'h.png').stat().st_size > 1000
     ip, us = kept[0].axes
     assert [t.get_text() for t in ip.get_yticklabels()] == ['Original', 'GA + retain'] and (
@@ -305,7 +299,7 @@ def test_the_headline_s_points_are_the_values_of_each_phase(tmp_path, monkeypatc
     )
 
 
-# ------------------------------------------------------------------ sentences
+# ------------------------------------------------------------------ for other studies
 
 def whole(
     **methods,
@@ -359,91 +353,3 @@ def test_before_and_worst_after():
         and R.worst_after(rows, 'original').value == 0.9
         and R.worst_after(rows, 'ga', 'US').value == 0.3
     )
-
-
-def test_one_method_in_words(tmp_path):
-    world().to_csv(tmp_path/'main.csv', index=False)
-    said = R.in_the_table('ga', tmp_path)
-    for part in (
-        '2 seeds',
-        'IP 10.0 (9–11)% before',
-        '25.0 (24–26)% after the worst (varied, lora)',
-        'FID +20% against',
-        'right in 50.0 (49–51)%',
-        '![GA + retain](../../results/methods/ga.jpg)',
-    ):
-        assert part in said, part
-    assert R.in_the_table('salun', tmp_path) == 'SalUn has no row in the main table yet.'
-
-def test_results_in_words(tmp_path):
-    world().to_csv(tmp_path/'main.csv', index=False)
-    lines = R.results_in_words(tmp_path).splitlines()
-    cells = [[c.strip() for c in l.strip('|').split('|')] for l in lines[2:7]]
-    assert [c[0] for c in cells] == [
-        'Original',
-        'GA + retain',
-        'UCE',
-        'ResAlign, first order',
-        'ResAlign',
-    ]  # as NAMES has them
-    assert (
-        cells[2]
-        == [
-            'UCE',
-            '20.0 (19–21)',
-            '70.0 (69–71) (subjects, full)',
-            '70, 70',
-            '10.0 (9–11)',
-            '15.0 (14–16) (varied, full)',
-            '-10%',
-            '80.0%',
-        ]
-        and cells[4][3] == '4, 6'
-    )
-
-
-@pytest.mark.parametrize(
-    'options, reached',
-    [
-        ({}, [True, True, True]),
-        (dict(lora=0.0505, best=0.2525), [True, False, True]),
-        (dict(lora=0.05, best=0.24), [False, True, True]),
-        (dict(lora=0.06), [False, False, True]),
-        (dict(fid=105.1), [True, True, False]),
-    ],
-    ids=str,
-)
-def test_the_aims_are_reached_at_their_bounds(options, reached, tmp_path):
-    "A fifth of the best baseline's worst, 5%, and 5% of FID"
-    world(**options).to_csv(tmp_path/'main.csv', index=False)
-    said = R.results_in_words(tmp_path).partition('Aims set beforehand')[2]
-    assert [r == '**reached**' for r in re.findall(r'\*\*(?:not )?reached\*\*', said)] == reached
-    o = dict(lora=.05, fid=104.9, best=.25) | options
-    assert (
-        f"(IP {100 * o['lora']:.1f}% at worst, FID {o['fid'] - 100:+.0f}%)" in said
-        and f"(GA + retain, {100 * o['best']:.1f}%)" in said
-    )
-
-
-def test_hours_of_the_grid(tmp_path):
-    "Stages that run alone count whole, the others two at a time"
-    stages = [*dict.fromkeys([k for kinds in R.GRID.values() for k in kinds] + R.UNCOMMITTED + R.FROM_BASE)]
-    minutes = {s: 60.*(k + 1) for k, s in enumerate(stages)}
-    alone = {'base', 'evaluators', 'bench'}
-    pd.DataFrame(
-        [
-            dict(stage=s, stages=2, alone=int(s in alone), measured=int(s != 'moreau'), minutes=m)
-            for s, m in minutes.items()
-        ]
-    ).to_csv(tmp_path / 'times.csv', index=False)
-    wall = lambda names: sum(minutes[s]/60/(1 if s in alone else 2) for s in names)
-    said = R.times_in_words(tmp_path)
-    for what, kinds in R.GRID.items(): assert f'{what} {sum(minutes[k] for k in kinds)/60:.1f}' in said, what
-    assert f'from {len(stages) - 1} of {2*len(stages)} stages' in said and 'without `moreau`, which' in said
-    assert (
-        f'{wall(stages):.1f} hours for everything' in said
-        and f'{wall([s for s in stages if s not in R.FROM_BASE]):.1f} where base model' in said
-        and f'{wall(R.UNCOMMITTED):.1f} where all agrees' in said
-    )
-    first_two = sum(minutes[k] for kinds in list(R.GRID.values())[:2] for k in kinds)/60
-    assert f'as `make figures` has it: {first_two/3/2:.1f}.' in said
