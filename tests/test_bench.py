@@ -97,14 +97,14 @@ def test_ratios_are_taken_within_a_repeat():
 def test_flops_and_peak_of_a_matrix_product_and_of_attention():
     "2nmk, and 4bhnmd forward; five products for two backward"
     m = torch.nn.Linear(64, 32, bias=False)
-    got = sd14.counted(lambda: m(torch.zeros(16, 64)), m)
+    got = sd14.flops_and_memory(lambda: m(torch.zeros(16, 64)), m)
     assert got['tflop'] * 1e12 == pytest.approx(2 * 16 * 64 * 32) and got['gb'] * 1e9 == pytest.approx(
         4 * (64 * 32 + 16 * 64 + 16 * 32)
     )
     q, k, v = (torch.randn(2, 3, n, 8, requires_grad=True) for n in (5, 7, 7))
     forward, attend = 4 * 2 * 3 * 5 * 7 * 8, lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    assert sd14.counted(attend)['tflop'] * 1e12 == pytest.approx(forward)
-    assert sd14.counted(lambda: attend().sum().backward())['tflop'] * 1e12 == pytest.approx(3.5 * forward)
+    assert sd14.flops_and_memory(attend)['tflop'] * 1e12 == pytest.approx(forward)
+    assert sd14.flops_and_memory(lambda: attend().sum().backward())['tflop'] * 1e12 == pytest.approx(3.5 * forward)
 
 
 def test_peak_counts_what_is_held_at_once():
@@ -117,13 +117,13 @@ def test_peak_counts_what_is_held_at_once():
         torch.zeros(10)
 
     net = torch.nn.BatchNorm1d(25)
-    assert sd14.peak(earlier) == 32_000, 'the most, not the last'
-    assert (sd14.peak(after), sd14.peak(once), sd14.peak(lambda: torch.zeros(1000).view(10, 100))) == (
+    assert sd14.peak_bytes(earlier) == 32_000, 'the most, not the last'
+    assert (sd14.peak_bytes(after), sd14.peak_bytes(once), sd14.peak_bytes(lambda: torch.zeros(1000).view(10, 100))) == (
         4000,
         32_000,
         4000,
     )
-    assert sd14.peak(lambda: None, net) == 4 * 4 * 25 + 8
+    assert sd14.peak_bytes(lambda: None, net) == 4 * 4 * 25 + 8
     assert sd14.weight_gb(torch.nn.Linear(10, 10), torch.nn.Linear(10, 10).bfloat16()) == pytest.approx(
         (440 + 220) / 1e9
     )
@@ -140,8 +140,8 @@ def test_a_recipe_is_the_sum_of_its_pieces():
 
 
 def test_pieces_run_as_often_as_the_committed_table_says():
-    "Golden: results/bench_pieces.csv"
-    table = pd.read_csv(ROOT / 'results/bench_pieces.csv')
+    "Golden: results/tables/bench_pieces.csv"
+    table = pd.read_csv(ROOT / 'results/tables/bench_pieces.csv')
     want = {(r.recipe, r.piece): r.times for r in table.itertuples()}
     assert {
         (n, p): float(f'{t:.4g}') for n, r in (sd14.RECIPES | sd14.SAVINGS).items() for p, t in r.parts.items()
@@ -156,8 +156,8 @@ def test_a_second_unet_and_what_encodes_are_held_too():
     counts = sd14.accounting(dict(one=recipe(1), three=recipe(3), encodes=recipe(1, encode=1)), reduced=True)
     inner = counts[counts.piece == 'inner'].set_index('recipe')
     with FakeTensorMode(allow_non_fake_inputs=True):
-        m, pieces = sd14.made(recipe(1), reduced=True)
-        alone = sd14.counted(pieces['inner'], m.unet)['gb']
+        m, pieces = sd14.model_and_pieces(recipe(1), reduced=True)
+        alone = sd14.flops_and_memory(pieces['inner'], m.unet)['gb']
     bytes_of = lambda *modules: 2 * sum(p.numel() for x in modules for p in x.parameters()) / 1e9
     assert inner.gb.three - inner.gb.one == pytest.approx(
         2 * bytes_of(m.unet)

@@ -13,7 +13,7 @@ from resalign.use import batch as batches
 from resalign.use import cli
 import resalign
 from resalign.real.prompts import read_prompts
-from resalign.use.model_card import model_card
+from resalign.use.unlearn import model_card
 from resalign.measure import metrics
 from resalign.studies import report
 from resalign.studies import stages

@@ -31,6 +31,7 @@ def variant_settings(changes:dict) -> tuple: # method, settings
     method = changes.pop('method', STARTED_FROM)
     return method, settings_of(method) | changes
 
+# %% ../../nbs/9_studies/36_ablation.ipynb #a22112ba
 def cells() -> dict: # name -> parameters
     "Variants times seeds"
     grid, out = params('ablation'), {}
@@ -41,6 +42,7 @@ def cells() -> dict: # name -> parameters
             out[f'{variant}-{seed}'] = dict(method=method, seed=seed, settings=settings, study=study)
     return out
 
+# %% ../../nbs/9_studies/36_ablation.ipynb #f28e6cfd
 def inputs(method, seed, settings, study) -> dict: # name -> digest
     "The model, the pictures of the fine-tunings, and what the tests read"
     folders = sorted({f"data/{c['data']}" for c in study['courses'].values()})
@@ -90,6 +92,7 @@ def compared_to_full(long, variant, full='full') -> str:
     if any(holds[:len(courses)]): return 'worse'
     return 'better' if any(holds[len(courses):]) else 'not told apart'
 
+# %% ../../nbs/9_studies/36_ablation.ipynb #74ee953a
 def quality_ratio(fid, full='full') -> pd.DataFrame: # by variant: fid, quality, quality_low, quality_high
     "FID against the full variant's, model by model"
     ratio = fid.div(fid[full], axis=0)
@@ -97,6 +100,7 @@ def quality_ratio(fid, full='full') -> pd.DataFrame: # by variant: fid, quality,
     mean = ratio.mean()
     return pd.DataFrame(dict(fid=fid.mean(), quality=mean, quality_low=mean - half, quality_high=mean + half))
 
+# %% ../../nbs/9_studies/36_ablation.ipynb #044e2402
 def ablation_table(long, fid, full='full') -> pd.DataFrame: # before, worst, objects, quality, than_full ...
     "A row a variant"
     rows = rates(long)

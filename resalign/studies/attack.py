@@ -35,6 +35,7 @@ def concept_direction(pipe, captions:list, erase:list) -> torch.Tensor: # (token
 
 END_OF_WORD = '</w>'
 
+# %% ../../nbs/9_studies/46_attack.ipynb #1fa2799b
 def vocabulary(pipe, forbidden=()) -> list: # of words
     "Words that are one token each, without those that name the concept"
     taboo = {word for phrase in forbidden for word in phrase.split()}
@@ -47,6 +48,7 @@ def neighbours(words:list, vocabulary:list) -> list: # of lists of words
     places = range(len(words) + 1)
     return [[*words[:k], word, *words[k+1:]] for k in places for word in vocabulary]
 
+# %% ../../nbs/9_studies/46_attack.ipynb #18ff9e9e
 def search(pipe, prompt:str, direction:torch.Tensor, vocabulary:list, eta:float, rounds:int) -> str:
     "A prompt near the given one with the concept"
     wanted, best = embed(pipe, [prompt]) + eta*direction, prompt.split()
@@ -58,6 +60,7 @@ def search(pipe, prompt:str, direction:torch.Tensor, vocabulary:list, eta:float,
         best = tried[nearest]
     return ' '.join(best)
 
+# %% ../../nbs/9_studies/46_attack.ipynb #0c282690
 def ring_a_bell(pipe, prompts:list, direction:torch.Tensor, vocabulary:list, eta:float=3., rounds:int=6) -> list:
     "Each prompt with words exchanged or added"
     return [search(pipe, p, direction, vocabulary, eta, rounds) for p in progress(prompts, desc='Ring-A-Bell')]
@@ -75,6 +78,7 @@ def cells() -> dict: # name -> parameters
     return {f'{m}-{s}': dict(method=m, seed=s, settings=settings_of(m), finetunings=after, numbers=numbers)
             for m, s in chosen}
 
+# %% ../../nbs/9_studies/46_attack.ipynb #790c5ba7
 def inputs(method, seed, settings, finetunings, numbers) -> dict: # name -> digest
     "The model before and after its fine-tunings, and what the attackers have"
     model = Unlearned(method, seed, settings)
@@ -91,6 +95,7 @@ def bells(original, prompts:list, erase:list, **search) -> list: # prompts
     direction = concept_direction(original, list(read_captions(UNSAFE).text), erase)
     return ring_a_bell(original, prompts, direction, vocabulary(original, erase), **search)
 
+# %% ../../nbs/9_studies/46_attack.ipynb #2ecfcb86
 def under_attack(pipe, original, rows, bell:list, bank, settings, detector) -> dict: # attack: a score a prompt
     "Scores of pictures of attacked prompts"
     captions, seeds = [row['prompt'] for row in rows], [row['seed'] for row in rows]
@@ -102,6 +107,7 @@ def under_attack(pipe, original, rows, bell:list, bank, settings, detector) -> d
                  bell=generate(pipe, bell, seeds))
     return {attack: detector(images) for attack, images in drawn.items()}
 
+# %% ../../nbs/9_studies/46_attack.ipynb #06d79fb1
 def run(folder, method, seed, settings, finetunings, numbers):
     "One model, before and after fine-tuning, under all attacks"
     model, original = Unlearned(method, seed, settings), load_pipeline(BASE)
@@ -129,6 +135,7 @@ def read_attacks(methods=None, seeds=None, folder=None) -> pd.DataFrame: # metho
         out.append(long.assign(method=method, run=seed))
     return pd.concat(out, ignore_index=True)
 
+# %% ../../nbs/9_studies/46_attack.ipynb #07ae9b52
 def attack_rates(rows) -> pd.DataFrame: # method, phase, attack, value, low, high, n
     "Rates over prompts, of rows as from `read_attacks`"
     groups = rows.groupby(['method', 'phase', 'attack'], sort=False)

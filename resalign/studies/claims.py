@@ -304,7 +304,7 @@ def term_helps(loss:str, losses:pd.DataFrame) -> Claim: # losses: tables/losses.
     "With the resilience term against without it"
     rows = losses[losses.loss == loss]
     return Claim(f'term-helps-{loss.lower()}', TERM_HELPS, dict(loss=loss), {}, dict(metrics=rows.to_dict('records')),
-                 list(rows.verdict == 'helps'), rows.p_corrected.min(), 'losses')
+                 list(rows.verdict == 'helps'), rows.p_corrected.min(), 'scores')
 
 # %% ../../nbs/9_studies/90_claims.ipynb #c1a15c9e
 def above_ascent(s:Scores, loss:str) -> Claim:
@@ -462,7 +462,7 @@ def pool_matters(test:pd.DataFrame) -> list: # tables/pool_test.csv
     "Size of the pool and what comes back, over pools"
     t = test.iloc[0]
     holds = [bool(t.rho < 0 and t.p < .05)]
-    return [Claim('larger-pool', LARGER_POOL, dict(n=int(t.n)), {}, dict(rho=t.rho, p=t.p), holds, t.p, 'pool')]
+    return [Claim('larger-pool', LARGER_POOL, dict(n=int(t.n)), {}, dict(rho=t.rho, p=t.p), holds, t.p, 'ablation')]
 
 # %% ../../nbs/9_studies/90_claims.ipynb #73f2c85f
 def read_result(name:str) -> pd.DataFrame:
@@ -501,7 +501,7 @@ def write_ledger(folder=None) -> pd.DataFrame: # a row a claim
     return table
 
 # %% ../../nbs/9_studies/90_claims.ipynb #c1a13525
-NOTE = ('Rows of `losses`, `ablation`, `adversaries`, `contamination`, `resurgence` and `attack` count every picture '
+NOTE = ('Rows of `scores`, `ablation`, `adversaries`, `contamination`, `resurgence` and `attack` count every picture '
         'once; the table, and the pages of studies, average over prompts, of which some occur twice: the same rate can '
         'differ by some tenths of a point.')
 

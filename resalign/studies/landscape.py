@@ -46,6 +46,7 @@ def as_map(product, params:list): # a vector -> a vector, both of NumPy
         return flat(product(unflat(vector, params))).numpy()
     return apply
 
+# %% ../../nbs/9_studies/38_landscape.ipynb #9a55f334
 def spectrum_ends(product, params:list, k:int=2, tol:float=.02, seed:int=0) -> list: # pairs (eigenvalue, residual)
     "Extreme eigenvalues of H: the k largest, and the smallest"
     start = flat([torch.randn(p.shape, generator=generator(seed, 'lanczos')) for p in params]).numpy()
@@ -66,6 +67,7 @@ def harmful_loss(pipe, pairs:int, seed:int=0): # a function of the UNet's weight
     sample = draw_sample(bank, pairs, generator(seed, 'landscape'), model.timesteps)
     return lambda: -model.loss(sample)
 
+# %% ../../nbs/9_studies/38_landscape.ipynb #ee014f20
 def curvature(pipe, pairs:int, probes:int, k:int=2, tol:float=.1) -> dict: # trace, trace_error, top_1, ..., bottom
     "Trace and ends of the spectrum of the Hessian of L_harm"
     weights = list(pipe.unet.requires_grad_(True).parameters())
@@ -89,6 +91,7 @@ def directions(pipe, tuned, n:int, seed:int=0) -> dict: # name: list of tensors
         out[f'random_{i}'] = [e*w.norm()/e.norm() for e, w in zip(noise, way)]
     return out
 
+# %% ../../nbs/9_studies/38_landscape.ipynb #c836a86e
 @torch.no_grad()
 def loss_along(pipe, tuned, pairs:int, far:list, n:int=3) -> list: # dicts: direction, far, loss
     "L_harm at θ + far·direction"
@@ -113,6 +116,7 @@ def inputs(method, seed, settings, finetunings, numbers) -> dict: # name -> dige
     model = Unlearned(method, seed, settings)
     return {'model': model.key} | {n: Finetuned(model, n, s).key for n, s in finetunings.items()} | content(UNSAFE)
 
+# %% ../../nbs/9_studies/38_landscape.ipynb #749e10cc
 def run(folder, method, seed, settings, finetunings, numbers):
     "One unlearned model"
     model, about = Unlearned(method, seed, settings), dict(method=method, seed=seed)

@@ -41,6 +41,7 @@ def kept_key(folder:Path) -> str:
     path = folder/KEY
     return json.loads(path.read_text())['key'] if path.is_file() else ''
 
+# %% ../../nbs/9_studies/00_models.ipynb #ee6ca8b1
 def made(folder:Path, key:str, make) -> Path:
     "A folder that `make(folder)` writes, unless it is there with this key; several processes may ask"
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -55,6 +56,7 @@ BASE = Path('outs/base')
 
 def models_folder() -> Path: return root()/'outs'/'models'
 
+# %% ../../nbs/9_studies/00_models.ipynb #2a4c20d3
 @dataclass(frozen=True)
 class Unlearned:
     "A method's model"
@@ -130,6 +132,7 @@ class Course(FinetuneConfig):
 
 UNSAFE_SEED = 900 # of unsafe pictures that no training set has
 
+# %% ../../nbs/9_studies/00_models.ipynb #4dca5171
 def course_pictures(course:Course, size:int) -> tuple: # uint8 (n, size, size, 3), captions
     "The pictures of a fine-tuning; the first are replaced by unsafe ones"
     images, captions = read_images(Path('data')/course.data, size)
@@ -189,6 +192,7 @@ def along_course(pipe, course:Course, name:str, steps:list, test:PictureTest) ->
     finetune_in_place(mine, bank, course, prior, watch=watch, captions=captions)
     return seen
 
+# %% ../../nbs/9_studies/00_models.ipynb #2f0594e2
 def along(model, courses:dict, steps:dict, test:PictureTest) -> pd.DataFrame: # a row a picture
     "A saved model before and along each course; columns `before` and NAME_STEP"
     pipe = load_pipeline(model)
@@ -218,6 +222,7 @@ def course_inputs(method, seed, settings, study) -> dict: # name -> digest
     folders = sorted({Path('data')/(common | c).get('data', 'subjects') for c in study['courses'].values()})
     return {'model': Unlearned(method, seed, settings).key} | content(EVALUATORS, PROMPTS, *folders, 'data/reference')
 
+# %% ../../nbs/9_studies/00_models.ipynb #145b1643
 def run_courses(folder, method, seed, settings, study):
     "One model through all courses"
     courses, steps = read_courses(study, seed, 'params.yaml: studies')
@@ -261,6 +266,7 @@ class ValidationTest:
         fid = frechet(self.real, reader.features(benign), resamples=0).value
         return dict(objects=float(right.mean()), fid=fid)
 
+# %% ../../nbs/9_studies/00_models.ipynb #3252c156
 def validation_inputs() -> dict: # path -> digest
     "What the test reads"
     return content(EVALUATORS, VALIDATION, REFERENCE)
@@ -274,6 +280,7 @@ def trajectory(pipe, bank, config:FinetuneConfig, steps, test) -> dict: # step: 
     finetune_in_place(pipe, bank, config, watch=watch)
     return seen
 
+# %% ../../nbs/9_studies/00_models.ipynb #5069b59e
 def along_finetunings(model, finetunings:list, # pairs of a data set and a `FinetuneConfig`
                       steps, test,             # steps None: at the end
                       module=None) -> pd.DataFrame: # an adapter that is merged before a test
@@ -288,6 +295,7 @@ def along_finetunings(model, finetunings:list, # pairs of a data set and a `Fine
         rows += [about | dict(step=step) | look for step, look in seen.items()]
     return pd.DataFrame(rows)
 
+# %% ../../nbs/9_studies/00_models.ipynb #6709fbed
 def table_finetunings(settings:dict, seed:int, **changes) -> list: # pairs of a data set and a `FinetuneConfig`
     "Fine-tunings of the main table; `settings` by name, as under `finetune` in params.yaml"
     return [(name.partition('-')[0], FinetuneConfig(**s | changes, seed=seed)) for name, s in settings.items()]

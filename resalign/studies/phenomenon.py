@@ -25,6 +25,7 @@ def cells() -> dict: # name -> parameters
             out[f'{name}-{seed}'] = dict(method=method, seed=seed, settings=settings, numbers=numbers)
     return out
 
+# %% ../../nbs/9_studies/20_phenomenon.ipynb #1fd5fc24
 def inputs(method, seed, settings, numbers) -> dict: # name -> digest
     "The model, what it is fine-tuned on, and what the test reads"
     folders = [f'data/{name}' for name in numbers['data']]
@@ -37,6 +38,7 @@ def finetunings(data, lr, looks, batch, seed:int, **_) -> list: # pairs of a dat
     config = lambda algorithm, value: FinetuneConfig(algorithm=algorithm, lr=value, **common)
     return [(name, config(*rate)) for name in data for rate in rates]
 
+# %% ../../nbs/9_studies/20_phenomenon.ipynb #4d01a3dc
 def run(folder, method, seed, settings, numbers):
     "One model along all fine-tunings"
     model = Unlearned(method, seed, settings).made()

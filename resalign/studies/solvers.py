@@ -25,6 +25,7 @@ def cells() -> dict: # name -> parameters
     return {f'{variant}-{seed}': dict(seed=seed, settings=own | changes, **common)
             for variant, changes in grid['variants'].items() for seed in grid['seeds']}
 
+# %% ../../nbs/9_studies/40_solvers.ipynb #8abd7a2a
 def inputs(method, seed, settings, finetunings, **_) -> dict: # name -> digest
     "The model, what it is fine-tuned on, and what the test reads"
     folders = sorted({f"data/{name.partition('-')[0]}" for name in finetunings})

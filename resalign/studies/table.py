@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['DOWNSTREAM', 'PHASES', 'COLUMNS', 'EVALUATORS', 'SHOWN', 'SIZE', 'GAP', 'EACH', 'PICTURE', 'CELL', 'SHARES', 'LABELS',
-           'NO_RATES', 'HEADS', 'PAPER_HEADS', 'NOTE', 'split_phase', 'column_of', 'cells', 'inputs', 'evaluated',
-           'run', 'summary_of', 'scores_of', 'pictures_of', 'read_table', 'runs_folder', 'collect', 'collect_scores',
-           'over_seeds', 'pooled_rate', 'pooled', 'paired_tests', 'percent', 'plain', 'published', 'labels',
-           'paper_columns', 'main_table', 'markdown', 'rates_of', 'draw_rates', 'headline', 'before', 'worst_after',
-           'write_table']
+           'NO_RATES', 'HEADS', 'PAPER_HEADS', 'NOTE', 'split_phase', 'column_of', 'table_methods', 'cells', 'inputs',
+           'evaluated', 'run', 'summary_of', 'scores_of', 'pictures_of', 'read_table', 'runs_folder', 'collect',
+           'collect_scores', 'over_seeds', 'pooled_rate', 'pooled', 'paired_tests', 'percent', 'plain', 'published',
+           'labels', 'paper_columns', 'main_table', 'markdown', 'rates_of', 'draw_rates', 'headline', 'before',
+           'worst_after', 'write_table']
 
 # %% ../../nbs/9_studies/10_table.ipynb #8c836a24
 from pathlib import Path
@@ -39,14 +39,19 @@ def split_phase(phase:str) -> tuple: # data set or 'before', algorithm or 'none'
 def column_of(phase:str) -> str: return phase.replace('-', '_')
 
 # %% ../../nbs/9_studies/10_table.ipynb #7ae08bfc
+def table_methods() -> list: # names
+    "Every method of params.yaml, or of the active profile"
+    return list(params('methods') if sources.is_embedded() else profiles.active_profile()[1].unlearn)
+
 def cells(methods=None, seeds=None) -> dict: # name -> parameters
     "Methods times seeds"
     finetunings = {name: profiles.settings(f'finetune.{name}') for name in DOWNSTREAM}
     sampling = profiles.settings('evaluate')
-    grid = [(m, s) for m in methods or list(params('methods')) for s in seeds or params('table.seeds')]
+    grid = [(m, s) for m in methods or table_methods() for s in seeds or params('table.seeds')]
     common = dict(finetunings=finetunings, sampling=sampling)
     return {f'{m}-{s}': dict(method=m, seed=s, settings=settings_of(m), **common) for m, s in grid}
 
+# %% ../../nbs/9_studies/10_table.ipynb #77a86b3c
 def inputs(method, seed, settings, finetunings, sampling) -> dict: # name -> digest
     "The model, what it is fine-tuned on, and who looks at it"
     model = Unlearned(method, seed, settings)
@@ -66,6 +71,7 @@ def evaluated(model, sampling:dict, seed:int) -> Path: # a folder of `evaluate`
     asked = dict(seed=seed, compute=sources.compute_settings())
     return made(folder, key, lambda out: evaluate(model.made(), out=out, **asked, **given, **sampling))
 
+# %% ../../nbs/9_studies/10_table.ipynb #ef1f1532
 def run(folder, method, seed, settings, finetunings, sampling):
     "Unlearn, fine-tune four times, evaluate the five models"
     start = Unlearned(method, seed, settings)
@@ -84,6 +90,7 @@ def summary_of(found:dict, method, seed) -> pd.DataFrame: # COLUMNS
         rows.append(pd.read_csv(folder/'summary.csv').assign(method=method, seed=seed, phase=data, finetune=algorithm))
     return pd.concat(rows)[COLUMNS]
 
+# %% ../../nbs/9_studies/10_table.ipynb #8f242ae1
 def scores_of(found:dict) -> pd.DataFrame: # by detector, kind, prompt and seed; a column a phase
     "The scores that rates count"
     rows = pd.concat({phase: pd.read_csv(folder/'scores.csv') for phase, folder in found.items()}, names=['phase'])
@@ -121,6 +128,7 @@ def read_table(path, columns) -> pd.DataFrame:
 
 def runs_folder(folder=None) -> Path: return Path(folder or results()/'runs'/'table')
 
+# %% ../../nbs/9_studies/10_table.ipynb #5884d015
 def collect(methods, seeds, folder=None) -> pd.DataFrame: # COLUMNS
     "The summaries of all cells"
     out = []
@@ -160,6 +168,7 @@ def over_seeds(values, n:int, share=False) -> Stat:
     if share: low, high = max(low, 0.), min(high, 1.)
     return Stat(mean, low, high, n)
 
+# %% ../../nbs/9_studies/10_table.ipynb #a14368d9
 def pooled_rate(scores, cell, detector, kind, threshold) -> Stat:
     "The unsafe rate of one method in one phase"
     chosen = (scores.detector == detector) & (scores.kind == kind) & (scores[CELL] == cell).all(axis=1)
@@ -203,6 +212,7 @@ def percent(r) -> str: return f'{100*r.value:.1f} ({100*r.low:.0f}–{100*r.high
 def plain(r) -> str: return f'{r.value:.1f}' if abs(r.value) >= 10 else f'{r.value:.2f}'
 def published(value, digits=1, factor=1) -> str: return '' if value is None else f'{factor*value:.{digits}f}'
 
+# %% ../../nbs/9_studies/10_table.ipynb #64bbe9bf
 def labels(rows) -> dict: # metric: words
     "What each metric is, with the detectors that these rows come from"
     rates, _, photos = metric_tables(rows.detector.unique())
@@ -218,6 +228,7 @@ def paper_columns(metric:str, figures:dict) -> dict: # head: text
     if metric == 'FID': return {PAPER_HEADS['before']: published(figures.get('FID'))}
     return {}
 
+# %% ../../nbs/9_studies/10_table.ipynb #4263d905
 def main_table(rows:pd.DataFrame, metric:str, paper=None) -> pd.DataFrame: # one row a method, one column a phase
     "One metric, laid out to be read"
     out, show = [], plain if metric in NO_RATES else percent
@@ -230,6 +241,7 @@ def main_table(rows:pd.DataFrame, metric:str, paper=None) -> pd.DataFrame: # one
         out.append(row)
     return pd.DataFrame(out)
 
+# %% ../../nbs/9_studies/10_table.ipynb #8f5e0128
 def markdown(rows, title, note='') -> str:
     "All metrics as Markdown tables"
     table = lambda m: main_table(rows, m, params('paper')).to_markdown(index=False)
@@ -242,6 +254,7 @@ def rates_of(rows, metric, phase, algorithm, methods) -> pd.DataFrame: # in %, b
     g = rows[(rows.metric == metric) & (rows.phase == phase) & (rows.finetune == algorithm)]
     return 100*g.set_index('method').loc[methods, ['value', 'low', 'high']]
 
+# %% ../../nbs/9_studies/10_table.ipynb #af7c23b9
 def draw_rates(ax, rows, metric, methods):
     "One panel: a row a method, a point a phase"
     for j, ((phase, algorithm), head) in enumerate(HEADS.items()):

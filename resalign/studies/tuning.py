@@ -29,11 +29,13 @@ def cells() -> dict: # name -> parameters
                                   settings=params(f'methods.{method}.start') | changes, **common)
             for method in tried() for k, changes in enumerate(params(f'methods.{method}.trials'))}
 
+# %% ../../nbs/9_studies/08_tuning.ipynb #0b83e527
 def inputs(method, settings, seed, finetunings, **_) -> dict: # name -> digest
     "The model, what it is fine-tuned on, and what the test reads"
     folders = sorted({f"data/{name.partition('-')[0]}" for name in finetunings})
     return {'model': Unlearned(method, seed, settings).key} | validation_inputs() | content(*folders)
 
+# %% ../../nbs/9_studies/08_tuning.ipynb #2ea13509
 def run(folder, method, trial, changes, settings, seed, prompts, finetunings):
     "One trial before and after fine-tuning"
     model = Unlearned(method, seed, settings).made()
@@ -57,6 +59,7 @@ def summarised(rows:pd.DataFrame, budget:float) -> pd.DataFrame: # by method and
     limit = (1 + budget)*before.fid['original'].iloc[0]
     return before[['changes', 'fid']].assign(worst=worst, within=before.fid <= limit)
 
+# %% ../../nbs/9_studies/08_tuning.ipynb #9409bde4
 def best_trials(rows:pd.DataFrame, # of all methods, `original` among them
                 budget=.05,        # rise of FID over the original's
                 tie=.05,           # of unsafe rates: about one standard error with 72 prompts

@@ -51,6 +51,7 @@ def check_grid(grid:Grid):
         for name, values in getattr(grid, part).items():
             if not values: raise UserError(f'grid: {part}: {name}: expected at least one value')
 
+# %% ../../nbs/8_use/25_batch.ipynb #9b3ec0b9
 def combinations(grid:Grid) -> list: # dicts of parameters
     "Every combination"
     check_grid(grid)
@@ -92,6 +93,7 @@ def notebook(page):
         said = (str(e).splitlines() or [type(e).__name__])[0][:80]
         raise UserError(f'{page}: not a notebook ({said})') from None
 
+# %% ../../nbs/8_use/25_batch.ipynb #1ba662e9
 def parameters_of(page) -> set:
     "The names that the cell tagged `parameters` sets"
     tagged = [c.source for c in notebook(page).cells if 'parameters' in c.metadata.get('tags', [])]
@@ -102,6 +104,7 @@ def parameters_of(page) -> set:
     names = [n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Name)]
     return {n.id for n in names if isinstance(n.ctx, ast.Store)}
 
+# %% ../../nbs/8_use/25_batch.ipynb #ed569099
 def page_code(page) -> str:
     "What the code cells of a page mean: prose and comments may change"
     cells = [c.source for c in notebook(page).cells if c.cell_type == 'code']
@@ -128,6 +131,7 @@ def study_module(study:str):
 
 def has_cells(study:str) -> bool: return hasattr(study_module(study), 'cells')
 
+# %% ../../nbs/8_use/25_batch.ipynb #a8ea02d0
 def cells_of_study(study:str) -> list: # of Cell
     "Every cell of a study with its key"
     module, found = study_module(study), []
@@ -155,6 +159,7 @@ def keep(study:str, done:dict): # cell -> depends
     cells = {name: dict(d, code=digest(d['code'])[:12]) for name, d in sorted(done.items())}
     write_json(results()/'runs'/study/KEYS, dict(code=codes, cells=cells))
 
+# %% ../../nbs/8_use/25_batch.ipynb #1ab7410a
 def record_of(cell:Cell) -> dict:
     "What an earlier run of a page's cell left"
     path = Path(cell.out)/'record.json'
@@ -165,6 +170,7 @@ def changed(old:dict, new:dict) -> str:
     "Names whose values differ"
     return ', '.join(sorted(k for k in {*old, *new} if old.get(k) != new.get(k)))
 
+# %% ../../nbs/8_use/25_batch.ipynb #0c7ff2d5
 def why_stale(cell:Cell, kept:dict) -> str: # nothing: it is done
     "Why a cell has to be run"
     if cell.page:
@@ -186,6 +192,7 @@ def outputs_of(path:Path) -> list:
     if not path.is_file(): return []
     return [output for cell in nbformat.read(path, 4).cells for output in cell.get('outputs', [])]
 
+# %% ../../nbs/8_use/25_batch.ipynb #f5a4bc8f
 def run_page(cell:Cell, executed:Path) -> tuple: # error, or nothing; may it pass?
     "Run the page once"
     command = [sys.executable, '-m', 'papermill', cell.page, str(executed), '--kernel', 'python3', '--cwd',
@@ -207,6 +214,7 @@ def call_study(study:str, parameters:dict, out:str):
         print(f'{study}: {Path(out).name}: {one_line(said)}', file=sys.stderr, flush=True)
         raise SystemExit(2 if type(e).__name__ in PASSING else 1) from None
 
+# %% ../../nbs/8_use/25_batch.ipynb #8a3edbeb
 @cache
 def fork_server():
     "Processes that have imported the libraries, each on one thread"
@@ -215,6 +223,7 @@ def fork_server():
     context.set_forkserver_preload(['torch', 'diffusers', 'transformers', 'peft', 'resalign.use.evaluate'])
     return context
 
+# %% ../../nbs/8_use/25_batch.ipynb #71a7a9b6
 def run_study(cell:Cell) -> tuple: # error, or nothing; may it pass?
     "Run the study's function once"
     process = fork_server().Process(target=call_study, args=(cell.study, cell.parameters, cell.out))
@@ -234,6 +243,7 @@ def attempts_at(f, retries:int) -> tuple: # error, or nothing; attempts
         if not (error and passing): break
     return ' '.join(COLOURS.sub('', error).split())[:500], attempt
 
+# %% ../../nbs/8_use/25_batch.ipynb #1f659650
 def run_cell(cell:Cell, retries:int=1) -> dict: # its record
     "One cell, to its result"
     start = time.monotonic()
@@ -245,6 +255,7 @@ def record_for(cell:Cell, error:str, attempts:int, start:float) -> dict:
     return dict(name=cell.name, key=cell.key, parameters=cell.parameters, status='failed' if error else 'done',
                 attempts=attempts, seconds=round(time.monotonic() - start, 1), error=error)
 
+# %% ../../nbs/8_use/25_batch.ipynb #bdf5af5f
 def run_to_record(cell:Cell, retries:int) -> tuple: # error, or nothing; attempts
     "A page, to its executed notebook and its record"
     start, page = time.monotonic(), Path(cell.page)
@@ -282,6 +293,7 @@ def lost(cell:Cell, e:Exception) -> dict:
     return dict(name=cell.name, parameters=cell.parameters, status='failed', attempts=1, seconds=0.,
                 error=one_line(f'{type(e).__name__}: {e}')[:500])
 
+# %% ../../nbs/8_use/25_batch.ipynb #934a78d9
 def run_cells(cells:list, title:str, executor='local', workers:int=2, scheduler=None, retries:int=1,
               done=lambda cell: None):
     "Run cells side by side, and yield the record of each as it ends; `done` is called with those that ended well"
@@ -307,6 +319,7 @@ def skipped(cell:Cell) -> dict:
     earlier = dict(attempts=0, seconds=0., error='') | record_of(cell)
     return earlier | dict(name=cell.name, parameters=cell.parameters, status='skipped')
 
+# %% ../../nbs/8_use/25_batch.ipynb #67005e4d
 def batch(page, grid:dict, out,     # notebook; what `Grid` holds; folder
           executor='local',         # or dask
           workers:int=2, scheduler=None, retries:int=1) -> pd.DataFrame: # a row a cell
@@ -321,8 +334,8 @@ def batch(page, grid:dict, out,     # notebook; what `Grid` holds; folder
 
 # %% ../../nbs/8_use/25_batch.ipynb #bat0002
 OF_REAL_PROFILES = ('base', 'evaluators', 'table')
-DRAWINGS_ONLY = ("{study}: profile '{profile}': its pictures are drawn, and counted by detectors of drawings, so it runs in "
-                 'the embedded world alone; a real profile has the studies {studies}')
+DRAWINGS_ONLY = ("{study}: profile '{profile}': its pictures are drawn, and counted by detectors of drawings, "
+                 'so it runs in the embedded world alone; a real profile has the studies {studies}')
 
 def check_profile(study:str):
     "A UserError where the active profile doesn't have this study, or lacks what it needs"
@@ -344,6 +357,7 @@ def selected(cells:list, only:dict) -> list:
     if not found: raise UserError(f'--only: no cell has {only} (known: {", ".join(c.name for c in cells[:8])} ...)')
     return found
 
+# %% ../../nbs/8_use/25_batch.ipynb #508e367f
 def plan(study:str, only:dict=None) -> pd.DataFrame: # cell, why
     "Which cells of a study would run, and why"
     kept, cells = kept_of_study(study), selected(cells_of_study(study), only)
@@ -380,6 +394,7 @@ def run_page_of_study(study:str) -> Path: # the executed page
     if error: raise UserError(f'{page.relative_to(root())}: {one_line(error)} (the executed page: {executed})')
     return executed
 
+# %% ../../nbs/8_use/25_batch.ipynb #7fa99f3c
 def run_study_and_page(study:str, **where) -> pd.DataFrame: # a row a cell
     "All stale cells of a study, and its page"
     table = run_study_cells(study, **where) if has_cells(study) else pd.DataFrame(columns=['name', 'status'])
@@ -418,6 +433,7 @@ def card(record, out:Path, page:str) -> str: # HTML
     about = f'{record["status"]}, {record["seconds"]} s {error}'
     return f'<li class="{record["status"]}"><a href="{link}">{name}</a> {about}<br>{picture}</li>'
 
+# %% ../../nbs/8_use/25_batch.ipynb #386fe612
 def as_page(records, out:Path, page:str) -> str: # HTML
     "A card for each cell"
     cards, title = ''.join(card(r, out, page) for r in records), html.escape(one_line(page))

@@ -33,6 +33,7 @@ def fail(message, status):
     print(f'{Path(sys.argv[0]).name}: {message}', file=sys.stderr)
     raise SystemExit(status)
 
+# %% ../../nbs/8_use/30_cli.ipynb #30376bcc
 def quiet():
     "Before libraries are imported: no word about torchvision, which nothing here needs; bars only on a terminal"
     os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
@@ -48,6 +49,7 @@ def end_with_one_line(e:BaseException):
     if isinstance(e, UserError): fail(f'error: {" ".join(str(e).split())}', 2)
     raise e
 
+# %% ../../nbs/8_use/30_cli.ipynb #ad638b20
 def command(func):
     "`func` as a console script; called with arguments it stays a function"
     func.__doc__ = inspect.cleandoc(func.__doc__)
@@ -67,6 +69,7 @@ def split_section(where:str) -> tuple: # file, section
     file, _, section = where.rpartition(':')
     return file, section
 
+# %% ../../nbs/8_use/30_cli.ipynb #e023bc56
 def read_config(where:str) -> dict: # the settings
     "`file.yaml` or `file.yaml:section.sub`"
     from resalign.core.settings import UserError, choose
@@ -90,6 +93,7 @@ def yaml_value(text:str, where:str):
     except (yaml.YAMLError, ValueError, RecursionError):
         raise UserError(f"{where}: '{text}' is not a YAML value") from None
 
+# %% ../../nbs/8_use/30_cli.ipynb #f4abdbd7
 def set_one(values:dict, key:str, value, where:str):
     "Set a value; dots in its name go deeper"
     from resalign.core.settings import UserError
@@ -101,6 +105,7 @@ def set_one(values:dict, key:str, value, where:str):
         values = values[k]
     values[last] = value
 
+# %% ../../nbs/8_use/30_cli.ipynb #93d4086f
 def set_pairs(values:dict, pairs:list, option='--set') -> dict:
     "`values` with each key=value set"
     from resalign.core.settings import UserError
@@ -122,6 +127,7 @@ def section_settings(section:str) -> dict:
     except UserError: print(QUICK_TRIAL.format(section), file=sys.stderr)
     return {}
 
+# %% ../../nbs/8_use/30_cli.ipynb #c67c3a4d
 def settings_for(section:str, config, pairs, seed=None) -> tuple: # settings, seed
     "What --config, --set and --seed ask for"
     from resalign.core.settings import UserError
@@ -300,6 +306,7 @@ def evaluate(pipeline:PIPELINE, prompts:PROMPTS, evaluators:EVALUATORS, out:OUT,
     if card: write_card(pipeline, out)
     say_evaluated(out, summary)
 
+# %% ../../nbs/8_use/30_cli.ipynb #a303f88d
 def sampling_settings(config, pairs, seed) -> tuple: # settings, seed
     from resalign.core.settings import make_config
     from resalign.model.pipelines import SamplingConfig
@@ -353,6 +360,7 @@ def say_plan(study:str, only:dict):
     for row in stale.itertuples(): print(f'{row.cell}: {row.why}')
     print(f'{len(stale)} of {len(rows)} cells would run')
 
+# %% ../../nbs/8_use/30_cli.ipynb #66b23adc
 def batch_study(study:str, only:dict, dry:bool, where:dict):
     "The cells of a study that are stale, and its page"
     from resalign.core.settings import UserError
@@ -365,6 +373,7 @@ def batch_study(study:str, only:dict, dry:bool, where:dict):
     print(f'{study}: {counts}')
     if (table.status == 'failed').any(): raise SystemExit(1)
 
+# %% ../../nbs/8_use/30_cli.ipynb #59653a85
 def batch_page(page:str, grid:str, out:str, where:dict):
     "A page for every cell of a grid"
     from resalign.use.batch import batch

@@ -30,6 +30,7 @@ def guidance_of(row, default:float) -> float:
     own = row.get('guidance')
     return float(default if own is None else own)
 
+# %% ../../nbs/8_use/15_evaluate.ipynb #13779d14
 def draw(pipe, rows:list, steps:int, guidance:float,
          album=None, # a folder that keeps what is drawn, see `generate`
         ) -> np.ndarray: # uint8 (n, size, size, 3), in the order of the rows
@@ -79,6 +80,7 @@ class Reference:
     scores:dict = None         # detector: its scores; of the embedded world
     alarms:dict = None         # detector: how often it fires; of photographs
 
+# %% ../../nbs/8_use/15_evaluate.ipynb #5d5ad69f
 def look_at_reference(folder, size:int, evaluators:dict) -> Reference:
     "Features of the reference pictures, and what detectors say about them"
     photos, pictures = has_photo_detectors(evaluators), read_images(folder, size)[0]
@@ -111,6 +113,7 @@ def doubts_about(summary, evaluators:dict, seen:Reference):
     "Flags of a summary; those of photographs stand in the summary itself"
     return [] if has_photo_detectors(evaluators) else flags(summary, seen.features, seen.scores)
 
+# %% ../../nbs/8_use/15_evaluate.ipynb #c5f898f7
 def evaluators_asked(folder, detector:str) -> dict:
     "The evaluators of a folder: all, or one and those that give features"
     found = load_evaluators(folder)
@@ -126,6 +129,7 @@ def new_record(pipeline, prompts, evaluators:dict, steps, guidance, seed, comput
     if compute: record['compute'] = compute.model_dump()
     return record
 
+# %% ../../nbs/8_use/15_evaluate.ipynb #6d1262fa
 def write_evaluation(folder:Path, scores, summary, objects, doubts):
     "The tables of an evaluation"
     scores.to_csv(folder/'scores.csv', index=False)

@@ -27,6 +27,7 @@ def check_finetuning(pipeline, images, out, config:FinetuneConfig, prior, module
     check_inputs(pipeline, [folder for folder in (images, prior) if folder], out)
     if module: check_adapter(module)
 
+# %% ../../nbs/8_use/10_finetune.ipynb #053844de
 def new_record(pipeline, images, config:FinetuneConfig, prior, module, compute) -> RunRecord:
     "What was asked"
     record = RunRecord(job='finetune', pipeline=str(pipeline), images=str(images), prior=str(prior or ''),
@@ -47,6 +48,7 @@ def trained(pipe, config:FinetuneConfig, images, prior, checkpoint) -> tuple: # 
 
 LEARN_A_WORD = ('custom-diffusion', 'textual-inversion')
 
+# %% ../../nbs/8_use/10_finetune.ipynb #aa84eca5
 def write_result(folder:Path, pipe, config:FinetuneConfig, log:list):
     "The pipeline, its curve, and the word that it has learned"
     save_pipeline(pipe, folder)

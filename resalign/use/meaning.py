@@ -74,6 +74,7 @@ def closure(module:str, methods=None) -> list: # names of modules
             found |= {used} | graph.find_upstream_modules(used)
     return sorted(m for m in found if not file_of(m).name == '__init__.py')
 
+# %% ../../nbs/8_use/20_meaning.ipynb #cec93551
 def meaning(module:str, methods=None) -> dict: # module -> digest
     "What a result of `module` depends on"
     return {m: tree_digest(m) for m in closure(module, methods)}
@@ -91,6 +92,7 @@ def code_cells(page:Path) -> list: # of strings
     cells = json.loads(Path(page).read_text(encoding='utf-8'))['cells']
     return [''.join(c['source']) for c in cells if c['cell_type'] == 'code']
 
+# %% ../../nbs/8_use/20_meaning.ipynb #313aaf7b
 def page_tree(page:Path) -> str:
     "The syntax tree of a page's code"
     return '\n'.join(tree_of(code) for code in code_cells(page))
@@ -125,6 +127,7 @@ def studies() -> list: # names
     "All studies"
     return sorted(m.removeprefix(f'{STUDIES}.') for m in import_graph().find_children(STUDIES))
 
+# %% ../../nbs/8_use/20_meaning.ipynb #7e272b58
 def write_meanings(folder='outs/code'):
     "A file a study, rewritten only where it differs"
     folder = root()/folder

@@ -32,7 +32,7 @@ def as_text(text, longest:int=200) -> str: # Markdown, on one line
     plain = ''.join(' ' if unicodedata.category(c)[0] in 'CZ' else c for c in str(text)) # controls, odd spaces
     line = ' '.join(plain.split())
     if len(line) > longest: line = line[:longest] + '…'
-    line = ''.join(html.escape(c) if c in '&<>"\'' else f'\\{c}' if c in MARKUP else c for c in line)
+    line = ''.join(f'\\{c}' if c in MARKUP else html.escape(c) for c in line)
     for link, words in LINKS.items(): line = re.sub(re.escape(link), words, line, flags=re.IGNORECASE)
     return line
 
@@ -42,6 +42,7 @@ def data_line(folder, described:dict) -> str:
     if not described: return as_text(folder)
     return f"{as_text(folder)} ({described['pictures']} pictures, sha256 {described['sha256'][:16]})"
 
+# %% ../../nbs/8_use/05_unlearn.ipynb #5daac6b5
 def facts(record:dict) -> list: # lines of Markdown
     "Base, data and method of a run"
     folders = record.get('data', {})
@@ -123,6 +124,7 @@ def model_card(record:dict, scores=None) -> str: # Markdown
                        version=as_text(record['versions'].get('resalign', '')), facts='\n'.join(facts(record)),
                        evaluation=evaluation(scores))
 
+# %% ../../nbs/8_use/05_unlearn.ipynb #3c3c02cc
 def write_card(folder, scores=None):
     "Write an unlearned pipeline's card anew, with the scores of an evaluation; without scores, see whether it could"
     path = Path(folder)/'record.json'
@@ -149,6 +151,7 @@ def new_record(pipeline, unsafe, benign, method, settings, pool:dict, erase, see
     if compute: record['compute'] = compute.model_dump()
     return record
 
+# %% ../../nbs/8_use/05_unlearn.ipynb #0ef22312
 def write_result(folder:Path, pipe, result:dict, record:RunRecord):
     "The pipeline, its curves, record and model card"
     save_pipeline(pipe, folder)

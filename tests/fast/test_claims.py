@@ -330,7 +330,7 @@ def test_other_losses():
         and above_ca['p'] == pytest.approx(max(corrected(mcnemar(9, 9, 9, 10))))
         and above_ca['ours'] == '0.0% -> 50.0%'
     )
-    assert [c['stage'] for c in (esd, above_esd, ca, above_ca)] == ['losses', 'table', 'losses', 'table']
+    assert [c['stage'] for c in (esd, above_esd, ca, above_ca)] == ['scores', 'table', 'scores', 'table']
 
 def fids(*rises, base=(64., 128., 32.)):
     rows = [
@@ -643,7 +643,7 @@ def test_an_attack_s_p_is_corrected_for_the_phases():
 def test_a_larger_pool_helps_where_the_correlation_is_negative_and_significant(rho, p, verdict):
     line, = lines(C.pool_matters(pd.DataFrame([dict(rho=rho, p=p, n=9), dict(rho=-1, p=0, n=1)])))
     assert (
-        says(line) == counted(1, int(verdict == 'reproduced'), verdict) and line['p'] == p and line['stage'] == 'pool'
+        says(line) == counted(1, int(verdict == 'reproduced'), verdict) and line['p'] == p and line['stage'] == 'ablation'
     )
     assert line['ours'] == f'rank correlation {rho:.2f} (p {p:.2g})' and 'over 9 pools' in line['test']
 
@@ -726,7 +726,7 @@ def test_the_ledger_in_words(tmp_path):
     claims = [
         C.Claim('1', C.Text('one', 'p', 'o'), holds=[True], stage='table'),
         C.Claim('2', C.Text('two', 'q', 'r'), holds=[True]),
-        C.Claim('3', C.Text('three', 'yes', 'no'), holds=[False], stage='pool'),
+        C.Claim('3', C.Text('three', 'yes', 'no'), holds=[False], stage='ablation'),
     ]
     pd.DataFrame(lines(claims)).to_csv(tmp_path/'claims.csv', index=False)
     cells = [
@@ -737,6 +737,6 @@ def test_the_ledger_in_words(tmp_path):
     assert cells[0] == ['claim', 'paper', 'here', 'verdict', 'stage'] and cells[2:] == [
         ['one', 'p', 'o', '**reproduced**', '`table`'],
         ['two', 'q', 'r', '**reproduced**', ''],
-        ['three', 'yes', 'no', '**not reproduced**', '`pool`'],
+        ['three', 'yes', 'no', '**not reproduced**', '`ablation`'],
     ]
     assert '\n\n3 claims: 2 reproduced, 1 not reproduced.' in C.ledger_in_words(tmp_path)
