@@ -1,11 +1,13 @@
 """Batches: every cell once, whatever is killed; mistakes before anything runs; nothing of a page's words in the
 index unescaped."""
 
-import json, os, signal, threading, time
+import json, os, shutil, signal, threading, time
 from pathlib import Path
+from types import SimpleNamespace
 import nbformat, pandas as pd, pytest
 from resalign.use import batch as batches
-from resalign.use.batch import Grid, batch, cells, jobs_of, name_of
+from resalign.use.meaning import content
+from resalign.use.batch import Grid, batch, cells_of_page, combinations, name_of
 from resalign.core.settings import make_config, params
 from refusals import said
 
@@ -34,19 +36,20 @@ def outputs(notebook):
 def test_every_combination_in_order():
     "The product's last name varies fastest, then what is zipped, then rows, which have the last word"
     grid = Grid(
-        common=dict(a=0, s='params:unlearn.uce'),
+        common=dict(a=0, s='params:methods.uce'),
         product=dict(p=[1, 2], q=['x', 'y']),
         zip=dict(z=[7, 8], w=[70, 80]),
         rows=[{}, dict(a=9)],
     )
     want = [
-        dict(a=a, s=params('unlearn.uce'), p=p, q=q, z=z, w=10 * z)
+        dict(a=a, s=params('methods.uce'), p=p, q=q, z=z, w=10 * z)
         for p in (1, 2)
         for q in 'xy'
         for z in (7, 8)
         for a in (0, 9)
     ]
-    assert cells(grid) == want and cells(Grid()) == [{}] and cells(Grid(rows=[dict(x=1), dict(x=1)])) == [dict(x=1)] * 2
+    assert combinations(grid) == want and combinations(Grid()) == [{}]
+    assert combinations(Grid(rows=[dict(x=1), dict(x=1)])) == [dict(x=1)] * 2
 
 
 def test_names_stay_inside_the_folder_and_differ(tmp_path):
@@ -60,10 +63,9 @@ def test_names_stay_inside_the_folder_and_differ(tmp_path):
         'ü/ü',
         '.',
     ]
-    jobs = jobs_of(page, make_config(Grid, dict(rows=[dict(x=v) for v in odd])), tmp_path / 'out')
-    assert all(Path(j['out']).parent == tmp_path / 'out' for j in jobs) and len({j['name'] for j in jobs}) == len(
-        {j['key'] for j in jobs}
-    ) == len(odd)
+    cells = cells_of_page(page, make_config(Grid, dict(rows=[dict(x=v) for v in odd])), tmp_path / 'out')
+    assert all(Path(c.out).parent == tmp_path / 'out' for c in cells)
+    assert len({c.name for c in cells}) == len({c.key for c in cells}) == len(odd)
 
 
 def test_a_key_is_the_code_the_parameters_and_the_inputs(tmp_path):
@@ -74,9 +76,9 @@ def test_a_key_is_the_code_the_parameters_and_the_inputs(tmp_path):
         tmp_path / 'other.ipynb',
     )
     data.write_text('one')
-    key = lambda page=page, out='out', **row: jobs_of(
+    key = lambda page=page, out='out', **row: cells_of_page(
         page, Grid(rows=[row or dict(x=1, y=2)], inputs=[str(data)]), tmp_path / out
-    )[0]['key']
+    )[0].key
     first = key()
     nb = nbformat.read(page, 4)
     nb.cells[0].source = 'other words'
@@ -103,10 +105,10 @@ def test_mistakes_are_found_before_anything_runs(tmp_path):
         (dict(zip=dict(y=[])), 'zip: y'),
         (dict(product=dict(xx=[1])), "page.ipynb: parameter: unknown 'xx', did you mean 'x'"),
         (dict(rows=[dict(x=1), dict(x=1)]), 'x=1 stands there twice'),
-        (dict(inputs=['nowhere']), 'inputs: nowhere'),
+        (dict(inputs=['nowhere']), 'nowhere: no such file or folder'),
         (dict(product=dict(x=1)), 'product'),
         (dict(rows=[]), 'rows'),
-        (dict(common=dict(x='params:unlearn.gaa')), "did you mean 'ga'"),
+        (dict(common=dict(x='params:methods.gaa')), "did you mean 'ga'"),
     ]
     ways = [((page, g), {}, words) for g, words in grids] + [
         ((tmp_path / f'{n}.ipynb', {}), {}, f'{n}.ipynb: {words}')
@@ -136,12 +138,12 @@ def scripted(monkeypatch):
     "Pages that aren't run: a script says how each attempt ends, by the cell's x; the attempts that were made"
     made, script = [], {}
 
-    def execute(job, notebook, threads):
-        x = job['parameters']['x']
+    def run_page(cell, executed):
+        x = cell.parameters['x']
         made.append(x)
         return script.get(x, []).pop(0) if script.get(x) else ('', False)
 
-    monkeypatch.setattr(batches, 'execute', execute)
+    monkeypatch.setattr(batches, 'run_page', run_page)
     return made, script
 
 
@@ -206,6 +208,7 @@ def test_pages_for_real(tmp_path):
     that dies: and then the mistake alone is run again"""
     code = f'''import io, os
 from pathlib import Path
+from types import SimpleNamespace
 from PIL import Image as Picture
 from IPython.display import Image
 print(x, names)
@@ -281,3 +284,77 @@ def test_a_worker_that_is_killed_loses_nothing(tmp_path):
     assert (
         max(starts.count(f'start {x}') for x in (1, 2, 3)) == 2
     ), 'the killed worker had begun a cell, and another did it again'
+
+
+# ------------------------------------------------------------------ studies of this repository
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    "Two methods and two seeds, computed here; what a cell writes stands in `made`"
+    grid, made, data = dict(ga=1, uce=2), [], tmp_path / 'data.txt'
+    data.write_text('one')
+
+    def cells():
+        return {f'{m}-{s}': dict(method=m, seed=s, steps=n) for m, n in grid.items() for s in (0, 1)}
+
+    def run(folder, method, seed, steps):
+        made.append(f'{method}-{seed}')
+        if steps == 13: raise ValueError('unlucky')
+        (folder / 'looks.csv').write_text(f'steps\n{steps}\n')
+
+    module = SimpleNamespace(__name__='resalign.core.files', cells=cells, run=run, inputs=lambda **_: content(data))
+    monkeypatch.setattr(batches, 'study_module', lambda name: module)
+    monkeypatch.setenv('RESALIGN_RESULTS', str(tmp_path / 'results'))
+
+    def run_study(cell):
+        try: batches.call_study(cell.study, cell.parameters, cell.out)
+        except SystemExit as e: return 'failed', e.code != 1
+        return '', False
+
+    monkeypatch.setattr(batches, 'run_study', run_study)
+    return SimpleNamespace(grid=grid, made=made, data=data, out=tmp_path / 'results/runs/toy')
+
+
+def ran(study, **kw):
+    study.made.clear()
+    table = batches.run_study_cells('toy', workers=1, **kw)
+    return dict(zip(table.name, table.status)), sorted(study.made)
+
+
+def whys(): return {r.cell: r.why for r in batches.plan('toy').itertuples() if r.why}
+
+
+def test_a_study_computes_its_stale_cells_and_says_why(study):
+    "New, a setting changed, an input changed, a cell of the grid gone, one lost"
+    everything = ['ga-0', 'ga-1', 'uce-0', 'uce-1']
+    assert whys() == dict.fromkeys(everything, 'not run yet')
+    assert ran(study, only=dict(method='ga')) == (dict.fromkeys(['ga-0', 'ga-1'], 'done'), ['ga-0', 'ga-1'])
+    assert set(whys()) == {'uce-0', 'uce-1'}
+    assert ran(study)[1] == ['uce-0', 'uce-1'] and whys() == {}
+    assert ran(study) == (dict.fromkeys(everything, 'skipped'), [])
+    study.grid['uce'] = 3
+    assert whys() == dict.fromkeys(['uce-0', 'uce-1'], 'parameters: steps')
+    assert ran(study)[1] == ['uce-0', 'uce-1'] and (study.out / 'uce-0/looks.csv').read_text() == 'steps\n3\n'
+    study.data.write_text('two')
+    assert whys() == dict.fromkeys(everything, f'inputs: {study.data}')
+    del study.grid['uce']
+    ran(study)
+    assert set(json.loads((study.out / 'keys.json').read_text())['cells']) == {'ga-0', 'ga-1'}
+    shutil.rmtree(study.out / 'ga-1')
+    assert whys() == {'ga-1': 'not run yet'}
+
+
+def test_a_change_of_code_is_named_by_its_module(study, monkeypatch):
+    ran(study)
+    real = batches.meaning
+    monkeypatch.setattr(batches, 'meaning', lambda *a: real(*a) | {'resalign.core.settings': 'f' * 64})
+    assert set(whys().values()) == {'code: resalign.core.settings'}
+
+
+def test_a_cell_that_fails_is_not_kept(study, capfd):
+    study.grid['ga'] = 13
+    states, made = ran(study, retries=3)
+    assert states == {'ga-0': 'failed', 'ga-1': 'failed', 'uce-0': 'done', 'uce-1': 'done'}
+    assert made == ['ga-0', 'ga-1', 'uce-0', 'uce-1'] and not (study.out / 'ga-0').exists() # no second try
+    assert set(whys()) == {'ga-0', 'ga-1'} and 'toy: ga-0: ValueError: unlucky' in capfd.readouterr().err

@@ -9,7 +9,7 @@ from diffusers import StableDiffusionXLPipeline
 from resalign.model import compute
 import resalign
 from resalign.use.inputs import load_bank
-from resalign.use.unlearn import model_card, said
+from resalign.use.unlearn import as_text, model_card
 from resalign.studies import sd14
 from resalign.core import training
 from resalign.world import scenes as world
@@ -580,15 +580,15 @@ EVIL = (
 
 
 def test_other_peoples_words_do_nothing():
-    text = said(EVIL)
+    text = as_text(EVIL)
     assert (
         not any(c in text for c in '<>\n\r\x1b\u202e"\'')
         and '://' not in text
         and 'www.' not in text
         and '@' not in text
     )
-    assert not re.search(r'(?<!\\)[`*\[\]|$]|(?<![\\&])#', text) and len(said('x' * 1000)) == 201
-    assert said('outs/base') == 'outs/base' and said('\ud800') == ''
+    assert not re.search(r'(?<!\\)[`*\[\]|$]|(?<![\\&])#', text) and len(as_text('x' * 1000)) == 201
+    assert as_text('outs/base') == 'outs/base' and as_text('\ud800') == ''
 
 
 def test_the_card_of_a_run_with_scores(given, tmp_path, monkeypatch):

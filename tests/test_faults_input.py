@@ -15,9 +15,8 @@ import resalign
 from resalign.real.prompts import read_prompts
 from resalign.use.unlearn import model_card
 from resalign.measure import metrics
-from resalign.studies import report
-from resalign.studies import stages
-from resalign.studies import studies
+from resalign.studies import table
+from resalign.studies.models import Course
 from resalign.core.settings import UserError, escape_markdown, make_config, one_line, params
 from resalign.core.files import load_checkpoint, save_checkpoint, write_json
 from resalign.baselines.modular_lora import with_module
@@ -26,7 +25,7 @@ from resalign.measure.evaluators import load_evaluators
 from resalign.method.finetune import FinetuneConfig
 from resalign.baselines.methods import METHODS, config_of
 from resalign.method.resalign import Pool
-from resalign.model.pipelines import ImageStore, PretrainConfig, build_pipeline, generate, load_pipeline, save_pipeline
+from resalign.model.pipelines import ImageStore, PretrainConfig, SamplingConfig, build_pipeline, generate, load_pipeline, save_pipeline
 from resalign.core.training import OPTIMIZERS, load_state
 from resalign.world.scenes import draw, scenes, write_set
 
@@ -351,15 +350,15 @@ def test_any_prompts(text, tmp_path_factory):
 # ------------------------------------------------------------------ settings
 
 CLASSES = {
-    f'unlearn {m}': c
-    for m, (_, c) in METHODS.items()
+    f'unlearn {name}': method.config
+    for name, method in METHODS.items()
 } | {
     'finetune': FinetuneConfig,
     'pretrain': PretrainConfig,
     'pool': Pool,
-    'course': studies.Course,
+    'course': Course,
     'grid': batches.Grid,
-    'sampling': cli.sampling()
+    'sampling': SamplingConfig
 }
 
 COUNTS = 'lr', 'batch', 'rank', 'J', 'steps', 'unsafe_batch'
@@ -826,8 +825,8 @@ SCORES = {
     'one feature': (lambda: metrics.frechet(np.zeros((1, 2)), np.zeros((9, 2))), 'frechet'),
     'harmonic mean of NaN': (lambda: metrics.spqr(math.nan, 1, 1, 1), 'safety'),
     'rows for other pictures': (lambda: metrics.score_images(np.zeros((2, 8, 8, 3), 'uint8'), [{}], {}), 'rows'),
-    'cell missing': (lambda: report.collect(['ga'], [0], '/nowhere'), '/nowhere/ga-0/summary.csv'),
-    'scores missing': (lambda: report.collect_scores(['ga'], [0], '/nowhere'), '/nowhere/ga-0/scores.csv')
+    'cell missing': (lambda: table.collect(['ga'], [0], '/nowhere'), '/nowhere/ga-0/summary.csv'),
+    'scores missing': (lambda: table.collect_scores(['ga'], [0], '/nowhere'), '/nowhere/ga-0/scores.csv')
 }
 
 
@@ -839,9 +838,9 @@ CELLS = {
     'empty': '',
     'binary': b'\xff\xfe\x00',
     'other columns': 'a,b\n1,2\n',
-    'head only': ','.join(stages.COLUMNS) + '\n',
-    'another method': ','.join(stages.COLUMNS) + '\nuce,0' + ',x'*8 + '\n',
-    'another seed': ','.join(stages.COLUMNS) + '\nga,7' + ',x'*8 + '\n'
+    'head only': ','.join(table.COLUMNS) + '\n',
+    'another method': ','.join(table.COLUMNS) + '\nuce,0' + ',x'*8 + '\n',
+    'another seed': ','.join(table.COLUMNS) + '\nga,7' + ',x'*8 + '\n'
 }
 
 
@@ -850,50 +849,39 @@ def test_cells(tmp_path):
         (tmp/'ga-0').mkdir()
         f = tmp/'ga-0/summary.csv'
         f.write_bytes(text if isinstance(text, bytes) else text.encode())
-        bad('scores', report.collect, ['ga'], [0], tmp, words='summary.csv')
+        bad('scores', table.collect, ['ga'], [0], tmp, words='summary.csv')
         shutil.copy(f, tmp/'ga-0/scores.csv')
-        bad('scores', report.collect_scores, ['ga'], [0], tmp, words='scores.csv')
+        bad('scores', table.collect_scores, ['ga'], [0], tmp, words='scores.csv')
 
     every(CELLS, check, tmp_path)
 
 
 # ------------------------------------------------------------------ stages, pages, batches
 
-STAGES = {
-    'method': (lambda: stages.unlearn_stage('resaling', 0), "'resaling'"),
-    'method a number': (lambda: stages.unlearn_stage(5, 0), 'method'),
-    'seed a word': (lambda: stages.unlearn_stage('ga', 'zero'), 'seed'),
-    'seed a fraction': (lambda: stages.unlearn_stage('ga', .5), 'seed'),
-    'seed True': (lambda: stages.unlearn_stage('ga', True), 'seed'),
-    'seed nothing': (lambda: stages.unlearn_stage('ga', None), 'seed'),
-    'smoke a word': (lambda: stages.unlearn_stage('ga', 0, smoke='flase'), 'smoke'),
-    'smoke a number': (lambda: stages.evaluate_stage('ga', 0, smoke=0), 'smoke'),
-    'too few': (lambda: stages.finetune_stage('ga'), 'finetune_stage'),
-    'unknown name': (lambda: stages.trials_stage('ga', sede=3), 'sede'),
-    'study unknown': (lambda: studies.study_stage('resurgance', 'ga', 0, smoke=False), "'resurgence'"),
-    'variant unknown': (lambda: studies.ablation_train_stage('x', smoke=False), 'unknown'),
-    'split unknown': (lambda: stages.evaluate_stage('ga', 0, split='tset'), 'data/tset.csv'),
-    **{
-        f'papermill: {k}': ((lambda k=k: stages.refuse_unknown([
-            "method, seed, smoke = 'ga', 0, True", f'# Parameters\n{k} = 3'
-        ])), 'unknown')
-        for k in ('sede', 'Method', 'smok', 'x')
-    }
+STUDIES = {
+    'study unknown': (lambda: batches.plan('resurgance'), "'resurgance', did you mean 'resurgence'"),
+    'no cells': (lambda: batches.plan('claims'), 'claims: has no grid of cells'),
+    'parameter unknown': (lambda: batches.plan('resurgence', dict(sede='0')), "--only: unknown 'sede'"),
+    'no such cell': (lambda: batches.plan('resurgence', dict(seed='77')), '--only: no cell has'),
+    'no workers': (lambda: batches.run_study_cells('resurgence', workers=0), 'at least 1 worker'),
+    'no page': (lambda: batches.page_of('resalign.studies.nothing'), 'no page under nbs'),
+    'no module': (lambda: batches.meaning('resalign.studies.nothing'), 'no such module of the package'),
+    'no input': (lambda: batches.content('data/nothing'), 'data/nothing: no such file or folder')
 }
 
 
-def test_stages(tmp_path):
-    every(STAGES, lambda case, tmp: bad('papermill parameters', case[0], words=case[1]), tmp_path)
+def test_studies(tmp_path):
+    every(STUDIES, lambda case, tmp: bad('papermill parameters', case[0], words=case[1]), tmp_path)
 
 
 @pytest.mark.parametrize(
-    'given, words', some([('-p sede 3', "'sede'"), ('-p smoke flase', 'smoke'), ('-p method resaling', "'resaling'")]))
+    'given, words', some([('-p method resaling', "'resaling'")]))
 def test_papermill(given, words, tmp_path):
     "The page stops with the line, and no result is written"
     with TALLY.case('bad input', 'papermill parameters'):
         done = subprocess.run([
             sys.executable, '-m', 'papermill', '-k', 'python3', '--no-progress-bar', '--log-level', 'ERROR',
-            'nbs/experiments/unlearn.ipynb',
+            'nbs/8_use/40_cell.ipynb',
             str(tmp_path/'out.ipynb'), *given.split()
         ], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=str(ROOT)))
         assert done.returncode and 'UserError: ' in done.stderr and words in done.stderr, done.stderr[-800:]
@@ -989,7 +977,7 @@ def test_reports_escape(tmp_path):
     def check(text, tmp):
         row = dict(method=text, metric='IP', phase='before', finetune='none', value=.5, low=.4, high=.6)
         failed = dict(name=text, status='failed', seconds=1, error=text, parameters={})
-        table = report.main_table(pd.DataFrame([row]), 'IP').to_markdown(index=False)
+        table = table.main_table(pd.DataFrame([row]), 'IP').to_markdown(index=False)
         body = card(text).partition('\n# ')[2]
         with TALLY.case('hostile file', 'captions and names in reports'):
             for out in (body, batches.as_page([failed], tmp, f'{text}.ipynb'), table):

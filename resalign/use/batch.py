@@ -115,7 +115,7 @@ def page_code(page) -> str:
 def cells_of_page(page, grid:Grid, out) -> list: # of Cell
     "Every cell with its key; a UserError names the first parameter that the page doesn't have"
     page, known, found = Path(page), parameters_of(page), {}
-    code, inputs = {page.name: page_code(page)}, content(*grid.inputs)
+    code, inputs = dict(page=page_code(page)), content(*grid.inputs)
     for parameters in combinations(grid):
         for k in parameters: choose(k, sorted(known), f'{page.name}: parameter')
         name = name_of(parameters)

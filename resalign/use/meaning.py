@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WITH_DOCSTRING', 'REGISTRY', 'STUDIES', 'is_text', 'names_all', 'tree_of', 'import_graph', 'file_of', 'tree_digest',
            'listed_methods', 'modules_of_methods', 'closure', 'meaning', 'page_of', 'code_cells', 'page_tree', 'digest',
-           'content_of', 'content', 'short', 'study_meaning', 'studies', 'write_meanings']
+           'short', 'stamp', 'content_of', 'content', 'study_meaning', 'studies', 'write_meanings']
 
 # %% ../../nbs/8_use/20_meaning.ipynb #5c2e74a5
 import ast, hashlib, importlib.util, json
@@ -97,22 +97,32 @@ def page_tree(page:Path) -> str:
     "The syntax tree of a page's code"
     return '\n'.join(tree_of(code) for code in code_cells(page))
 
-# %% ../../nbs/8_use/20_meaning.ipynb #209bc023
+# %% ../../nbs/8_use/20_meaning.ipynb #mea0010
 def digest(value) -> str: # 64 hex digits
     "Of anything that JSON can hold"
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
+def short(digests:dict) -> dict: return {k: v[:12] for k, v in digests.items()}
+
+# %% ../../nbs/8_use/20_meaning.ipynb #209bc023
+def stamp(path:Path) -> tuple:
+    "Sizes and times of all files: while they stay, so does the content"
+    files = sorted(path.rglob('*')) if path.is_dir() else [path]
+    return tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file())
+
 @cache
-def content_of(path:str) -> str: # 12 hex digits
+def content_of(path:Path, stamp:tuple) -> str: # 12 hex digits
     "What a file or folder holds"
-    if not Path(path).exists(): raise UserError(f'{path}: no such file or folder, expected an input')
     return sha256(path)[:12]
 
+# %% ../../nbs/8_use/20_meaning.ipynb #2cf647f5
 def content(*paths) -> dict: # path -> 12 hex digits
     "Inputs, for a key"
-    return {str(path): content_of(str(path)) for path in paths}
-
-def short(digests:dict) -> dict: return {k: v[:12] for k, v in digests.items()}
+    found = {}
+    for path in map(Path, paths):
+        if not path.exists(): raise UserError(f'{path}: no such file or folder, expected an input')
+        found[str(path)] = content_of(path, stamp(path))
+    return found
 
 # %% ../../nbs/8_use/20_meaning.ipynb #f3ebc74d
 STUDIES = 'resalign.studies'
