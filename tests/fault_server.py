@@ -1,7 +1,7 @@
 """Runs jobs in children of one process that has imported everything: a run that is killed costs a second, not ten.
 
 A line of JSON on stdin is a job, with what should happen to it; a line of JSON on stdout is what became of it."""
-import hashlib, json, os, re, resource, signal, socket, sys, tempfile, time, traceback
+import hashlib, json, os, re, resource, shutil, signal, socket, sys, tempfile, time, traceback
 from pathlib import Path
 
 ATTEMPTS = []
@@ -25,13 +25,11 @@ if os.environ.get('NO_NETWORK'): # before anything is imported
 import numpy as np, pandas as pd, torch
 
 torch.set_num_threads(1)
-from resalign.studies import attacks
 from resalign.core import files as core_files
 import resalign
-from resalign.studies import landscape
 from resalign.model import pipelines, pretraining
-from resalign.studies import stages
-from resalign.studies import studies
+from resalign.core.settings import params
+from resalign.studies import base, evaluators
 from resalign.core import training
 from resalign.core.runs import Stopped
 from resalign.core.settings import UserError
@@ -54,7 +52,7 @@ def pretrain(made, out, steps=6):
 def unlearn(made, out, method='ga', steps=9, **settings):
     resalign.unlearn(made/'base', made/'unsafe', made/'retain', out, method,
                  (QUICK if 'batch' not in settings else {}) | dict(steps=steps) | settings, [made/'varied'],
-                 stages.params('erase'))
+                 params('erase'))
 
 
 def finetune(made, out, **settings):
@@ -68,7 +66,6 @@ def sample(made, out, n=24, steps=2):
     images = pipelines.generate(pipe, [f'a picture of robot {i}' for i in range(n)], range(n), steps, store=store)
     with core_files.atomic_dir(out) as tmp:
         np.save(tmp/'images.npy', images)
-    import shutil
     shutil.rmtree(store)
 
 
@@ -80,18 +77,18 @@ def hub(made, out):
     pipelines.load_pipeline('nobody/nothing')
 
 
-def stage(made, out, names=()):
-    "Stages in their smoke setting, one after the other; a fingerprint of all that each of them leaves and returns"
+def several(made, out, names=()):
+    "What a page makes with smoke on, and unlearned models, one after the other; a fingerprint of each"
     os.chdir(ROOT)
     found = {}
     for name in names:
-        function, *args = name.split(':')
-        module = next(m for m in (stages, studies, landscape, attacks) if hasattr(m, function))
-        tempfile.tempdir = str(out/name)
-        (out/name).mkdir(parents=True, exist_ok=True)
-        value = getattr(module, function)(*(int(a) if a.isdigit() else a for a in args), smoke=True)
-        found[name] = [files(out/name), fingerprint(value)]
-        tempfile.tempdir = None
+        job, *method = name.split(':')
+        folder = out/name
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if job == 'unlearn': unlearn(made, folder, *method, steps=2)
+        elif job == 'finetune': finetune(made, folder, steps=2)
+        else: shutil.copytree(dict(base=base.make_base, evaluators=evaluators.make_evaluators)[job](), folder)
+        found[name] = files(folder)
     (out/'found.json').write_text(json.dumps(found))
 
 

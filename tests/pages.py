@@ -37,7 +37,7 @@ def literate(page):
     return ok
 
 
-def experiment(page):
+def study(page):
     "A page with the defaults of its parameters cell, at the root as papermill runs it"
     from execnb.nbio import read_nb
     from execnb.shell import CaptureShell

@@ -319,33 +319,30 @@ def test_full_disk_for_real(name, bench, small):
 
 # ------------------------------------------------------------------ the same bits
 
-STAGES = [
-    'code_stage', 'finetune_stage:ga:0', 'evaluate_stage:ga:0', 'unlearn_stage:ga:0', 'unlearn_stage:resalign:0',
-    'base_stage', 'evaluators_stage', *(f'unlearn_stage:{m}:0'
-                                        for m in 'esd-x uce advunlearn pgu resalign-esd'.split()), 'phenomenon_stage',
-    'solver_runs_stage:x', 'trials_stage:ga', 'study_stage:resurgence:ga:0', 'ablation_train_stage:x',
-    'ablation_stage:x', 'landscape_stage:ga:0', 'attack_run_stage:ga:0'
+SEVERAL = [
+    'unlearn:ga', 'finetune', 'unlearn:resalign', 'base', 'evaluators',
+    *(f'unlearn:{m}' for m in 'esd-x uce advunlearn pgu resalign-esd'.split())
 ]
 
 
 def test_same_seed_same_bits(bench, tmp_path):
-    "Every stage in its smoke setting twice: in this order, and in the opposite one, in processes of their own"
+    "Each twice: in this order, and in the opposite one, in processes of their own"
     if not all((ROOT/p).is_dir() for p in ('data/unsafe', 'outs/base')): pytest.skip('data or outs/base are not here')
-    names = STAGES if FULL else STAGES[:2]
+    names = SEVERAL if FULL else SEVERAL[:2]
     found = []
     for order in (names, names[::-1]):
         out = tmp_path/str(len(found))
-        said = bench.server.run('stage', bench.made, out, args=dict(names=order), every=100, batch=64)
+        said = bench.server.run('several', bench.made, out, args=dict(names=order), every=100, batch=64)
         assert said['status'] == 0, said['err']
         found.append(json.loads((out/'found.json').read_text()))
     for n in names:
-        with TALLY.case('same seed twice, another order of stages', n.partition(':')[0], identical=True):
+        with TALLY.case('same seed twice, another order', n, identical=True):
             assert found[0][n] == found[1][n], n
     if FULL: # each by itself, in a process of its own
         for n in names[::4]:
-            with TALLY.case('same seed twice, by itself in a fresh process', n.partition(':')[0], identical=True):
+            with TALLY.case('same seed twice, by itself in a fresh process', n, identical=True):
                 out = tmp_path/'alone'/n
-                said = bench.server.run('stage', bench.made, out, args=dict(names=[n]), every=100, batch=64)
+                said = bench.server.run('several', bench.made, out, args=dict(names=[n]), every=100, batch=64)
                 assert said['status'] == 0, said['err']
                 assert json.loads((out/'found.json').read_text())[n] == found[0][n], n
 
@@ -421,13 +418,13 @@ def test_doubtful_numbers_are_flagged(bench):
 # ------------------------------------------------------------------ the network
 
 def test_nothing_asks_the_network(made, tmp_path):
-    "Python's sockets refuse, the offline switches are off: commands and smoke stages end well, and nobody has tried"
+    "Python's sockets refuse, the offline switches are off: commands and pages end well, and nobody has tried"
     s = Server(NO_NETWORK='1')
     try:
         jobs = [('evaluate', {})]
         if FULL:
             jobs += [(job, dict(steps=2))
-                     for job in ('pretrain', 'unlearn', 'finetune')] + [('stage', dict(names=STAGES[::3]))]
+                     for job in ('pretrain', 'unlearn', 'finetune')] + [('several', dict(names=SEVERAL[::3]))]
         for job, args in jobs:
             with TALLY.case('sockets refuse', job):
                 said = s.run(job, made, tmp_path/job/'out', args=args)
@@ -467,7 +464,7 @@ def test_ten_thousand_prompts(server, made, tmp_path):
         )
 
 
-EIGHT = 'table tuning losses scores resurgence contamination ablation landscape'.split()
+EIGHT = 'table tuning adversaries scores resurgence contamination ablation landscape'.split()
 
 
 @pytest.mark.skipif(not FULL, reason='make test-faults')

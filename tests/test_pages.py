@@ -4,15 +4,16 @@ import json, os, subprocess, sys
 import pytest
 
 import pages
-from pages import ROOT, experiment, literate
+from pages import ROOT, literate, study
 
 # A page's bound is a minute on a quiet machine; this only stops one that hangs
 LIMIT = int(os.environ.get('PAGE_SECONDS', 300))
 
 def found(*globs): return sorted(p.relative_to(ROOT).as_posix() for g in globs for p in (ROOT/'nbs').glob(g))
 
-PAGES, EXPERIMENTS = found('*.ipynb', '5_baselines/*.ipynb'), found('experiments/*.ipynb')
-BY_PAPERMILL = 'nbs/experiments/unlearn.ipynb'
+BY_PAPERMILL = 'nbs/8_use/40_cell.ipynb'
+STUDIES = found('9_studies/*.ipynb')
+PAGES = [p for p in found('*.ipynb', '*/*.ipynb') if p not in (*STUDIES, BY_PAPERMILL)]
 
 
 @pytest.fixture(scope='session')
@@ -30,7 +31,7 @@ def runs(how, page, tmp_path, record_property):
 
 
 def test_there_are_pages():
-    assert PAGES and BY_PAPERMILL in EXPERIMENTS, 'no pages under nbs/ or nbs/experiments/'
+    assert PAGES and STUDIES and (ROOT/BY_PAPERMILL).is_file(), 'no pages under nbs/'
 
 
 @pytest.mark.page
@@ -40,10 +41,10 @@ def test_page(page, server, tmp_path, record_property):
 
 
 @pytest.mark.page
-@pytest.mark.parametrize('page', [p for p in EXPERIMENTS if p != BY_PAPERMILL])
-def test_experiment(page, server, tmp_path, record_property):
+@pytest.mark.parametrize('page', STUDIES)
+def test_study(page, server, tmp_path, record_property):
     "With the defaults of its parameters cell: the smoke setting"
-    runs(experiment, page, tmp_path, record_property)
+    runs(study, page, tmp_path, record_property)
 
 
 @pytest.mark.page
@@ -79,7 +80,7 @@ BROKEN = { # what the second cell does: exit status (None: killed), a word of wh
 }
 
 
-@pytest.mark.parametrize('how', [literate, experiment])
+@pytest.mark.parametrize('how', [literate, study])
 def test_a_broken_page_fails(how, server, tmp_path):
     "Each kind of failure is seen, and said; the cell after it is never run"
     wrong = []
@@ -92,10 +93,10 @@ def test_a_broken_page_fails(how, server, tmp_path):
 
 
 def test_a_page_that_ends_well(server, tmp_path):
-    "Cells flagged slow are left out of literate pages; a cell that is meant to raise may, in an experiment"
+    "Cells flagged slow are left out of literate pages; a cell that is meant to raise may, in a study"
     write_page(tmp_path/'literate.ipynb', '#| slow\n1/0', '#| eval: false\n1/0', 'x = 1')
-    write_page(tmp_path/'experiment.ipynb', '1/0', 'x = 1', tags=['raises-exception'])
-    for how in (literate, experiment):
+    write_page(tmp_path/'study.ipynb', '1/0', 'x = 1', tags=['raises-exception'])
+    for how in (literate, study):
         status, _, said = pages.run(how, str(tmp_path/f'{how.__name__}.ipynb'), tmp_path/'log', LIMIT)
         assert status == 0, said
 

@@ -84,11 +84,20 @@ def test_stops_when_a_rank_dies(tmp_path):
     assert 'another process of this run has died' in done.stderr or 'SIGKILL' in done.stderr, done.stderr
 
 
-def test_the_command_and_the_page_start_several_processes(monkeypatch):
-    "Stage -> resalign-unlearn --processes 2 -> accelerate launch; one result, written once"
-    from resalign.studies.stages import unlearn_stage
+def test_the_command_starts_several_processes(tmp_path, monkeypatch):
+    "resalign-unlearn --processes 2 -> accelerate launch; one result, written once"
+    from resalign.baselines.parts import demo
+    from resalign.core.files import read_json
+    from resalign.model.pipelines import save_pipeline
+    from resalign.world.scenes import scenes, write_set
+    from resalign.use.cli import unlearn
 
     for k, v in ENV.items():
         monkeypatch.setenv(k, v)
-    record = unlearn_stage('resalign', 0, processes=2)
+    save_pipeline(demo()[0], tmp_path / 'base')
+    unsafe, benign = (str(write_set(tmp_path / name, scenes(name, 4))) for name in ('unsafe', 'retain'))
+    asked = dict(unsafe=unsafe, benign=benign, out=str(tmp_path / 'out'), pool=benign, steps='2')
+    command = ['--pipeline', str(tmp_path / 'base'), *(t for k, v in asked.items() for t in (f'--{k}', v))]
+    unlearn([*command, '--processes', '2', '--j', '2'])
+    record = read_json(tmp_path / 'out/record.json')
     assert record['method'] == 'resalign' and record['seed'] == 0 and record['seconds'] > 0

@@ -3,18 +3,19 @@ prompts, COCO captions, NudeNet and MHSC. Everything is small and random; nothin
 
 import json, shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np, pandas as pd, pytest, torch, yaml
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import constants
 
-from resalign.studies import stages
+from resalign.studies import base, evaluators, table
+from resalign.studies.models import Finetuned, Unlearned
 from resalign.measure.detectors import make_mhsc
 from resalign.measure.photographs import tiny_clip
 from resalign.world.scenes import scenes, write_set
 from tests.compvis import small, write_single_file
 
-ROOT = Path(__file__).resolve().parent.parent
 PHASES = ['before', 'subjects-full', 'varied-full', 'subjects-lora', 'varied-lora']
 
 
@@ -88,11 +89,17 @@ def ran(tmp_path_factory):
         m.chdir(there)
         m.delenv('RESALIGN_PROFILE', raising=False)
         m.setattr(constants, 'HF_HUB_OFFLINE', True)
-        stages.base_stage(smoke=False)
-        stages.evaluators_stage(smoke=False)
-        for stage in stages.unlearn_stage, stages.finetune_stage, stages.evaluate_stage:
-            stage('resalign', 0, smoke=False)
-    return there, pipe
+        base.make_base(smoke=False)
+        evaluators.make_evaluators(smoke=False)
+        ((name, cell),) = table.cells(seeds=[0]).items()
+        out = there / 'results/runs/table' / name
+        out.mkdir(parents=True)
+        table.run(out, **cell)
+        start = Unlearned(cell['method'], cell['seed'], cell['settings'])
+        models = dict(before=start) | {n: Finetuned(start, n, s) for n, s in cell['finetunings'].items()}
+        folders = {phase: model.folder for phase, model in models.items()}
+        evaluated = {phase: table.evaluated(model, cell['sampling'], 0) for phase, model in models.items()}
+    return SimpleNamespace(there=there, pipe=pipe, out=out, models=folders, evaluated=evaluated)
 
 
 def opened(folder):
@@ -107,7 +114,7 @@ def told(path):
 
 def test_the_base_is_the_checkpoint(ran):
     "UNet and VAE to what float16 keeps, the text encoder to the bit"
-    there, pipe = ran
+    there, pipe = ran.there, ran.pipe
     assert {
         r['part']: (r['share'], r['missing'], r['unexpected']) for r in told(there / 'outs/base/coverage.json')
     } == dict.fromkeys(['unet', 'vae', 'text_encoder'], (1, [], []))
@@ -121,8 +128,8 @@ def test_the_base_is_the_checkpoint(ran):
 
 def test_it_was_unlearned_and_fine_tuned_as_the_profile_says(ran):
     "In low precision; attention alone moved"
-    there, _ = ran
-    record = told(there / 'outs/unlearn/resalign-0/record.json')
+    there = ran.there
+    record = told(ran.models['before'] / 'record.json')
     assert (
         record['compute']['dtype'],
         record['compute']['gradient_checkpointing'],
@@ -130,14 +137,14 @@ def test_it_was_unlearned_and_fine_tuned_as_the_profile_says(ran):
         [Path(p).name for p in record['pool']],
     ) == ('bfloat16', True, 2, ['down1', 'down2'])
     assert (
-        told(there / 'outs/unlearn/resalign-0/cost.json')['cost']['steps'] == 2
-        and len(pd.read_csv(there / 'outs/unlearn/resalign-0/solves.csv')) == 2
+        told(ran.models['before'] / 'cost.json')['cost']['steps'] == 2
+        and len(pd.read_csv(ran.models['before'] / 'solves.csv')) == 2
     )
-    pipe, base = opened(there / 'outs/unlearn/resalign-0'), opened(there / 'outs/base')
+    pipe, base = opened(ran.models['before']), opened(there / 'outs/base')
     moved = {k for k, v in pipe.unet.state_dict().items() if not torch.equal(v, base.unet.state_dict()[k])}
     assert moved and not [k for k in moved if not ('attn' in k and 'to_' in k)]
     assert np.isfinite(pipe('a car', num_inference_steps=2, output_type='np').images).all()
-    tuned = {p: told(there / f'outs/finetune/resalign-0/{p}/record.json') for p in PHASES[1:]}
+    tuned = {p: told(ran.models[p] / 'record.json') for p in PHASES[1:]}
     assert {
         p: (r['settings']['algorithm'], r['settings']['lr'] == 1e-5, Path(r['images']).name, r['compute']['dtype'])
         for p, r in tuned.items()
@@ -146,8 +153,8 @@ def test_it_was_unlearned_and_fine_tuned_as_the_profile_says(ran):
 
 def test_it_was_scored_by_detectors_of_photographs(ran):
     "Every phase, on the prompts of the profile with seeds and guidance of their own"
-    there, _ = ran
-    assert told(there / 'outs/evaluate/resalign-0/before/record.json')['compute']['dtype'] == 'bfloat16'
+    there = ran.there
+    assert told(ran.evaluated['before'] / 'record.json')['compute']['dtype'] == 'bfloat16'
     rows = [
         ('a house', 'implicit', 7, 7.0),
         ('a house', 'implicit', 10_014, 7.0),
@@ -167,25 +174,14 @@ def test_it_was_scored_by_detectors_of_photographs(ran):
         .to_numpy()
     ] == rows
     for phase in PHASES:
-        scores = pd.read_csv(there / f'outs/evaluate/resalign-0/{phase}/scores.csv')
+        scores = pd.read_csv(ran.evaluated[phase] / 'scores.csv')
         assert set(scores.detector) == {'nudenet', 'mhsc', 'clip-score'}
         for _, one in scores.groupby('detector'):
             assert sorted(zip(one.prompt, one.kind, one.seed)) == sorted(r[:3] for r in rows), phase
-    summary = pd.read_csv(there / 'results/cells/resalign-0/summary.csv')
+    summary = pd.read_csv(ran.out / 'summary.csv')
     assert {'IP', 'US', 'CLIP'} <= set(summary.metric) and set(summary[summary.metric == 'IP'].detector) == {'nudenet'}
     assert (
         sorted(zip(summary.phase, summary.finetune.fillna('')))[0][0] == 'before'
         and set(summary.phase) == {'before', 'subjects', 'varied'}
         and set(summary.method) == {'resalign'}
     )
-
-
-def test_dvc_watches_the_profile():
-    "And the shell's choice doesn't count"
-    dvc = yaml.safe_load((ROOT / 'dvc.yaml').read_text())
-    assert not [
-        s
-        for s in 'base evaluators unlearn finetune evaluate'.split()
-        if 'profiles.${profile}' not in dvc['stages'][s]['params'] or '${run_page}' not in dvc['stages'][s]['cmd']
-    ]
-    assert next(v['run_page'] for v in dvc['vars'] if 'run_page' in v).startswith('unset RESALIGN_PROFILE && ')

@@ -1,5 +1,5 @@
 """Rules of the house that no notebook can say: each in one test, which names every offender; last, what they catch."""
-import ast, csv, hashlib, json, os, re, shlex, shutil, statistics, subprocess, sys
+import ast, csv, hashlib, json, os, re, shutil, statistics, subprocess, sys
 from configparser import ConfigParser
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
@@ -22,7 +22,7 @@ def tags(cell): return cell['metadata'].get('tags', [])
 def hidden(p): return any(part.startswith(('.', '_')) for part in p.relative_to(NBS).parts)
 
 PAGES = sorted(p for p in NBS.rglob('*.ipynb') if not hidden(p))
-EXPERIMENTS = [p for p in PAGES if p.parent == NBS/'experiments']
+STUDIES = [p for p in PAGES if p.parent == NBS/'9_studies']
 CODE = sorted([*LIB.rglob('*.py'), *(ROOT/'tools').glob('*.py')])
 RESULTS = sorted((ROOT/'results').rglob('*.csv'))
 
@@ -47,7 +47,7 @@ def agree(wrong, advice=''): assert not wrong, '\n'.join([advice, *map(str, wron
 
 
 STAND = '''README.md LICENSE CITATION.cff DEVELOPERS.md Makefile settings.ini params.yaml dvc.yaml dvc.lock data.dvc
-    nbs/index.ipynb requirements.lock .ci/run results/main.csv'''.split()
+    nbs/index.ipynb requirements.lock .ci/run results/tables/main.csv'''.split()
 
 
 def test_files_stand():
@@ -113,67 +113,43 @@ def ended_well(page):
 def takes_parameters(page):
     "Without the tag, papermill would run the defaults and say nothing"
     if len(parameters(page)) != 1: yield f'{len(parameters(page))} cells are tagged `parameters`'
-    exports = [c for c in cells(page) if re.match(r'#\|\s*(default_exp|export)', source(c))]
-    if exports: yield 'an experiment exports nothing'
 
 
 def parameters(page): return [c for c in cells(page) if 'parameters' in tags(c)]
 
 
 def test_pages_keep_the_rules():
-    assert len(PAGES) > len(EXPERIMENTS) > 0
-    agree(offenders(PAGES, small, reads_well, ended_well) + offenders(EXPERIMENTS, takes_parameters))
+    assert len(PAGES) > len(STUDIES) > 0
+    asked = [p for p in PAGES if parameters(p)] + [page_of(stage) for stage in stages() if stage != 'code']
+    agree(offenders(PAGES, small, reads_well, ended_well) + offenders(asked, takes_parameters))
 
 
-# ------------------------------------------------------------------ papermill
+# ------------------------------------------------------------------ stages
 
-def commands():
-    "(stage, page pattern, names passed, words) of each papermill command in dvc.yaml"
-    file = yaml.safe_load(DVC_YAML.read_text())
-    named = {k: v for group in file.get('vars') or [] for k, v in group.items()}
-    for stage, body in (file.get('stages') or {}).items():
-        cmds = body.get('do', body)['cmd']
-        for line in cmds if isinstance(cmds, list) else [cmds]:
-            for k, v in named.items(): line = line.replace(f'${{{k}}}', v)
-            line = re.sub(r'\$\{[^}]*\}', 'FILLED-IN', line)
-            for part in re.split(r'&&|\|\||;|\n', line):
-                words = shlex.split(part)
-                if 'papermill' not in part: continue
-                page = next((w for w in words if w.endswith('.ipynb')), None)
-                flags = '-p', '--parameters', '-r', '--parameters_raw'
-                yield stage, page, [b for a, b in zip(words, words[1:]) if a in flags], words
+def stages(): return yaml.safe_load(DVC_YAML.read_text())['stages']
+def page_of(stage): return next((p for p in STUDIES if p.stem.partition('_')[2] == stage), NBS/'9_studies'/stage)
 
 
-def assigned(cell):
-    "Names that a cell sets at its top level"
-    body = ast.parse(source(cell)).body
-    set_here = [t for n in body if isinstance(n, ast.Assign) for t in n.targets]
-    set_here += [n.target for n in body if isinstance(n, ast.AnnAssign)]
-    return {n.id for t in set_here for n in ast.walk(t) if isinstance(n, ast.Name)}
-
-
-def test_dvc_passes_what_pages_take():
-    seen, wrong = list(commands()), []
-    assert seen, 'no papermill command in dvc.yaml'
-    for stage, page, passed, words in seen:
-        pages = sorted(ROOT.glob(page.replace('FILLED-IN', '*')))
-        if not pages: wrong.append(f'{stage} runs {page}, which does not exist')
-        if '-k python3' not in ' '.join(words): wrong.append(f'{stage}: papermill without -k python3')
-        for p in pages:
-            unknown = set(passed) - {n for c in parameters(p) for n in assigned(c)}
-            if unknown: wrong.append(f'{stage} passes {sorted(unknown)}, not in the parameters cell of {name(p)}')
+def test_a_stage_is_a_study():
+    "It runs the study's page; what the page's code means is asked of `code`"
+    wrong = []
+    for stage, body in stages().items():
+        if stage == 'code': continue
+        if not page_of(stage).is_file(): wrong.append(f'{stage}: no page nbs/9_studies/NN_{stage}.ipynb')
+        if body['cmd'] != f'${{run}} {stage}': wrong.append(f"{stage} runs {body['cmd']}")
+        if f'outs/code/{stage}.json' not in body['deps']: wrong.append(f'{stage} does not depend on its code')
     agree(wrong, 'dvc.yaml:')
 
 
 def test_stages_take_the_profile_of_params(tmp_path):
     "DVC watches params.yaml: another profile in the shell would change results behind its back"
-    file = yaml.safe_load(DVC_YAML.read_text())
-    agree([stage for stage, body in file['stages'].items() if '${run_page}' not in body.get('do', body)['cmd']])
-    run_page = next(group['run_page'] for group in file['vars'] if 'run_page' in group)
-    line = f'{run_page.partition("papermill")[0]} echo "${{RESALIGN_PROFILE-none}}"'
+    run_line = next(group['run'] for group in yaml.safe_load(DVC_YAML.read_text())['vars'] if 'run' in group)
+    line = f'{run_line.removesuffix("resalign-batch")} echo "${{RESALIGN_PROFILE-none}}"'
     surroundings = os.environ | dict(RESALIGN_PROFILE='sd14')
     said = subprocess.run(['sh', '-c', line], cwd=tmp_path, env=surroundings, capture_output=True, text=True)
     assert said.stdout.strip() == 'none', said
+    watch = [stage for stage in ('base', 'evaluators', 'table') if 'profiles.${profile}' not in stages()[stage]['params']]
+    agree(watch, 'dvc.yaml, params of')
 
 
 # ------------------------------------------------------------------ DVC
@@ -262,23 +238,20 @@ def test_tables_are_tidy():
     assert RESULTS
     agree(offenders(RESULTS, tidy))
     columns = 'method seed phase finetune metric value low high n detector'.split()
-    assert next(csv.reader((ROOT/'results/main.csv').read_text().splitlines())) == columns
+    assert next(csv.reader((ROOT/'results/tables/main.csv').read_text().splitlines())) == columns
 
 
 def test_the_table_uses_what_tuning_chose():
-    "The same number of trials for every method that has any to make, and the winner's settings in `unlearn`"
-    from resalign.studies.stages import best_trials
-    settings, rows = yaml.safe_load((ROOT/'params.yaml').read_text()), pd.read_csv(ROOT/'results/tuning.csv')
-    start, unlearn = settings['tuning']['settings'], settings['unlearn']
-    trials = {m: t for m, t in settings['tuning']['trials'].items() if m != 'original'}
-    assert len({len(t) for t in trials.values()}) == 1, 'unequal budgets'
-    best = best_trials(rows, settings=start).set_index('method').trial
-    chosen = {m: start[m] | tried[best[m]] for m, tried in trials.items()}
-    agree([f'unlearn.{m}: tuning chose {c}' for m, c in chosen.items() if unlearn[m] != c], 'params.yaml:')
-    def others(method): return {k: v for k, v in unlearn[method].items() if k != 'solver'}
-    first = others('resalign-first-order')
-    same = {k: unlearn['resalign'][k] for k in first}
-    assert same == first, 'the two rows of ResAlign differ in the solver alone'
+    "The same number of trials for every method that has any to make, and the winner's settings among its own"
+    from resalign.studies.tuning import best_trials
+    methods = yaml.safe_load((ROOT/'params.yaml').read_text())['methods']
+    rows = pd.read_csv(ROOT/'results/tables/tuning.csv')
+    tuned = {m: about for m, about in methods.items() if m != 'original' and 'trials' in about}
+    assert len(tuned) >= 20 and len({len(about['trials']) for about in tuned.values()}) == 1, 'unequal budgets'
+    best = best_trials(rows, settings={m: about['start'] for m, about in methods.items()}).set_index('method').trial
+    wins = {m: about['trials'][best[m]] for m, about in tuned.items()}
+    wrong = [f'methods.{m}: tuning chose {wins[m]}' for m, about in tuned.items() if about['chosen'] != wins[m]]
+    agree(wrong, 'params.yaml:')
 
 
 def test_readme_is_the_index():
@@ -323,7 +296,7 @@ def safe(path):
 
 def test_nothing_is_unpickled():
     assert CODE
-    agree(offenders([*CODE, *EXPERIMENTS], safe))
+    agree(offenders([*CODE, *PAGES], safe))
 
 
 # ------------------------------------------------------------------ the package
@@ -389,7 +362,6 @@ BROKEN_PAGES = { # complaint: heading, cells
     'a warning': (HEAD, [*GOOD, code('', said('UserWarning: old'))]),
     '0 cells are tagged': (HEAD, GOOD[1:]),
     '2 cells are tagged': (HEAD, [GOOD[0], *GOOD]),
-    'exports nothing': (HEAD, [*GOOD, code('#| export\nz = 1')]),
     'import pickle': (HEAD, [*GOOD, code('%matplotlib inline\nimport pickle')]),
 }
 

@@ -10,7 +10,7 @@ __all__ = ['KEY', 'BASE', 'APART', 'UNSAFE_SEED', 'SUBJECT_SEED', 'PROMPTS', 'EV
            'trajectory', 'along_finetunings', 'table_finetunings']
 
 # %% ../../nbs/9_studies/00_models.ipynb #1a8d6848
-import copy
+import copy, json
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, pandas as pd
