@@ -64,6 +64,7 @@ def three_finetunings(pool) -> list: # (folder, FinetuneConfig) each
     descent = FinetuneConfig(algorithm='lora', optimizer='sgd', lr=.1, **common)
     return [*zip(FOLDERS, drawn), (FOLDERS[0], descent)]
 
+# %% ../../nbs/9_studies/42_moreau.ipynb #ec8067bc
 def embedded_problem(smoke=True) -> Problem:
     "One outer step of ResAlign on the embedded pipeline"
     settings = {} if smoke else profiles.settings('unlearn.resalign')
@@ -71,7 +72,7 @@ def embedded_problem(smoke=True) -> Problem:
     pictures = {k: read_images(f'data/{k}', 64, 16 if smoke else 256) for k in ('unsafe', 'retain', *FOLDERS)}
     return make_problem(load_pipeline('outs/base'), pictures, config, three_finetunings(config.pool))
 
-# %% ../../nbs/9_studies/42_moreau.ipynb #1f71034e
+# %% ../../nbs/9_studies/42_moreau.ipynb #ab81c638
 def unsafe_sample(problem, j:int) -> Sample:
     "The frozen unsafe sample of L_unsafe, for simulated fine-tuning `j`"
     gen = generator(0, 'bench', j)
@@ -115,8 +116,7 @@ def implicit_gradient(problem, j:int, end:list, # θ*
     start = [p.detach().clone() for p in problem.params]
     for p, e in zip(problem.params, end): p.data.copy_(e)
     frozen, harm = loss.frozen(*(samples or [loss.config.steps])), lambda: -problem.model.loss(s)
-    options = dict(check=False, bound=math.inf) | options
-    try: return hypergradient(harm, frozen, problem.params, gamma, **options)[:2]
+    try: return hypergradient(harm, frozen, problem.params, gamma, check=False, bound=math.inf, **options)[:2]
     finally:
         for p, a in zip(problem.params, start): p.data.copy_(a)
 
@@ -136,6 +136,7 @@ def models_of(lr:float, steps:int) -> dict: # name -> γ, numbers of the samples
             'matched, 4 samples': (matched, range(max(0, steps - 3), steps + 1)),
             'matched, all samples': (matched, range(steps))}
 
+# %% ../../nbs/9_studies/42_moreau.ipynb #42602961
 def moreau_errors(problem, j:int, lr:float, steps:int) -> list: # rows
     "Five implicit hypergradients of fine-tuning `j` against the unrolled one"
     exact, end = unrolled_gradient(problem, j, lr, steps)
@@ -154,8 +155,10 @@ def finetuning_samples(lr:float, steps:int, batch:int, samples:int) -> list: # (
     ft = FinetuneConfig(algorithm='lora', optimizer='sgd', steps=steps, batch=batch, lr=lr)
     return [(f, ft.model_copy(update=dict(seed=k))) for k in range(samples) for f in FOLDERS]
 
+# %% ../../nbs/9_studies/42_moreau.ipynb #d3ef75e4
 def over_grid(problem, lr:list, steps:list, samples:int) -> pd.DataFrame:
     "Every fine-tuning, learning rate and number of steps"
-    problem.configs = finetuning_samples(lr[0], max(steps), problem.config.pool.batch, samples)
-    grid = lambda j: [row for rate, T in product(lr, steps) for row in moreau_errors(problem, j, rate, T)]
-    return pd.DataFrame([row for j in progress(range(len(problem.configs)), desc='moreau') for row in grid(j)])
+    problem.configs, rows = finetuning_samples(lr[0], max(steps), problem.config.pool.batch, samples), []
+    for j in progress(range(len(problem.configs)), desc='moreau'):
+        for rate, T in product(lr, steps): rows += moreau_errors(problem, j, rate, T)
+    return pd.DataFrame(rows)

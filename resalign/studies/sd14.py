@@ -257,8 +257,8 @@ def accounting(recipes:dict=RECIPES, reduced=False) -> pd.DataFrame: # recipe, p
     return pd.DataFrame(rows)
 
 # %% ../../nbs/9_studies/48_sd14.ipynb #9s348083
-def totals(rows, what:str) -> pd.DataFrame: # by recipe: `what`, summed over its pieces as often as they run; gb, the largest
-    "One simulated fine-tuning, with its share of the outer step"
+def totals(rows, what:str) -> pd.DataFrame: # by recipe: `what`, gb
+    "One simulated fine-tuning, with its share of the outer step: sums over pieces as often as they run, the largest gb"
     weighted = rows.assign(all=rows[what]*rows.times)
     return weighted.groupby('recipe', sort=False).agg(**{what: ('all', 'sum'), 'gb': ('gb', 'max')})
 
@@ -283,7 +283,8 @@ def networks_in_memory(recipe:Recipe, m) -> list:
     return unets
 
 # %% ../../nbs/9_studies/48_sd14.ipynb #79d9f931
-def measured(recipe:str, device='cuda', reduced=False, repeats=5) -> pd.DataFrame: # recipe, piece, times, repeat, seconds, gb
+def measured(recipe:str, device='cuda', reduced=False,
+             repeats=5) -> pd.DataFrame: # recipe, piece, times, repeat, seconds, gb
     "Seconds and peak memory of every piece of one recipe, on real tensors"
     name, recipe, device = recipe, (RECIPES | SAVINGS)[recipe], torch.device(device)
     m, calls = model_and_pieces(recipe, reduced, device)
@@ -398,7 +399,7 @@ def real_steps(device:str='cuda',  # a torch device
                J:int=1,            # simulated fine-tunings of an outer step
                inner:int=5,        # steps of each
                out:str=None):      # CSV to write
-    "Outer steps of Algorithm 2 at the size of SD v1.4, random weights, 512 px: seconds and peak memory in each precision"
+    "Seconds and peak memory of outer steps of Algorithm 2 at the size of SD v1.4, random weights, in each precision"
     check_gpu('real-steps', device)
     rows, config = [], small_config(steps, J, inner)
     for name, compute in PRECISIONS.items():
