@@ -12,20 +12,20 @@ from resalign.method import resalign as meta
 
 def run(out, steps: int, checkpoint=None) -> dict:  # log, solves; merged: how many sums were taken
     "So many outer steps; writes the UNet, and the first gradient that was summed"
-    whole, sums = Ranks.merged, []
+    whole, sums = Ranks.reduce, []
 
-    def merged(self, tensors, row):
+    def reduce(self, tensors, row):
         total = whole(self, tensors, row)
         sums.append([t.clone() for t in total[0]])
         return total
 
-    Ranks.merged, (pipe, data) = merged, demo()
+    Ranks.reduce, (pipe, data) = reduce, demo()
     try:
         result = resalign(
             pipe, data, ResAlignConfig(steps=steps, J=3, pool=Pool(optimizer=('adam',))), checkpoint=checkpoint
         )
     finally:
-        Ranks.merged = whole
+        Ranks.reduce = whole
     save_file({k: v.contiguous() for k, v in pipe.unet.state_dict().items()}, f'{out}.safetensors')
     save_file({str(i): t for i, t in enumerate(sums[0])}, f'{out}-gradient.safetensors')
     return result | dict(merged=len(sums))

@@ -1,6 +1,6 @@
 "Algorithm 2 on several processes (torch.distributed, gloo on a CPU)."
 
-import os, re, subprocess, sys
+import json, os, re, subprocess, sys
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file
@@ -84,20 +84,19 @@ def test_stops_when_a_rank_dies(tmp_path):
     assert 'another process of this run has died' in done.stderr or 'SIGKILL' in done.stderr, done.stderr
 
 
-def test_the_command_starts_several_processes(tmp_path, monkeypatch):
+def test_the_command_starts_several_processes(tmp_path):
     "resalign-unlearn --processes 2 -> accelerate launch; one result, written once"
     from resalign.baselines.parts import demo
-    from resalign.core.files import read_json
     from resalign.model.pipelines import save_pipeline
     from resalign.world.scenes import scenes, write_set
-    from resalign.use.cli import unlearn
-
-    for k, v in ENV.items():
-        monkeypatch.setenv(k, v)
     save_pipeline(demo()[0], tmp_path / 'base')
     unsafe, benign = (str(write_set(tmp_path / name, scenes(name, 4))) for name in ('unsafe', 'retain'))
-    asked = dict(unsafe=unsafe, benign=benign, out=str(tmp_path / 'out'), pool=benign, steps='2')
-    command = ['--pipeline', str(tmp_path / 'base'), *(t for k, v in asked.items() for t in (f'--{k}', v))]
-    unlearn([*command, '--processes', '2', '--j', '2'])
-    record = read_json(tmp_path / 'out/record.json')
-    assert record['method'] == 'resalign' and record['seed'] == 0 and record['seconds'] > 0
+    command = tmp_path / 'resalign-unlearn'  # as pip installs it
+    command.write_text('from resalign.use.cli import unlearn\nunlearn()\n')
+    asked = [tmp_path / 'base', unsafe, benign, tmp_path / 'out', '--processes', 2]
+    settings = [t for kv in ('steps=2', 'J=2', 'unsafe_batch=1', 'retain_batch=1') for t in ('--set', kv)]
+    ran = [sys.executable, *map(str, [command, *asked]), *settings]
+    done = subprocess.run(ran, env=ENV, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0 and done.stdout.count('wrote ') == 1, (done.stdout, done.stderr[-3000:])
+    record = json.loads((tmp_path / 'out/record.json').read_text())
+    assert record['method'] == 'resalign' and record['seed'] == 0 and record['settings']['J'] == 2

@@ -78,6 +78,7 @@ def test_modules_are_the_pages(copy):
     done = run('from nbdev.export import *; from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__()', copy)
     assert done.returncode == 0, done.stderr
     made, ours = tree(copy/'resalign', '*.py'), tree(LIB, '*.py')
+    for files in (made, ours): files.pop('__init__.py') # written by hand: what `from resalign import` has
     drift = sorted(f for f in made.keys() | ours.keys() if made.get(f) != ours.get(f))
     agree(drift, 'run nbdev_export, and never edit resalign/ by hand:')
     to = [m for p in PAGES for c in cells(p) for m in re.findall(r'^#\|\s*default_exp\s+(\S+)', source(c), re.M)]
