@@ -32,7 +32,7 @@ def pytest_configure(config):
 
 
 def worktree(): # what git sees, but for the record that `make test-faults` is asked for
-    record = ['--', '.', ':!results/survival.csv']*(os.environ.get('FAULTS') == 'full')
+    record = ['--', '.', ':!results/tables/survival.csv']*(os.environ.get('FAULTS') == 'full')
     return subprocess.run(['git', 'status', '--porcelain', '-uall', *record], cwd=ROOT, check=True, capture_output=True,
                           text=True).stdout
 

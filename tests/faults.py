@@ -49,9 +49,9 @@ TALLY = Tally()
 
 @pytest.fixture(scope='session', autouse=True)
 def record():
-    "In the full form, the counts go to results/survival.csv; test files import this"
+    "In the full form, the counts go to results/tables/survival.csv; test files import this"
     yield
-    if FULL: TALLY.save(ROOT/'results/survival.csv')
+    if FULL: TALLY.save(ROOT/'results/tables/survival.csv')
 
 
 class Server:

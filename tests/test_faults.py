@@ -1,6 +1,6 @@
 """Kills, full disks, signals, bad numbers, many prompts: nothing is lost, and what is resumed ends in the same bits.
 
-Each fault for one job in the gate, all by `make test-faults` (FAULTS=full), which writes results/survival.csv."""
+Each fault for one job in the gate, all by `make test-faults` (FAULTS=full), which writes results/tables/survival.csv."""
 import itertools, json, os, random, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest

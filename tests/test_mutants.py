@@ -6,15 +6,15 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SAMPLE = 'meta', 'losses', 'baselines/esd'
+SAMPLE = 'method/resalign', 'model/losses', 'baselines/esd'
 
 
 def test_a_sample_is_noticed(tmp_path):
-    "All faults of the whole run: `make mutants`, and the page nbs/experiments/mutants.ipynb"
+    "All faults of the whole run: `make mutants`, and the page nbs/9_studies/92_tests.ipynb"
     run = [sys.executable, 'tools/mutants.py', *SAMPLE, '--lanes', '1', '--sample', '6', '--sessions', str(tmp_path)]
     done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    with open(ROOT/'nbs/experiments/survivors.csv', newline='', encoding='utf-8') as f:
+    with open(ROOT/'nbs/9_studies/survivors.csv', newline='', encoding='utf-8') as f:
         explained = {(r['before'], r['after']) for r in csv.DictReader(f)}
     survived = re.findall(r'^    - (.*)\n    \+ (.*)$', done.stdout, re.M)
     assert re.findall(r'^(\S+): \d+ of \d survived$', done.stdout, re.M) == list(SAMPLE), done.stdout

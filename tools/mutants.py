@@ -43,10 +43,14 @@ OFF = 'cacheprovider unraisableexception threadexception logging faulthandler ju
 PLUGINS = [f'-pno:{name}' for name in OFF]
 MEMORY = 12*2**30 # bytes that a mutant may ask for
 
-# module -> its fast tests; a baseline's are called like the baseline
-MODULES = {name: f'test_{name}.py' for name in 'hypergrad meta finetune training losses data metrics claims'.split()}
-MODULES |= {f'baselines/{p.stem}': f'test_{p.stem}.py' for p in sorted((ROOT/'resalign'/'baselines').glob('*.py'))
-            if p.stem != '__init__'}
+# module -> files of its fast tests; a baseline's is called like the baseline
+MODULES = {
+    'method/hypergrad': ['test_hypergrad.py'], 'method/resalign': ['test_meta.py'],
+    'method/finetune': ['test_finetune.py'], 'core/training': ['test_training.py'],
+    'model/losses': ['test_losses.py', 'test_flow.py'], 'model/data': ['test_data.py'],
+    'measure/metrics': ['test_metrics.py'], 'studies/claims': ['test_claims.py']}
+MODULES |= {f'baselines/{p.stem}': [f'test_{p.stem}.py'] for p in sorted((ROOT/'resalign'/'baselines').glob('*.py'))
+            if p.stem not in ('__init__', 'methods')}
 
 BINARY = 'Add_Sub Sub_Add Mul_Div Div_Mul FloorDiv_Mul Mod_FloorDiv Pow_Mul BitOr_BitAnd BitAnd_BitOr'.split()
 COMPARE = ('Eq_NotEq NotEq_Eq Lt_LtE Lt_GtE LtE_Lt LtE_Gt Gt_GtE Gt_LtE GtE_Gt GtE_Lt Is_IsNot IsNot_Is').split()
@@ -163,12 +167,12 @@ class Order:
         items.sort(key=lambda item: self.seconds.get(item.nodeid, 0))
 
 
-def run_tests(folder:Path, test:str, limit:float, plugin=lambda: None, caches=False) -> str: # how it ended
-    "pytest on one fast file in a fork of this process, with the copy of the package in `folder`"
+def run_tests(folder:Path, tests:list, limit:float, plugin=lambda: None, caches=False) -> str: # how it ended
+    "pytest on fast files in a fork of this process, with the copy of the package in `folder`"
     pid = os.fork()
     if pid == 0:
         sys.dont_write_bytecode = not caches
-        child(folder, test, plugin)
+        child(folder, tests, plugin)
     end = time.monotonic() + limit
     while time.monotonic() < end:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -178,7 +182,7 @@ def run_tests(folder:Path, test:str, limit:float, plugin=lambda: None, caches=Fa
     os.waitpid(pid, 0)
     return 'timeout'
 
-def child(folder, test, plugin):
+def child(folder, tests, plugin):
     "Never returns"
     os.setsid()
     os.chdir(folder)
@@ -190,19 +194,19 @@ def child(folder, test, plugin):
     status = 3
     try:
         used = plugin()
-        asked = ['-x', '-q', '--tb=line', '--noconftest', *PLUGINS, f'{FAST}/{test}']
+        asked = ['-x', '-q', '--tb=line', '--noconftest', *PLUGINS, *(f'{FAST}/{test}' for test in tests)]
         status = int(pytest.main(asked, plugins=[used] if used else []))
         if isinstance(used, Recorder): used.save(folder/'recorded')
     finally: os._exit(status)
 
-def known_modules(folder, test) -> list:
-    "Names of the libraries that a test file imports; not the package, not the tests"
+def known_modules(folder, tests) -> list:
+    "Names of the libraries that test files import; not the package, not the tests"
     out = folder/'imported'
     pid = os.fork()
     if pid == 0:
         sys.path[:0] = [str(folder), str(folder/FAST), str(folder/'tests')]
         try:
-            __import__(Path(test).stem)
+            for test in tests: __import__(Path(test).stem)
             found = [name for name, module in list(sys.modules.items()) if not ours(folder, name, module)]
             out.write_text('\n'.join(found))
         finally: os._exit(0)
@@ -213,9 +217,9 @@ def ours(folder, name, module) -> bool:
     file = str(getattr(module, '__file__', None) or '')
     return name.partition('.')[0] in ('resalign', 'tests') or file.startswith(str(folder))
 
-def preload(folder, test):
+def preload(folder, tests):
     "The libraries, out of the garbage collector's sight, which would look at all of them in every child"
-    for name in known_modules(folder, test):
+    for name in known_modules(folder, tests):
         with contextlib.suppress(Exception): importlib.import_module(name)
     gc.freeze()
 
@@ -224,10 +228,10 @@ def preload(folder, test):
 
 def digest(module) -> str:
     "What a session's results depend on: the module, its tests, and what of tests/fast these import"
-    test = ROOT/FAST/MODULES[module]
+    tests = [ROOT/FAST/test for test in MODULES[module]]
     helpers = [p for p in sorted((ROOT/FAST).glob('*.py')) if not p.name.startswith('test_')]
-    text = test.read_text(encoding='utf-8')
-    files = [ROOT/'resalign'/f'{module}.py', test, *(p for p in helpers if re.search(rf'\b{p.stem}\b', text))]
+    text = '\n'.join(test.read_text(encoding='utf-8') for test in tests)
+    files = [ROOT/'resalign'/f'{module}.py', *tests, *(p for p in helpers if re.search(rf'\b{p.stem}\b', text))]
     return hashlib.sha256(b''.join(p.read_bytes() for p in files)).hexdigest()[:12]
 
 def session(folder, module) -> Path:
@@ -312,7 +316,7 @@ def record_tests(folder, module) -> dict: # lines: tests of each; seconds of eac
     recorded = json.loads((folder/'recorded').read_text()) if as_written == 'survived' else {}
     if recorded and run_tests(folder, MODULES[module], 600, lambda: Order(recorded)) == 'survived': return recorded
     said = (folder/'said').read_text()[-2000:]
-    sys.exit(f'mutants: {FAST}/{MODULES[module]} fails on the code as it is:\n{said}')
+    sys.exit(f'mutants: {FAST}: {", ".join(MODULES[module])} fails on the code as it is:\n{said}')
 
 def share(folder, module, path, k, lanes, sample, seed):
     "This lane's part of a module, after its tests have passed on the code as it is"
