@@ -1,9 +1,8 @@
 "Profiles: every setting goes into the class that reads it, and nobody else's numbers stand in for a missing one."
 
-import importlib, inspect
 import pytest, yaml
 from huggingface_hub import constants
-from resalign.use import cli
+from resalign.use import batch, cli
 from resalign.core.settings import params, root
 from resalign.baselines.methods import METHODS, config_of
 from resalign.model.checkpoints import download_command, download_hint, licence_page
@@ -429,45 +428,24 @@ def test_the_command_that_fetches_it():
 
 # ------------------------------------------------------------------ stages
 
-DRAWN = dict(
-    studies='study_stage ablation_train_stage ablation_stage',
-    attacks='attack_run_stage bell_stage bell_run_stage',
-    landscape='landscape_stage',
-    bench='moreau_stage bench_stage',
-    scaling='scaling_stage',
-    stages='phenomenon_stage solver_runs_stage trials_stage',
-    pictures='pictures_stage portrait_stage',
-)
+
+def studies_with_stages():
+    stages = yaml.safe_load((root() / 'dvc.yaml').read_text())['stages']
+    return [stage for stage in stages if stage != 'code']
 
 
-def test_a_drawn_experiment_refuses_a_real_profile(monkeypatch):
+def test_a_drawn_study_refuses_a_real_profile(monkeypatch):
     "Before anything is read or written"
     monkeypatch.setenv('RESALIGN_PROFILE', 'sd14')
-    given = dict(study='resurgence', method='ga', seed=0, variant='full', smoke=False)
-
-    def ask(module, stage):
-        f = getattr(importlib.import_module(f'resalign.studies.{module}'), stage)
-        f(**{k: given[k] for k in inspect.signature(f).parameters})
-
-    assert not unsaid(
-        ((f"{stage}: profile 'sd14'", 'drawn'), ask, (module, stage), {})
-        for module, stages in DRAWN.items()
-        for stage in stages.split()
-    )
+    drawn = [study for study in studies_with_stages() if study not in batch.OF_REAL_PROFILES]
+    assert len(drawn) > 10
+    for ask in batch.run_study_cells, batch.run_page_of_study:
+        assert not unsaid(((f"{study}: profile 'sd14'", 'drawn'), ask, (study,), {}) for study in drawn)
 
 
-def test_the_doctor_comes_first():
+def test_the_doctor_comes_first(monkeypatch):
     "Of a real profile every stage stops at the first thing that is missing, and leaves the profile as it was"
-    from resalign.studies import stages
-
-    given = dict(method='resalign', seed=0, smoke=False, profile='sd14')
-
-    def ask(stage):
-        f = getattr(stages, stage)
-        f(**{k: given[k] for k in inspect.signature(f).parameters if k in given})
-
-    assert not unsaid(
-        (('profile sd14: ', 'resalign-doctor sd14'), ask, (s,), {})
-        for s in 'base_stage evaluators_stage unlearn_stage finetune_stage evaluate_stage'.split()
-    )
-    assert active_profile()[0] == 'tiny'
+    monkeypatch.setenv('RESALIGN_PROFILE', 'sd14')
+    words = 'profile sd14: ', 'resalign-doctor sd14'
+    assert not unsaid((words, batch.run_study_and_page, (study,), {}) for study in batch.OF_REAL_PROFILES)
+    assert active_profile()[0] == 'sd14'
