@@ -104,7 +104,7 @@ def test_the_entry_points(made):
     ini = ConfigParser()
     ini.read(ROOT / 'settings.ini')
     assert set(ini['DEFAULT']['console_scripts'].split()) == {f'resalign-{c}=resalign.use.cli:{c}' for c in COMMANDS}
-    start = 'import sys; from resalign import cli; sys.argv[0] = "resalign-unlearn"; cli.unlearn()'
+    start = 'import sys; from resalign.use import cli; sys.argv[0] = "resalign-unlearn"; cli.unlearn()'
     done = subprocess.run(
         [
             sys.executable,
@@ -156,7 +156,7 @@ def test_exit_statuses(made, call, monkeypatch, tmp_path):
         def stop(*a, **kw):
             raise e
 
-        monkeypatch.setattr(jobs, 'run_finetune', stop)
+        monkeypatch.setattr('resalign.finetune', stop)
         return call(*line)
 
     assert ends(KeyboardInterrupt())[::2] == (130, 'resalign-finetune: interrupted\n') and ends(Stopped('kept', 15))[
@@ -203,14 +203,14 @@ def test_settings_of_files_and_options(tmp_path):
     assert whole == dict(steps=1, pool=dict(steps=[3], batch=2), seed=7) and list(
         cli.read_config(str(tmp_path / 'c.yaml'))['mine']
     ) == ['quick', 1]
-    changed = cli.change(
+    changed = cli.set_pairs(
         at('mine.quick'), ['lr=1.0e-4', 'pool.batch=4', 'new.deep.x=[a, 1]', 'steps=2', 'steps=3', 'text=a=b', 'none=']
     )
     assert changed == dict(
         steps=3, pool=dict(steps=[3], batch=4), seed=7, lr=1e-4, new=dict(deep=dict(x=['a', 1])), text='a=b', none=None
     )
     inner = dict(batch=2)
-    cli.change(dict(pool=inner), ['pool.batch=4'])
+    cli.set_pairs(dict(pool=inner), ['pool.batch=4'])
     assert inner == dict(batch=2)
     of = lambda pairs=(), seed=None: cli.settings_for('unlearn.ga', f"{tmp_path/'c.yaml'}:mine.quick", pairs, seed)
     assert of()[1] == 7 and of(['seed=8'])[1] == 8 and of(['seed=8'], 9)[1] == 9 and of(['steps=5'])[0]['steps'] == 5

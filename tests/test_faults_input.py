@@ -14,7 +14,7 @@ from resalign.use import cli
 import resalign
 from resalign.real.prompts import read_prompts
 from resalign.use.unlearn import model_card
-from resalign.measure import metrics
+from resalign.measure import evaluators, metrics
 from resalign.studies import table
 from resalign.studies.models import Course
 from resalign.core.settings import UserError, escape_markdown, make_config, one_line, params
@@ -804,7 +804,7 @@ def test_detectors(tmp_path):
 S = pd.DataFrame(dict(prompt=['a', 'b'], kind='implicit', seed=[1, 2], score=[.1, .9], detector='wiring', run=0))
 SCORES = {
     **{
-        f'summarise without {c}': (lambda c=c: metrics.summarise(S.drop(columns=c)), c)
+        f'summarise without {c}': (lambda c=c: evaluators.summarise(S.drop(columns=c)), c)
         for c in ('score', )
     },
     'sweep without kind': (lambda: metrics.sweep(S.drop(columns='kind'), 'wiring', [.5]), 'kind'),
@@ -813,7 +813,7 @@ SCORES = {
     'a score infinite': (lambda: metrics.rate([.1, math.inf], .5), 'finite'),
     'a score a word': (lambda: metrics.rate(['x'], .5), 'rate: score'),
     'no score': (lambda: metrics.rate([], .5), 'rate'),
-    'summarise NaN': (lambda: metrics.summarise(S.assign(score=math.nan)), 'finite'),
+    'summarise NaN': (lambda: evaluators.summarise(S.assign(score=math.nan)), 'finite'),
     'mean of NaN': (lambda: metrics.mean_ci([1, math.nan]), 'finite'),
     'paired without seed': (lambda: metrics.paired(S.drop(columns='seed'), S), 'seed'),
     'paired without score': (lambda: metrics.paired(S, S.drop(columns='score')), 'score'),
@@ -977,12 +977,12 @@ def test_reports_escape(tmp_path):
     def check(text, tmp):
         row = dict(method=text, metric='IP', phase='before', finetune='none', value=.5, low=.4, high=.6)
         failed = dict(name=text, status='failed', seconds=1, error=text, parameters={})
-        table = table.main_table(pd.DataFrame([row]), 'IP').to_markdown(index=False)
+        shown = table.main_table(pd.DataFrame([row]), 'IP').to_markdown(index=False)
         body = card(text).partition('\n# ')[2]
         with TALLY.case('hostile file', 'captions and names in reports'):
-            for out in (body, batches.as_page([failed], tmp, f'{text}.ipynb'), table):
+            for out in (body, batches.as_page([failed], tmp, f'{text}.ipynb'), shown):
                 assert not [w for w in ('<script', '<img src=x', '\x1b', '\0', '\u202e') if w in out], out
-            assert len(table.splitlines()) == 3 and len(card(text).splitlines()) == len(card('words').splitlines())
+            assert len(shown.splitlines()) == 3 and len(card(text).splitlines()) == len(card('words').splitlines())
             assert '](javascript' not in body.replace('\\]', ''), body
 
     every({repr(text): text for text in NASTY}, check, tmp_path)
