@@ -168,12 +168,13 @@ def test_exit_statuses(made, call, monkeypatch, tmp_path):
     for statuses, ended in ((['done', 'skipped'], 0), (['done', 'failed'], 1)):
         (tmp_path / 'grid.yaml').write_text('rows: [{x: 1}]')
         asked = []
-        monkeypatch.setattr(batch, 'batch', lambda *args: asked.append(args) or pd.DataFrame(dict(status=statuses)))
+        monkeypatch.setattr(batch, 'batch', lambda *a, **kw: asked.append((a, kw)) or pd.DataFrame(dict(status=statuses)))
         assert (
             call('batch', 'page.ipynb', tmp_path / 'grid.yaml', tmp_path / 'runs', '--workers', 3, '--retries', 4)[0]
             == ended
         )
-        assert asked == [('page.ipynb', dict(rows=[dict(x=1)]), str(tmp_path / 'runs'), 'local', 3, None, 4)]
+        where = dict(executor='local', workers=3, scheduler=None, retries=4)
+        assert asked == [(('page.ipynb', dict(rows=[dict(x=1)]), str(tmp_path / 'runs')), where)]
     for state, ended in (('ok', 0), ('note', 0), ('missing', 1)):
         asked = []
         monkeypatch.setattr(
