@@ -24,7 +24,8 @@ def picture(png, root):
     blob = base64.b64decode(png)
     for f in sorted((root/'results').rglob('*.png')):
         if f.stat().st_size == len(blob) and f.read_bytes() == blob: return f.relative_to(root).as_posix()
-    raise SystemExit('nbs/index.ipynb: a cell shows a picture that is no file of results/: show Image(filename=...) of a stage\'s figure')
+    raise SystemExit('nbs/index.ipynb: a cell shows a picture that is no file of results/: '
+                     "show Image(filename=...) of a stage's figure")
 
 
 def shown(output, root):

@@ -40,7 +40,8 @@ def compared(name:str) -> tuple: # does it agree; a line
     here, there = rates(ours), rates(theirs)
     outside = (here.value < there.low) | (here.value > there.high)
     changed, pictures = changed_sides(ours, theirs)
-    counts = f'{len(here) - outside.sum()} of {len(here)} rates within their intervals, {changed} of {pictures} pictures changed sides'
+    within = f'{len(here) - outside.sum()} of {len(here)} rates within their intervals'
+    counts = f'{within}, {changed} of {pictures} pictures changed sides'
     where = ''.join(f'\n    {" ".join(key)}: {here.value[key]:.3f}, committed {there.value[key]:.3f} '
                     f'({there.low[key]:.3f} to {there.high[key]:.3f})' for key in here.index[outside])
     return not outside.any(), f'{name}: {"agrees" if not outside.any() else "differs"}: {counts}{where}'
@@ -66,7 +67,8 @@ def main() -> int: # exit status
     lines = [compared(name) for name in table.name]
     for _, line in lines: print(line)
     same = all(agrees for agrees, _ in lines)
-    print('\nIt agrees with the committed results.' if same else '\nIt does not agree with the committed results: see above.')
+    verdict = 'agrees with the committed results.' if same else 'does not agree with the committed results: see above.'
+    print(f'\nIt {verdict}')
     return 0 if same else 1
 
 
