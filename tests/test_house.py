@@ -153,7 +153,8 @@ def test_words_make_nothing_stale(clone):
     assert set(before) == set(STUDIES)
     module = clone/'resalign/method/finetune.py'
     edited(module, 'import', '# a comment\nimport')
-    edited(clone/'resalign/measure/metrics.py', '"The start of the SHA-256 of a picture's pixels"', '"Names a picture"')
+    docstring = "The start of the SHA-256 of a picture's pixels"
+    edited(clone/'resalign/measure/metrics.py', docstring, 'A picture by its pixels')
     page = next((clone/'nbs/9_studies').glob('*_resurgence.ipynb'))
     nb = json.loads(page.read_text())
     nb['cells'][1]['source'] = ['# Resurgence\n', '\n', '> Other words.']
