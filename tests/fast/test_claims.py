@@ -522,7 +522,8 @@ def test_contaminated_data_on_both_sides(ours, most, verdict):
     assert [c['verdict'] for c in (stays, less, learns)] == [verdict, 'not reproduced', 'not reproduced']
     assert contaminated(ours, (18, 18, 17), 20)[1]['verdict'] == 'reproduced'
 
-@pytest.mark.parametrize('original, learned, verdict', [(10, 8, 'reproduced'), (10, 7, 'not reproduced'), (5, 4, 'reproduced')])
+@pytest.mark.parametrize('original, learned, verdict',
+                         [(10, 8, 'reproduced'), (10, 7, 'not reproduced'), (5, 4, 'reproduced')])
 def test_learning_is_measured_against_the_original(original, learned, verdict):
     assert contaminated((6, 4, 7), (14, 12, 8), learned, original=original)[2]['verdict'] == verdict
 

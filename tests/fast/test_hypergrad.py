@@ -689,11 +689,13 @@ def test_norms_are_of_the_operator_not_of_its_argument():
     for size in 1e-3, 1e3:
         assert solved(H, .1, 'richardson', size, bound=math.inf).h_norm <= 3 + 1e-9
     report = solved(H, .1, max_products=N)
-    assert report.h_norm == pytest.approx(3) and report.lambda_min == pytest.approx(-3) and report.lambda_max == pytest.approx(1)
+    assert report.h_norm == pytest.approx(3)
+    assert report.lambda_min == pytest.approx(-3) and report.lambda_max == pytest.approx(1)
 
 def test_richardsons_tolerance_is_relative():
     H = symmetric(torch.full((N,), .5, dtype=F64))
-    for size in 1e-3, 1e3: assert solved(H, .5, 'richardson', size, max_products=50, tol=1e-3, check=False).products == 5
+    for size in 1e-3, 1e3:
+        assert solved(H, .5, 'richardson', size, max_products=50, tol=1e-3, check=False).products == 5
 
 def test_a_closed_space_at_any_scale():
     "One direction of curvature: the space closes after two products, and nothing is divided by rounding errors"
