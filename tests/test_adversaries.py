@@ -1,4 +1,4 @@
-"Each fine-tuning method on a real UNet: what moves, resuming with the same bits, and a result that plain diffusers loads."
+"Each fine-tuning method on a real UNet: what moves, resuming with the same bits, and a result that diffusers loads."
 import copy
 import numpy as np, pytest, torch
 from diffusers import StableDiffusionPipeline

@@ -156,11 +156,11 @@ class Recorder:
 
 
 class Order:
-    "A pytest plugin: quick tests first; of given lines, only those that run one of them, unless an import runs it too"
+    "A pytest plugin: quick tests first; only those that run one of the lines, unless an import runs it too, or no test"
     def __init__(self, recorded, lines=()):
         self.seconds = recorded['seconds']
         self.near = {test for line in lines for test in recorded['lines'].get(str(line), ())}
-        self.all = not lines or '' in self.near
+        self.all = not self.near or '' in self.near
 
     def pytest_collection_modifyitems(self, items):
         items[:] = [item for item in items if self.all or item.nodeid in self.near]

@@ -366,6 +366,15 @@ def test_quality_is_kept_where_mean_and_upper_end_of_the_rise_of_fid_are_at_most
     )
 
 
+def test_large_rises_in_figures():
+    line, = lines(C.quality(fids(3., 3.25, 3.5), PAPER | dict(resalign=dict(FID=80))))
+    half = stats.t.ppf(.975, 2)*.25/np.sqrt(3)
+    assert line['ours'] == f'FID +325.0% (95%: {100*(3.25 - half):+.0f} to {100*(3.25 + half):+.0f}), 3 seeds'
+    assert round(101*(3.25 - half)) > round(100*(3.25 - half))
+    t = pd.DataFrame(dict(variant=['full', 'beta_20'], quality=[1, 4.], quality_low=[1, 3.9], quality_high=[1, 4.1]))
+    assert lines(C.beta_costs(t, ['beta_20']))[0]['ours'] == 'beta_20: FID +300.0% (95%: +290 to +310)'
+
+
 # ------------------------------------------------------------------ ablation
 
 def test_components_each_against_the_one_before():
@@ -473,12 +482,12 @@ def test_unseen_fine_tunings_count_where_the_original_shows_something():
 
 SHARES = ('share_005', 'share_010', 'share_020')
 
-def contaminated(ours, other, learned, most=.3):
+def contaminated(ours, other, learned, most=.3, original=20):
     others = {m: {s: (0, k + d) for s, k in zip(SHARES, other)} for d, m in enumerate(('uce', 'ga', 'esd-x'))}
     subjects = study(
         {
             m: dict.fromkeys(SHARES[:2], (0, 20)) | dict(share_020=(0, k))
-            for m, k in dict(original=20, resalign=learned).items()
+            for m, k in dict(original=original, resalign=learned).items()
         },
         kind='subject',
     )
@@ -514,6 +523,11 @@ def test_contaminated_data_on_both_sides(ours, most, verdict):
     stays, less, learns = contaminated(ours, (9, 9, 9), 15, most)
     assert [c['verdict'] for c in (stays, less, learns)] == [verdict, 'not reproduced', 'not reproduced']
     assert contaminated(ours, (18, 18, 17), 20)[1]['verdict'] == 'reproduced'
+
+@pytest.mark.parametrize('original, learned, verdict',
+                         [(10, 8, 'reproduced'), (10, 7, 'not reproduced'), (5, 4, 'reproduced')])
+def test_learning_is_measured_against_the_original(original, learned, verdict):
+    assert contaminated((6, 4, 7), (14, 12, 8), learned, original=original)[2]['verdict'] == verdict
 
 def test_the_end_rate_is_that_of_one_method_after_one_course():
     rows = study(dict(a=dict(x=(20, 3), y=(20, 9)), b=dict(x=(0, 20), y=(0, 20))))

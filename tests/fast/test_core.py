@@ -203,7 +203,14 @@ def test_a_record_keeps_what_it_took_beside_it(tmp_path, monkeypatch):
     kept, cost = (json.loads((tmp_path/n).read_text()) for n in ('record.json', 'cost.json'))
     assert set(kept) == {'job', 'versions', 'device', 'threads'} and cost == dict(cost=dict(steps=3), seconds=2.3)
 
-def test_a_signal_is_noted_and_a_second_one_interrupts(capfd):
+@pytest.fixture
+def heard():
+    "SIGINT as a terminal has it: what a shell starts in the background ignores it"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+def test_a_signal_is_noted_and_a_second_one_interrupts(heard, capfd):
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), runs.stop_signals() as asked:
         signal.raise_signal(signal.SIGTERM)

@@ -1,6 +1,7 @@
 """The hypergradient against what can be computed without it: dense matrices and formulas.
 
 Properties, gradcheck and other libraries: tests/test_hypergradient.py."""
+import inspect
 import itertools
 import math
 import warnings
@@ -474,3 +475,284 @@ def test_the_module_compiles_without_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         compile(Path(hypergrad.__file__).read_text(encoding='utf-8'), hypergrad.__file__, 'exec')
+
+
+# ------------------------------------------------------------------ vectors of tensors
+
+def test_flat_and_unflat():
+    "End to end, in float32 or better, without a graph"
+    low, high = (torch.ones(2, dtype=d, requires_grad=True) for d in (torch.bfloat16, F64))
+    assert flat([low]).dtype == torch.float32 and flat([low, high]).dtype == flat([high, low]).dtype == F64
+    assert not flat([low]).requires_grad
+    wide, = hypergrad.widened([low])
+    assert wide.dtype == torch.float32 and not wide.requires_grad
+    assert [t.shape for t in hypergrad.unflat(torch.arange(7.), [torch.ones(()), torch.ones(2, 3)])] == [(), (2, 3)]
+
+@pytest.mark.parametrize('product', ['exact', 'fd-forward'])
+def test_products_come_in_the_dtype_asked_for(product):
+    params, loss, _ = network(torch.bfloat16)
+    v = [d.requires_grad_() for d in like(params)]
+    Hv = MoreauOperator(loss, params, 1., product).hvp(v)
+    assert [(h.dtype, h.requires_grad) for h in Hv] == [(torch.bfloat16, False)]*len(v)
+
+
+# ------------------------------------------------------------------ the step of a finite difference
+
+class Steps:
+    "A gradient field, and how far from the start it has been asked for"
+    def __init__(self, field, start=(1., 0.)):
+        self.field, self.start, self.asked = field, torch.tensor(start, dtype=F64), []
+        self.params = [self.start.clone().requires_grad_()]
+
+    def gradient(self):
+        "As of a FrozenLoss"
+        here = self.params[0].detach().clone()
+        self.asked.append((here - self.start).norm().item())
+        return [self.field(here)]
+
+    def product(self, *v, **kw):
+        made = hypergrad.FiniteDifference(self, self.params, **dict(dict(central=False), **kw))
+        return [made([torch.tensor(x, dtype=F64)]) for x in v]
+
+def lengths(steps): return pytest.approx(steps, rel=1e-6, abs=1e-20)
+SHORTEST = torch.finfo(F64).eps**.5
+
+def test_the_step_grows_to_what_is_aimed_at():
+    "g = hx: the relative change of the gradient is the relative length; however small h"
+    for h in 1., 1e-6:
+        steps = Steps(lambda x: h*x)
+        (Hv,), = steps.product((3., 0.), tau=.01)
+        assert steps.asked == lengths([0., SHORTEST, .01])
+        close(Hv, torch.tensor([3.*h, 0.], dtype=F64), 1e-6)
+
+def test_the_step_stays_between_its_bounds():
+    linear, start = Steps(lambda x: torch.ones_like(x)), torch.tensor([1., 0.], dtype=F64)
+    steep = Steps(lambda x: 1e12*(x - start) + 1)
+    linear.product((1., 0.))
+    steep.product((1., 0.))
+    assert linear.asked == lengths([0., SHORTEST, 1.]) and steep.asked == lengths([0., SHORTEST])
+    from_zero = Steps(lambda x: torch.ones_like(x), (0., 0.))
+    from_zero.product((1., 0.))
+    assert from_zero.asked == lengths([0., SHORTEST, 1.])
+    far = Steps(lambda x: torch.ones_like(x), (300., 400.))
+    far.product((1., 0.))
+    assert far.asked == lengths([0., 500*SHORTEST, 500.])
+
+@pytest.mark.parametrize('factor, tries', [(.34, 1), (.32, 2), (2.9, 1), (3.1, 2)])
+def test_a_step_within_a_factor_of_three_is_kept(factor, tries):
+    "The first product settles the length; along another direction the gradient changes `factor` times as fast"
+    steps = Steps(lambda x: torch.stack([x[0], factor*x[1]]))
+    steps.product((1., 0.), (0., 1.), (1., 0.), tau=.01)
+    again = [.01/factor]*(tries - 1)
+    assert steps.asked == lengths([0., SHORTEST, .01, .01, *again, .01]) # the third starts at the first one's length
+
+def test_eight_steps_are_enough():
+    "A gradient that jumps by the same amount however short the step: the length falls by 3.5 each time"
+    steps = Steps(lambda x: torch.stack([x[0], .035*(x[1] != 0)]))
+    steps.product((1., 0.), (0., 1.), (1., 0.), tau=.01)
+    assert steps.asked == lengths([0., SHORTEST, .01, *(.01/3.5**k for k in range(8)), .01])
+
+def test_no_direction_costs_nothing():
+    steps = Steps(lambda x: x)
+    (Hv,), = steps.product((0., 0.))
+    assert not Hv.any() and not steps.asked
+
+def test_central_differences_look_both_ways():
+    "By default; the error of a cubic's is of second order, a forward difference's of first"
+    steps = Steps(lambda x: x**3)
+    (central,), = steps.product((1., 0.), central=True, tau=.03)
+    (forward,), = steps.product((1., 0.), central=False, tau=.03)
+    assert steps.asked == lengths([0., SHORTEST, SHORTEST, .01, .01, 0., SHORTEST, .01])
+    assert central[0] - 3 == pytest.approx(1e-4, rel=.01) and forward[0] - 3 == pytest.approx(.03, rel=.02)
+    assert hypergrad.FiniteDifference(steps, steps.params).central is True
+
+def test_what_is_aimed_at_by_dtype():
+    "(central, forward), of the coarsest dtype among the parameters"
+    aims = {F64: (1e-5, 1e-7), torch.float32: (.03, 1e-3), torch.float16: (.1, .1), torch.bfloat16: (.3, .3)}
+    for dtype, pair in aims.items():
+        params = [torch.ones(2, dtype=F64), torch.ones(2, dtype=dtype)]
+        assert tuple(hypergrad.FiniteDifference(None, params, central).tau for central in (True, False)) == pair
+
+
+# ------------------------------------------------------------------ products, once more
+
+def test_one_graph_by_default():
+    "Kept from the first product on, by the operator and by `hypergradient`"
+    params, loss, _ = network()
+    op = MoreauOperator(loss, params, .1)
+    for _ in range(3): op.hvp(like(params))
+    assert op.truth.evaluations == 1
+    alone = hypergrad.Exact(FrozenLoss(loss, params), params)
+    for _ in range(3): alone(like(params))
+    assert alone.loss.evaluations == 1
+    calls = []
+    hypergradient(lambda: params[0]*1., lambda: calls.append(1) or loss(), params, .1, 'cg', max_products=3)
+    assert len(calls) == 1
+
+def test_the_operator_is_a_map_and_frees_its_graph():
+    H = symmetric(SPECTRA['mirror'])
+    params, loss = quadratic(H)
+    v = like(params)
+    with MoreauOperator(loss, params, .7) as op:
+        close(flat(op(v)), flat(v) + .7*H @ flat(v), 1e-12)
+        assert op.kernel.base is not None
+    assert op.kernel.base is None
+
+def test_gauss_newton_of_a_parameter_that_nothing_depends_on():
+    params, loss, residuals = network()
+    idle = torch.ones(2, dtype=F64, requires_grad=True)
+    *_, zero = MoreauOperator(loss, [*params, idle], 1., 'gauss-newton', residuals=residuals).hvp(like([*params, idle]))
+    assert not zero.any()
+
+def test_the_shorter_unknown_is_solved_for(monkeypatch):
+    sizes, solver = [], torch.linalg.cholesky_ex
+    monkeypatch.setattr(torch.linalg, 'cholesky_ex', lambda A: sizes.append(len(A)) or solver(A))
+    for m, n in (2, 5), (5, 2), (3, 3):
+        K, p, q = .1*randn(m, n), randn(n, 2), randn(m, 2, seed=1)
+        a, b = hypergrad.solve_cross(K, p, q)
+        close(a + K.T @ b, p, 1e-12)
+        close(b + K @ a, q, 1e-12)
+    assert sizes == [2, 2, 3]
+
+def test_lora_parameters_coarser_than_the_weight():
+    "The blocks are in the weight's precision, products in the parameters'"
+    params, loss, pairs = lora(30.)
+    v, gamma = like(params), .1
+    fine = hypergrad.LoraBilinear(FrozenLoss(loss, params), params, pairs)
+    expected, inverse = fine(v), fine.inverse(v, gamma)
+    coarse = [LoraPair(p.A.detach().float().requires_grad_(), p.B.detach().float().requires_grad_(), p.weight, p.scale)
+              for p in pairs]
+    low = [t for p in coarse for t in (p.A, p.B)]
+    X, Y = randn(40, 8, seed=80), randn(40, 4, seed=81)
+    def same():
+        W1, W2 = [p.weight + p.scale*p.B.double() @ p.A.double() for p in coarse]
+        return (torch.tanh(X @ W1.T) @ W2.T - Y).square().mean()
+    kernel = hypergrad.LoraBilinear(FrozenLoss(same, low), low, coarse)
+    w = [d.float() for d in v]
+    assert rel(kernel.inverse(w, gamma), inverse) < 1e-5 and rel(kernel(w), expected) < 1e-5 # inverse first
+
+def test_the_check_of_lora_bilinear_is_one_forward_difference():
+    params, loss, pairs = lora()
+    op = MoreauOperator(loss, params, 1., 'lora-bilinear', lora=pairs)
+    op.hvp(like(params))
+    before = op.loss.evaluations
+    op.true_hvp(like(params))
+    first = op.loss.evaluations - before # the first one may look for its step
+    op.true_hvp(like(params))
+    assert first <= 8 and op.loss.evaluations - before - first == 1
+
+def test_lora_pairs_deep_inside():
+    "In a model that isn't a sequence, beside a module that wraps a layer without being LoRA"
+    class Wrapped(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base_layer = torch.nn.Linear(2, 2)
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wrapped, self.block = Wrapped(), torch.nn.Sequential(torch.nn.Linear(3, 4))
+    from peft import LoraConfig, inject_adapter_in_model
+    model = inject_adapter_in_model(LoraConfig(r=2, target_modules=['block.0']), Model())
+    pair, = hypergrad.lora_pairs(model)
+    assert pair.A.shape == (2, 3) and pair.B.shape == (4, 2) and pair.weight.shape == (4, 3)
+
+
+# ------------------------------------------------------------------ what a report says
+
+def solved(H, gamma, method='cg', size=1., **kw):
+    params, loss = quadratic(H)
+    g = [size*d for d in like(params)]
+    return solve(MoreauOperator(loss, params, gamma), g, method, **kw)[1]
+
+def test_reasons_in_words():
+    H = symmetric(SPECTRA['convex'])
+    report = hypergrad.SolveReport('cg', 'exact', 1., 1.)
+    assert (report.products, report.reason, report.fallback) == (0, '', False)
+    report.note('one')
+    report.note('two')
+    assert report.reason == 'one; two' and report.asdict()['reason'] == 'one; two'
+    assert solved(H, .5, max_products=N).reason == ''
+    assert solved(H, .5, 'identity').reason == 'residual not asked'
+    assert solved(H, .5, 'richardson').reason == '' and solved(H, 5., 'cg', max_products=N).reason == ''
+    assert 'diverges' in solved(H, 5., 'richardson', bound=math.inf).reason
+    assert 'diverges' not in solved(H, .8, 'richardson', bound=math.inf).reason
+    even = symmetric(torch.full((N,), .1, dtype=F64))
+    for gamma, diverges in (5., False), (15., True):
+        assert ('diverges' in solved(even, gamma, 'richardson', bound=math.inf).reason) is diverges
+    saddle = solved(symmetric([-1.] + [.5]*(N - 1)), 1.2, 'minres', max_products=N, halvings=0)
+    assert saddle.fallback and 'saddle' in saddle.reason and '= -0.2' in saddle.reason
+    doubted = solved(H, 50., 'cg', max_products=1, bound=1e-3)
+    assert doubted.fallback and 'residual ' in doubted.reason and 'above 0.001' in doubted.reason
+
+def test_norms_are_of_the_operator_not_of_its_argument():
+    H = symmetric([-3., 1.] + [.5]*(N - 2))
+    for size in 1e-3, 1e3:
+        assert solved(H, .1, 'richardson', size, bound=math.inf).h_norm <= 3 + 1e-9
+    report = solved(H, .1, max_products=N)
+    assert report.h_norm == pytest.approx(3)
+    assert report.lambda_min == pytest.approx(-3) and report.lambda_max == pytest.approx(1)
+
+def test_richardsons_tolerance_is_relative():
+    H = symmetric(torch.full((N,), .5, dtype=F64))
+    for size in 1e-3, 1e3:
+        assert solved(H, .5, 'richardson', size, max_products=50, tol=1e-3, check=False).products == 5
+
+def test_a_closed_space_at_any_scale():
+    "One direction of curvature: the space closes after two products, and nothing is divided by rounding errors"
+    for scale in 1e-9, 1., 1e9:
+        report = solved(scale*symmetric([1.] + [0.]*(N - 1)), .5/scale, max_products=N)
+        assert report.products == 2 and report.residual < 1e-12
+
+def test_power_steps():
+    calls = []
+    assert hypergrad.norm_by_power(lambda v: calls.append(1) or 0*v, torch.ones(2), 5) == 0 and len(calls) == 1
+    assert hypergrad.norm_by_power(lambda v: 1e12*v, torch.ones(2), 5) == pytest.approx(1e12)
+
+def test_each_solve_counts_its_own_products():
+    params, loss = quadratic(symmetric(SPECTRA['convex']))
+    op = MoreauOperator(loss, params, .5)
+    assert [solve(op, like(params), 'cg', 3)[1].products for _ in range(2)] == [3, 3]
+    _, report = solve(op, [torch.zeros_like(p) for p in params])
+    assert (report.residual, report.products) == (0, 0)
+
+def test_the_closed_form_halves_gamma_where_it_has_no_answer():
+    "Power steps only bound the norm from below: the layer's own system says whether γ was small enough"
+    params, loss, pairs = lora()
+    op = MoreauOperator(loss, params, 1., 'lora-bilinear', lora=pairs)
+    asked, inverse = [], op.kernel.inverse
+    def reluctant(g, gamma):
+        asked.append(gamma)
+        return inverse(g, gamma) if gamma <= .25 else None
+    op.kernel.inverse = reluctant
+    _, report = solve(op, like(params), bound=math.inf)
+    assert asked == [1., .5, .25] and report.gamma_used == .25 and report.lambda_min == -report.lambda_max < 0
+    op.kernel.inverse = lambda g, gamma: asked.append(gamma)
+    _, report = solve(op, like(params), halvings=1)
+    assert asked[3:] == [1., .5] and report.fallback
+
+def test_numbers_that_may_be_asked_for():
+    params, loss = quadratic(symmetric(SPECTRA['convex']))
+    op, g = MoreauOperator(loss, params, .5), like(params)
+    solve(op, g, tol=0., clamp=0.)
+    for wrong in dict(tol=math.inf), dict(clamp=math.inf), dict(tol=-1e-9), dict(tol=math.nan):
+        with pytest.raises(ValueError): solve(op, g, **wrong)
+
+def test_defaults():
+    "Those that the page gives reasons for"
+    default = lambda f: {k: p.default for k, p in inspect.signature(f).parameters.items()}
+    assert default(solve) | dict(op=0, g=0) == dict(
+        op=0, g=0, method='cg', max_products=4, tol=None, check=None, clamp=None, power=2, halvings=10, bound=.5)
+    assert (default(FallbackBudget)['share'], default(FallbackBudget)['least'], hypergrad.MARGIN) == (.5, 10, .01)
+
+def test_numbers_not_tensors():
+    params, loss, _ = network()
+    start = [p.detach() + .01 for p in params]
+    x, report, harm = hypergradient(lambda: params[0]*2., loss, params, .1, start=start)
+    assert {type(harm), type(report.stationarity), type(report.residual), type(report.h_norm)} == {float}
+    assert harm == pytest.approx(2.6)
+
+def test_unrolling_leaves_its_start_alone():
+    start = [torch.ones(2, dtype=F64), torch.ones(1, dtype=F64)]
+    grads, end, value = unrolled(lambda theta, t: [theta[0]*2, theta[1]], start, 3, lambda theta: theta[0].sum())
+    assert [g.tolist() for g in grads] == [[8., 8.], [0.]] and value == 16. # zero where nothing depends on it
+    assert not any(t.requires_grad for t in [*start, *end]) and start[0].tolist() == [1., 1.]

@@ -138,6 +138,20 @@ def test_the_outer_gradient_is_clipped_at_one(data):
     ref = agree(data, setting(alpha=400.))
     assert ref.rows[-1].grad_norm > 1 and norm_of(ref.rows[-1].grads).item() == pytest.approx(1)
 
+def test_a_rank_simulates_its_own_share(data, monkeypatch):
+    "Of three simulated fine-tunings this one makes the middle one; its gradient is that share of the sum"
+    class Middle(meta.Ranks):
+        def mine(self, j): return j == 1
+    config = setting(J=3, steps=1)
+    monkeypatch.setattr(meta, 'Ranks', Middle)
+    out, ((_, shared),) = engine(pipeline(), data, config)
+    assert [(r['step'], r['j']) for r in out['solves']] == [(0, 1)]
+    monkeypatch.undo()
+    whole, ((_, all_three),) = engine(pipeline(), data, config)
+    _, ((_, direct),) = engine(pipeline(), data, config.model_copy(update=dict(J=0)))
+    assert len(whole['solves']) == 3 and not any(map(torch.equal, shared, direct))
+    assert not any(map(torch.equal, shared, all_three))
+
 def test_another_seed_is_another_run(data):
     runs = [agree(data, setting(seed=s)) for s in (5, 6)]
     assert max((a - b).abs().max().item() for a, b in zip(runs[0].theta, runs[1].theta)) > .01
@@ -257,6 +271,13 @@ def test_what_is_listed_is_drawn_as_it_stands():
 def test_pools_that_are_refused(changes, field):
     with pytest.raises(ValueError, match=field): Pool(**changes)
 
+def test_settings_at_their_edges():
+    "One weight of prior preservation is enough; a simulated fine-tuning ends at θ*, not at an average"
+    assert Pool(prior_weight=[0.]).prior_weight == (0.,)
+    assert Pool(listed=[simulation(ema=0.)]).listed[0].ema == 0
+    for ema in .5, -.5, 1., -1.:
+        with pytest.raises(ValueError, match='ema'): Pool(listed=[simulation(ema=ema)])
+
 def test_gradient_descent_that_hardly_moves_takes_one_step():
     "lr·steps up to `still`, and SGD alone"
     slow = FinetuneConfig(optimizer='sgd', lr=.25, steps=4, batch=7)
@@ -286,6 +307,7 @@ def test_the_retain_weight_rises_in_the_second_half():
     logistic = lambda u: 1/(1 + math.exp(-12*(u - .5)))
     share = (logistic(.25) - logistic(0))/(logistic(1) - logistic(0))
     assert a[100] == pytest.approx(1.6 + .4*share, abs=1e-12) and a[140] == pytest.approx(2. - .4*share, abs=1e-12)
+    assert [retain_weight(ResAlignConfig(steps=2, alpha=1.6, alpha_end=2.), s) for s in (0, 1)] == [1.6, 2.]
     assert {retain_weight(ResAlignConfig(steps=n, alpha=3.), s) for n in (1, 5) for s in range(n)} == {3.}
     assert retain_weight(ResAlignConfig(steps=1, alpha=3., alpha_end=2.), 0) == 3.
 

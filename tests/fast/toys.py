@@ -104,7 +104,8 @@ class ToyEncoder(nn.Module):
     def forward(self, ids):
         h = self.embeddings['token'](ids) + self.embeddings['position'].weight[:ids.shape[1]]
         many = torch.arange(1, ids.shape[1] + 1).to(h)[:, None]
-        return (self.final_layer_norm(self.encoder((h.cumsum(1)/many.sqrt()).tanh())),)
+        places = self.final_layer_norm(self.encoder((h.cumsum(1)/many.sqrt()).tanh()))
+        return places, places[:, -1] # as CLIP's, whose second answer is pooled
 
 
 class ToyVAE(nn.Module):
