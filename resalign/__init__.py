@@ -4,12 +4,12 @@ import importlib
 __version__ = "0.1.0"
 
 PUBLIC = { # name -> module
-    'unlearn': 'use.unlearn', 'finetune': 'use.finetune', 'evaluate': 'use.evaluate', 'write_card': 'use.unlearn',
+    'unlearn': 'use.jobs', 'finetune': 'use.jobs', 'evaluate': 'use.evaluate', 'write_card': 'use.jobs',
     'resalign': 'method.resalign', 'ResAlignConfig': 'method.resalign', 'Pool': 'method.resalign',
     'UnlearnData': 'method.resalign', 'METHODS': 'baselines.methods',
     'hypergradient': 'method.hypergrad', 'solve': 'method.hypergrad', 'MoreauOperator': 'method.hypergrad',
     'FinetuneConfig': 'method.finetune', 'load_pipeline': 'model.pipelines', 'save_pipeline': 'model.pipelines',
-    'generate': 'model.pipelines', 'pretrain': 'model.pretraining', 'encode': 'model.data', 'read_images': 'model.data',
+    'generate': 'model.pipelines', 'pretrain': 'studies.base', 'encode': 'model.data', 'read_images': 'model.data',
     'load_evaluators': 'measure.evaluators', 'UserError': 'core.settings'}
 __all__ = list(PUBLIC)
 

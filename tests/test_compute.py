@@ -8,8 +8,8 @@ from diffusers import StableDiffusionXLPipeline
 
 from resalign.model import compute
 import resalign
-from resalign.use.inputs import load_bank
-from resalign.use.unlearn import as_text, model_card
+from resalign.use.jobs import load_bank
+from resalign.use.jobs import as_text, model_card
 from resalign.studies import sd14
 from resalign.core import training
 from resalign.world import scenes as world

@@ -12,8 +12,8 @@ from faults import FULL, ROOT, TALLY, record, some, tree
 from resalign.use import batch as batches
 from resalign.use import cli
 import resalign
-from resalign.real.prompts import read_prompts
-from resalign.use.unlearn import model_card
+from resalign.real.sources import read_prompts
+from resalign.use.jobs import model_card
 from resalign.measure import evaluators, metrics
 from resalign.studies import table
 from resalign.studies.models import Course

@@ -7,7 +7,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 import resalign
-from resalign.use.inputs import load_bank
+from resalign.use.jobs import load_bank
 from resalign.world import scenes as world
 from resalign.baselines.parts import demo_data
 from resalign.model.compute import Compute, finish, prepare
@@ -16,7 +16,7 @@ from resalign.core.runs import generator
 from resalign.model.data import Bank, draw_sample, embed, moments
 from resalign.method.finetune import FinetuneConfig, FinetuneLoss, add_lora, finetune
 from resalign.model.losses import FlowDenoiser
-from resalign.method.rectified_flow import build_sd3
+from resalign.model.pipelines import build_sd3
 from resalign.method.hypergrad import MoreauOperator, flat, hypergradient, lora_pairs, unflat
 from resalign.model.losses import HarmfulLoss, denoiser
 from resalign.method.resalign import UnlearnData

@@ -23,7 +23,7 @@ from resalign.core.runs import seed_all
 from resalign.method.finetune import ALGORITHMS, FinetuneConfig, finetune
 from resalign.baselines.methods import METHODS, config_of, run_method
 from resalign.model.pipelines import PretrainConfig, build_pipeline, build_vae, generate, load_pipeline
-from resalign.model.pretraining import narrow, train_denoiser, train_vae
+from resalign.studies.base import narrow, train_denoiser, train_vae
 from resalign.world.scenes import scenes
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 import resalign
 from resalign.measure import detectors as D
 from resalign.measure import evaluators as E
-from resalign.measure import inception as I
+from resalign.measure import photographs as I
 from resalign.measure import metrics as M
 from resalign.measure import photographs as P
 from resalign.model.pipelines import PretrainConfig, build_pipeline, generate, save_pipeline
-from resalign.real import prompts as R
-from resalign.real.prompts import read_prompts
+from resalign.real import sources as R
+from resalign.real.sources import read_prompts
 from resalign.use import cli
 from resalign.use.evaluate import draw, sheet
 from resalign.world.scenes import scenes, write_set
@@ -523,7 +523,7 @@ def test_parts_of_inception_by_hand():
 LIVE = """
 import sys, types
 from resalign.model.checkpoints import read_weights
-from resalign.measure.inception import Inception, load_strictly
+from resalign.measure.photographs import Inception, load_strictly
 for n in ('', '.datasets', '.transforms', '.transforms.functional'):
     sys.modules[f'torchvision{n}'] = types.ModuleType(f'torchvision{n}')
 d = sys.modules['torchvision.datasets']; d.CIFAR10 = d.STL10 = d.CIFAR100 = object

@@ -2,7 +2,7 @@
 import copy, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest, torch
-from resalign.use.inputs import named_folders
+from resalign.use.jobs import named_folders
 from resalign.world import scenes as world
 from resalign.core.settings import UserError
 from resalign.model.data import encode

@@ -45,6 +45,7 @@ def token_ids(pipe, captions:list, prefix:bool) -> torch.Tensor: # (n, length)
     ids = tokenize(pipe, captions, spare=int(prefix)).input_ids.to(pipe.text_encoder.device)
     return torch.cat([ids[:, :1], ids[:, 1:2], ids[:, 1:]], 1) if prefix else ids
 
+# %% ../../nbs/5_baselines/90_advunlearn.ipynb #d1fdd2bd
 @contextlib.contextmanager
 def prefixed(encoder, delta):
     "Inside, the second token of every prompt is embedded as `delta` (n, width)"
@@ -104,6 +105,7 @@ def erasing_term(x:AdvUnlearnInputs, step:int) -> torch.Tensor: # scalar
     text = x.attacked_text(s, z_t, eps_c, step)
     return (x.model(z_t, s.t, text) - esd_target(eps_c, eps_empty, x.config.eta)).square().mean()
 
+# %% ../../nbs/5_baselines/90_advunlearn.ipynb #4186764c
 def retaining_term(x:AdvUnlearnInputs, step:int) -> torch.Tensor: # scalar
     "The distance from the original's predictions for benign captions"
     s, z_t = x.sample(x.data.retain, 'retain', step)
@@ -116,6 +118,7 @@ def trained_params(encoder) -> dict: # name -> parameter
     "Layers and final norm of a text encoder, not its embeddings"
     return {n: p for n, p in encoder.named_parameters() if 'embeddings' not in n}
 
+# %% ../../nbs/5_baselines/90_advunlearn.ipynb #2e12f042
 def advunlearn(pipe, data:UnlearnData, config:AdvUnlearnConfig=AdvUnlearnConfig(), checkpoint=None,
                save_adapter=None) -> dict:
     "AdvUnlearn; the pipeline's text encoder is changed in place"
@@ -141,6 +144,7 @@ def prefix_targets(model:Denoiser, original:Denoiser, bank:Bank, text, seed:int,
         with torch.no_grad(): return z_t, s.t, original(z_t, s.t, text)
     return targets
 
+# %% ../../nbs/5_baselines/90_advunlearn.ipynb #890050c6
 def attacked_embeddings(pipe, original, captions:list, bank:Bank, # unsafe pictures, to be noised
                         config:AdvUnlearnConfig, batch:int=24) -> torch.Tensor: # (n, tokens, width)
     "Embeddings of captions behind prefixes optimised against `pipe`"

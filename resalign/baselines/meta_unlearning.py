@@ -54,10 +54,12 @@ def unlearning_loss(model, teacher, s, empty, config) -> torch.Tensor: # scalar
         if config.base == 'esd': target = esd_target(teacher(z_t, s.t, s.text), target, config.eta)
     return (model(z_t, s.t, s.text) - target).square().mean()
 
+# %% ../../nbs/5_baselines/70_meta_unlearning.ipynb #607c0120
 def related_bank(pipe, data, config) -> Bank:
     "Pictures of the anchors, by the original model"
     return anchor_pictures(pipe, data, config, 'meta-unlearning', generator(config.seed, 'meta anchors'))[0]
 
+# %% ../../nbs/5_baselines/70_meta_unlearning.ipynb #8ca94054
 def harmful_finetuning(config:MetaUnlearningConfig, pictures:int) -> FinetuneConfig:
     "The simulated attack"
     steps = config.inner_steps or -(-pictures//config.batch)
@@ -97,6 +99,7 @@ def loss_ahead(terms:MetaUnlearning, step:int) -> torch.Tensor: # scalar
     weights = dict(hrm=config.gamma_21, tgt=config.gamma_22, irt=config.gamma_23)
     return sum(w*model.loss(terms.draw(kind, step)).clamp(max=config.margin) for kind, w in weights.items())
 
+# %% ../../nbs/5_baselines/70_meta_unlearning.ipynb #f7ca0ada
 def subtract_ahead(terms:MetaUnlearning, step:int):
     "Subtract the gradients at θ' from those at θ"
     params, here = terms.params, [p.grad for p in terms.params]
@@ -104,6 +107,7 @@ def subtract_ahead(terms:MetaUnlearning, step:int):
     with simulated(loss, params, terms.attack): there = torch.autograd.grad(loss_ahead(terms, step), params)
     for p, a, b in zip(params, here, there): p.grad = a - b
 
+# %% ../../nbs/5_baselines/70_meta_unlearning.ipynb #40a785a1
 def meta_unlearning(pipe, data:UnlearnData, config:MetaUnlearningConfig=MetaUnlearningConfig(), checkpoint=None,
                     save_adapter=None) -> dict:
     "Meta-Unlearning on an ESD or SDD loss; the pipeline's UNet is changed in place"

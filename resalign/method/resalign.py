@@ -13,16 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import tanh
 from typing import Literal
-
 import torch
 from peft import get_peft_model_state_dict
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
-
 from ..core.runs import generator
 from ..core.settings import Config, UserError, choose
 from ..core.training import Ranks, optimise
 from .finetune import FinetuneConfig, FinetuneLoss, adapter_params, add_lora, merge_lora, simulated
-from .hypergrad import TAU, FallbackBudget, TooManyFallbacks, hypergradient, lora_pairs
+from .hypergrad import FallbackBudget, TAU, TooManyFallbacks, hypergradient, lora_pairs
 from ..model.compute import backbone, make_optimizer
 from ..model.data import Bank
 from ..model.losses import HarmfulLoss, RetainLoss, denoiser

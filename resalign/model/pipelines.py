@@ -6,20 +6,20 @@
 __all__ = ['BETAS', 'PARTS', 'SAFE_LIBRARIES', 'EARLIER_NAMES', 'CLASSES', 'PretrainConfig', 'train_tokenizer', 'init_vae',
            'build_vae', 'build_text_encoder', 'build_unet', 'build_pipeline', 'save_pipeline', 'check_pipeline',
            'is_local', 'check_complete', 'load_pipeline', 'autocast', 'SamplingConfig', 'initial_latents', 'ImageStore',
-           'sample_batches', 'generate']
+           'sample_batches', 'generate', 'small_clip', 'small_transformer', 'small_vae', 'build_sd3']
 
 # %% ../../nbs/3_model/20_pipelines.ipynb #76403d3b
 import contextlib, copy, hashlib, json, os, re, tempfile
 from pathlib import Path
 import numpy as np, torch
-from diffusers import (AutoencoderKL, DiffusionPipeline, DPMSolverMultistepScheduler, PNDMScheduler,
-                       StableDiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionXLPipeline,
-                       UNet2DConditionModel)
+from diffusers import (AutoencoderKL, DPMSolverMultistepScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler,
+                       PNDMScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline, StableDiffusionPipeline,
+                       StableDiffusionXLPipeline, UNet2DConditionModel)
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.utils import logging as diffusers_logging
 from pydantic import Field
 from safetensors import safe_open
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 from ..core.files import disk_errors, write_json
 from ..core.runs import Stopped, progress, seed_all, stop_signals
@@ -408,3 +408,38 @@ def generate(pipe, prompts:list, seeds:list, # one seed per prompt
     if store is None: return np.concatenate(list(sample_batches(*arguments)))
     if embeds is not None: raise UserError('generate: a store is for prompts, not for embeddings')
     return _sample_into(store, [steps, guidance, batch, bf16], arguments)
+
+# %% ../../nbs/3_model/20_pipelines.ipynb #f10e0012
+def small_clip(tokenizer, width:int) -> CLIPTextModelWithProjection:
+    "An untrained text encoder with a pooled output"
+    return CLIPTextModelWithProjection(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4*width, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=24, projection_dim=width, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+
+def small_transformer(layers:int) -> SD3Transformer2DModel:
+    "An untrained transformer for latents of 4 × 8 × 8"
+    return SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=layers, attention_head_dim=8,
+        num_attention_heads=4, joint_attention_dim=64, caption_projection_dim=32, pooled_projection_dim=48,
+        pos_embed_max_size=8)
+
+def small_vae() -> AutoencoderKL:
+    "An untrained VAE for 64 px, with shifted latents"
+    return AutoencoderKL(
+        block_out_channels=(16,)*4, down_block_types=['DownEncoderBlock2D']*4, up_block_types=['UpDecoderBlock2D']*4,
+        layers_per_block=1, norm_num_groups=4, latent_channels=4, sample_size=64, scaling_factor=1.5,
+        shift_factor=.06, use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False)
+
+# %% ../../nbs/3_model/20_pipelines.ipynb #f10e0032
+def build_sd3(captions:list, layers:int=2) -> StableDiffusion3Pipeline: # captions for the tokenizer; transformer layers
+    "An untrained pipeline with the classes and the layout of Stable Diffusion 3"
+    with tempfile.TemporaryDirectory() as tmp: tokenizer = train_tokenizer(captions, tmp, 200, 24)
+    seed_all(0)
+    net, vae = small_transformer(layers), small_vae()
+    encoders = small_clip(tokenizer, 16), small_clip(tokenizer, 32)
+    pipe = StableDiffusion3Pipeline(net, FlowMatchEulerDiscreteScheduler(shift=3.), vae, encoders[0], tokenizer,
+                                    encoders[1], copy.deepcopy(tokenizer), None, None)
+    for m in (net, vae, *encoders): m.requires_grad_(False).eval()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

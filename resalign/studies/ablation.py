@@ -13,12 +13,12 @@ from scipy import stats
 from ..core.files import write_csv
 from ..core.settings import make_config, params, results
 from ..measure.metrics import frechet
-from ..measure.outcomes import at_step, rank_correlation, rates, significantly_lower, tidy
 from ..method.resalign import Pool
 from ..model.data import read_images
 from ..model.pipelines import generate, load_pipeline
-from ..real.prompts import read_prompts
-from .models import EVALUATORS, PROMPTS, PictureTest, Unlearned, along, read_courses, settings_of
+from ..real.sources import read_prompts
+from .models import (EVALUATORS, PROMPTS, PictureTest, Unlearned, along, at_step, rank_correlation,
+                                     rates, read_courses, settings_of, significantly_lower, tidy)
 from ..use.meaning import content
 
 # %% ../../nbs/9_studies/36_ablation.ipynb #1685d5c3

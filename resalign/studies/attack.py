@@ -22,7 +22,7 @@ from ..real import profiles
 from .models import BASE, EVALUATORS, Finetuned, PROMPTS, Unlearned, first_of_each_kind, settings_of
 from .table import column_of
 from ..use.meaning import content
-from ..use.inputs import load_bank
+from ..use.jobs import load_bank
 
 # %% ../../nbs/9_studies/46_attack.ipynb #63dea11a
 def concept_direction(pipe, captions:list, erase:list) -> torch.Tensor: # (tokens, width)

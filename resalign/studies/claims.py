@@ -26,10 +26,9 @@ from ..core.files import write_csv
 from ..core.settings import params, results
 from ..measure.evaluators import RATES
 from ..measure.metrics import Stat, paired, rate
-from ..measure.outcomes import area, at_step, significantly_lower
 from .ablation import read_ablation
 from .attack import CONTROLS, read_attacks
-from .models import read_looks
+from .models import area, at_step, read_looks, significantly_lower
 from .table import CELL, DOWNSTREAM, collect_scores, split_phase
 
 # %% ../../nbs/9_studies/90_claims.ipynb #c1a13500

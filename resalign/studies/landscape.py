@@ -14,16 +14,15 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from ..core.files import write_csv
 from ..core.runs import generator
 from ..core.settings import UserError, params, results
-from ..measure.outcomes import rank_correlation
 from ..method.hypergrad import Exact, FrozenLoss, flat, moved, unflat
 from ..model.data import draw_sample, encode, read_images
 from ..model.losses import Denoiser
 from ..model.pipelines import load_pipeline
 from ..real import profiles
-from .models import Finetuned, Unlearned, settings_of
+from .models import Finetuned, Unlearned, rank_correlation, settings_of
 from .table import DOWNSTREAM, before, worst_after
+from ..use.jobs import size_of
 from ..use.meaning import content
-from ..use.inputs import size_of
 
 # %% ../../nbs/9_studies/38_landscape.ipynb #650667d2
 def random_signs(params:list, gen) -> list: # of tensors shaped like the parameters

@@ -22,7 +22,7 @@ from ..model.losses import Denoiser, HarmfulLoss
 from ..model.pipelines import generate, load_pipeline
 from ..real.sources import POOL
 from .sd14 import SD14_OURS, flops_and_memory, random_sd14, totals
-from ..use.inputs import size_of
+from ..use.jobs import size_of
 
 # %% ../../nbs/9_studies/54_scaling.ipynb #516a94fc
 class TimedHarmfulLoss(HarmfulLoss):

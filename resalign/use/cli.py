@@ -220,7 +220,7 @@ def unlearn(pipeline:PIPELINE, unsafe:UNSAFE, benign:BENIGN, out:OUT, method:MET
       resalign-unlearn my-model pictures/unsafe pictures/benign out --method ga --config mine.yaml:ga"""
     from resalign import METHODS, unlearn
     from resalign.core.settings import choose
-    from resalign.use.inputs import named_folders
+    from resalign.use.jobs import named_folders
     choose(method, METHODS, '--method')
     settings, seed = settings_for(f'unlearn.{method}', config, set, seed)
     pool = named_folders(pool or ())

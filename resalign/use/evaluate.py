@@ -21,8 +21,8 @@ from ..measure.photographs import blurred, false_alarms, flagged, has_photo_dete
 from ..model.compute import resolve_device
 from ..model.data import read_images
 from ..model.pipelines import generate, load_pipeline
-from ..real.prompts import read_prompts
-from .inputs import asked_compute, check_inputs, checkpoint_of, size_of
+from ..real.sources import read_prompts
+from .jobs import asked_compute, check_inputs, checkpoint_of, size_of
 from ..world.scenes import contact_sheet
 
 # %% ../../nbs/8_use/15_evaluate.ipynb #42266410

@@ -4,7 +4,7 @@ import pytest, torch
 from safetensors.torch import load_file
 from torch.func import functional_call
 from transformers import CLIPTextConfig, CLIPTextModel
-from resalign.method.adversaries import SpectralShift, add_token, new_token, save_token
+from resalign.method.finetune import SpectralShift, add_token, new_token, save_token
 from resalign.core.settings import UserError
 from resalign.model.data import Bank, draw_sample
 from resalign.method.finetune import ALGORITHMS, FinetuneConfig, finetune

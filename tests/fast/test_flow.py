@@ -8,7 +8,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from torch import nn
 
 from resalign.core.runs import generator
-from resalign.method.rectified_flow import build_sd3
+from resalign.model.pipelines import build_sd3
 from resalign.model.data import Bank, draw_sample
 from resalign.model.losses import FlowDenoiser, HarmfulLoss, RetainLoss, shifted_sigmas
 from tests.fast.toys import close, mean, square

@@ -141,7 +141,7 @@ def test_the_outer_gradient_is_clipped_at_one(data):
 def test_a_rank_simulates_its_own_share(data, monkeypatch):
     "Of three simulated fine-tunings this one makes the middle one; its gradient is that share of the sum"
     class Middle(meta.Ranks):
-        def mine(self, j): return j == 1
+        def owns(self, j): return j == 1
     config = setting(J=3, steps=1)
     monkeypatch.setattr(meta, 'Ranks', Middle)
     out, ((_, shared),) = engine(pipeline(), data, config)

@@ -4,7 +4,7 @@ import matplotlib
 import numpy as np, pandas as pd, pytest
 from scipy import stats
 
-from resalign.measure import outcomes as O
+from resalign.studies import models as O
 from toy_scores import corrected, mcnemar, study
 
 matplotlib.use('agg')

@@ -7,7 +7,7 @@ from resalign.model import pipelines
 from resalign.model.data import moments, tokenize
 from resalign.model.pipelines import (BETAS, PretrainConfig, autocast, build_vae, init_vae, initial_latents,
                                       train_tokenizer)
-from resalign.model.pretraining import to_batch, narrow, train_one_cycle, train_denoiser, train_vae, vae_loss
+from resalign.studies.base import to_batch, narrow, train_one_cycle, train_denoiser, train_vae, vae_loss
 import toy_finetune as toy
 
 CAPTIONS = ['a red cat', 'a blue dog', 'red', 'a dog', 'blue cat', 'a cat']
