@@ -67,7 +67,8 @@ $(VENV)/.stamp: $(LOCKS) setup.py settings.ini pyproject.toml
 	@touch $@
 
 # ------------------------------------------------------------------ the main job
-sources: env
+sources: env # a ZIP has no .git, which dvc asks for unless told
+	@test -e .git || $(BIN)/dvc config --quiet --local core.no_scm true
 	@for s in $(SOURCES); do $(BIN)/dvc pull --quiet "$$s"; done
 
 restore: sources # base model and evaluators from the committed store, nothing else

@@ -1,7 +1,7 @@
 """ResAlign: unlearning that survives fine-tuning. The names below are imported when they are first asked for."""
 import importlib
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 PUBLIC = { # name -> module
     'unlearn': 'use.jobs', 'finetune': 'use.jobs', 'evaluate': 'use.evaluate', 'write_card': 'use.jobs',

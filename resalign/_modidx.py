@@ -1985,6 +1985,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'resalign.use.cli.split_help': ('8_use/cli.html#split_help', 'resalign/use/cli.py'),
                                   'resalign.use.cli.split_section': ('8_use/cli.html#split_section', 'resalign/use/cli.py'),
                                   'resalign.use.cli.unlearn': ('8_use/cli.html#unlearn', 'resalign/use/cli.py'),
+                                  'resalign.use.cli.with_methods': ('8_use/cli.html#with_methods', 'resalign/use/cli.py'),
                                   'resalign.use.cli.yaml_value': ('8_use/cli.html#yaml_value', 'resalign/use/cli.py')},
             'resalign.use.evaluate': { 'resalign.use.evaluate.CachedEvaluator': ( '8_use/evaluate.html#cachedevaluator',
                                                                                   'resalign/use/evaluate.py'),

@@ -32,6 +32,7 @@ def pytest_configure(config):
 
 
 def worktree(): # what git sees, but for the record that `make test-faults` is asked for
+    if not (ROOT/'.git').exists(): return '' # a ZIP
     record = ['--', '.', ':!results/tables/survival.csv']*(os.environ.get('FAULTS') == 'full')
     return subprocess.run(['git', 'status', '--porcelain', '-uall', *record], cwd=ROOT, check=True, capture_output=True,
                           text=True).stdout

@@ -1,7 +1,7 @@
 """Pages in children of one process that has imported the libraries they use: a page costs its own cells, and is alone.
 
 Nothing of ours is imported before a page asks for it. multiprocessing's forkserver does the forking."""
-import atexit, faulthandler, multiprocessing, os, signal, sys, time
+import atexit, faulthandler, math, multiprocessing, os, re, signal, sys, time
 from multiprocessing import forkserver
 from pathlib import Path
 from unittest import mock
@@ -27,29 +27,72 @@ def start():
     with mock.patch.dict(os.environ, SURROUNDINGS): forkserver.ensure_running()
 
 
-def literate(page):
-    "nbdev's own test of a page: cells flagged in tst_flags (slow ones unless asked for) or `eval: false` are left out"
+def flags(code):
+    "The directives of a cell: {'export', 'eval: false', ...}"
+    return {' '.join(line[2:].split()) for line in code.splitlines() if line.startswith('#|')}
+
+
+def left_out(code):
+    "Cells that nbdev's own test leaves out: flagged in tst_flags (slow ones unless asked for), or `eval: false`"
     from nbdev.config import get_config
-    from nbdev.test import test_nb
     asked = {'slow'} if os.environ.get('SLOW_CELLS') else set()
-    flags = [f for f in get_config().tst_flags.split() if f not in asked]
-    ok, _ = test_nb(ROOT/page, skip_flags=flags, basepath=ROOT)
-    return ok
+    return flags(code) & ({'eval: false', *get_config().tst_flags.split()} - asked)
+
+
+NUMBER = re.compile(r'[-+]?(?:\d[\d_,]*\.?\d*|\.\d+)(?:e[-+]?\d+)?')
+PLACES = re.compile(r' at 0x[0-9a-f]+|/tmp/\S+|tmp\w{8}') # of objects and folders
+
+
+def shown(outputs):
+    "What a reader sees: (words, numbers) of the text, and how many pictures"
+    printed, values, pictures = [], [], 0
+    for o in outputs:
+        data = o.get('data', {})
+        pictures += any(kind.startswith('image/') for kind in data)
+        values.append(''.join(data.get('text/plain', [])))
+        if o.get('name') != 'stderr': printed.append(''.join(o.get('text', [])))
+    text = PLACES.sub('', '\n'.join(printed + values))
+    words = re.sub(r'[\s.\-]+', ' ', NUMBER.sub('#', text)) # tables get other widths with other numbers
+    return words.strip(), [float(n.replace('_', '').replace(',', '').rstrip('.')) for n in NUMBER.findall(text)], pictures
+
+
+def stale(stored, fresh):
+    "What a stored output says that the cell no longer does; numbers may differ by 5%, as from processor to processor"
+    (words, numbers, pictures), (words_now, numbers_now, pictures_now) = shown(stored), shown(fresh)
+    if pictures != pictures_now: return f'{pictures} pictures are stored, {pictures_now} are drawn'
+    if words != words_now: return f'stored: {words!r}\nnow: {words_now!r}'
+    apart = [(a, b) for a, b in zip(numbers, numbers_now) if not math.isclose(a, b, rel_tol=.05, abs_tol=.02)]
+    return f'(stored, now): {apart}' if apart else ''
+
+
+def run_cells(page):
+    "Each cell as a reader runs it; whether all ran, and what is stored is what they say"
+    from execnb.nbio import read_nb
+    from execnb.shell import CaptureShell
+    shell, good = CaptureShell(mpl_format='png'), True
+    shell.run('__import__("pandas").set_option("display.max_columns", 20)') # as in Jupyter, whatever the terminal
+    for cell in read_nb(ROOT/page).cells:
+        if cell.cell_type != 'code' or left_out(cell.source): continue
+        outputs, begins = shell.run(cell.source), f'in the cell that begins {cell.source[:80]!r}'
+        if shell.exc and 'raises-exception' not in cell.metadata.get('tags', []):
+            for o in outputs: print(''.join(o.get('text', []) or o.get('traceback', [])))
+            print(begins)
+            return False
+        if 'hide' in flags(cell.source) or not (wrong := stale(cell.outputs, outputs)): continue
+        good = False
+        print(f'a stored output is stale, {begins}: run the page and commit it\n{wrong}')
+    return good
+
+
+def literate(page):
+    "A page with examples, in its own folder, as nbdev runs it"
+    os.chdir((ROOT/page).parent)
+    return run_cells(page)
 
 
 def study(page):
     "A page with the defaults of its parameters cell, at the root as papermill runs it"
-    from execnb.nbio import read_nb
-    from execnb.shell import CaptureShell
-    shell = CaptureShell(mpl_format='png')
-    for cell in read_nb(ROOT/page).cells:
-        if cell.cell_type != 'code': continue
-        outputs = shell.run(cell.source)
-        if not shell.exc or 'raises-exception' in cell.metadata.get('tags', []): continue
-        for o in outputs: print(''.join(o.get('text', []) or o.get('traceback', [])))
-        print(f'in the cell that begins {cell.source[:80]!r}')
-        return False
-    return True
+    return run_cells(page)
 
 
 def nothing(page):

@@ -180,3 +180,53 @@ def test_a_figure_depends_on_its_page(clone):
     page = next((clone/'nbs/9_studies').glob('*_landscape.ipynb'))
     edited(page, "figsize=(10, 3)", "figsize=(9, 3)")
     assert changed(clone, before) == {'landscape'}
+
+
+# ------------------------------------------------------------------ methods
+
+SHRINK = [
+    '#| default_exp baselines.shrink',
+    '''#| export
+import torch
+from resalign.core.settings import Config
+from resalign.method.resalign import Method, UnlearnData
+
+class ShrinkConfig(Config):
+    "Settings of a method that scales all weights"
+    factor:float = .5
+
+def shrink(pipe, data:UnlearnData, config:ShrinkConfig=ShrinkConfig(), checkpoint=None, save_adapter=None) -> dict:
+    "Every weight of the UNet, times `factor`"
+    with torch.no_grad():
+        for p in pipe.unet.parameters(): p.mul_(config.factor)
+    return {}
+
+METHODS = {'shrink': Method(shrink, ShrinkConfig, 'Shrink')}''']
+ASKED = '''
+import sys, types, torch
+from nbdev.export import nb_export
+nb_export('nbs/5_baselines/96_shrink.ipynb', lib_path='resalign')
+from resalign import METHODS
+from resalign.baselines.methods import run_method
+from resalign.studies.models import settings_of
+from resalign.studies import table, tuning
+from resalign.use.cli import with_methods
+pipe = types.SimpleNamespace(unet=torch.nn.Linear(2, 2, bias=False))
+torch.nn.init.ones_(pipe.unet.weight)
+run_method(pipe, None, 'shrink', settings_of('shrink'))
+trials = [name for name in tuning.cells() if name.startswith('shrink')]
+rows = [name for name in table.cells() if name.startswith('shrink')]
+print(pipe.unet.weight.unique().item(), METHODS['shrink'].label, len(trials), len(rows) > 0, 'shrink' in with_methods('METHOD_NAMES'))
+'''
+
+
+def test_a_method_is_a_page_and_a_section(clone):
+    "It is tuned, stands in the main table and in the command's help, and runs with what was chosen"
+    raw = dict(execution_count=None, outputs=[], metadata={})
+    code = [raw | dict(cell_type='code', id=f'shrink{k}', source=s.splitlines(True)) for k, s in enumerate(SHRINK)]
+    page = clone/'nbs/5_baselines/96_shrink.ipynb'
+    page.write_text(json.dumps(dict(cells=code, metadata={}, nbformat=4, nbformat_minor=5)))
+    edited(clone/'params.yaml', '\nmethods:\n', '\nmethods:\n  shrink: {start: {factor: 0.5}, trials: [{}, {factor: 0.1}], chosen: {factor: 0.25}}\n')
+    done = subprocess.run([sys.executable, '-c', ASKED], cwd=clone, env=os.environ | dict(PYTHONPATH=str(clone)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ['0.25', 'Shrink', '2', 'True', 'True']

@@ -36,7 +36,7 @@ def config_of(method:str, # a key of METHODS
               settings:dict, seed:int=0) -> Config:
     "A method's settings, validated"
     chosen = METHODS[choose(method, METHODS, 'method')]
-    where = f'params.yaml: unlearn.{method}'
+    where = f'unlearn.{method}'
     check_fixed(method, settings, where)
     seeded = dict(seed=seed) if 'seed' in chosen.config.model_fields else {}
     config = make_config(chosen.config, settings | chosen.fixed | seeded, where)

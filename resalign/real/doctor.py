@@ -192,7 +192,7 @@ def list_licences(p:Profile) -> list:
 # %% ../../nbs/7_real/20_doctor.ipynb #deb80b24
 def _check_method(method:str, values:dict, p:Profile, prefix:str):
     try: config = config_of(method, dict(values))
-    except UserError as e: raise UserError(str(e).replace('unlearn.', f'{prefix}unlearn.', 1)) from None
+    except UserError as e: raise UserError(f'params.yaml: {prefix}{e}') from None
     for folder in getattr(getattr(config, 'pool', None), 'named', ()):
         choose(folder, p.pool, f'params.yaml: {prefix}unlearn.{method}: pool.folders')
 

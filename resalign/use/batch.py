@@ -127,7 +127,9 @@ def cells_of_page(page, grid:Grid, out) -> list: # of Cell
 # %% ../../nbs/8_use/25_batch.ipynb #67191be0
 def study_module(study:str):
     "A study by its name"
-    return importlib.import_module(f'resalign.studies.{choose(study, studies(), "study")}')
+    name = choose(study, studies(), 'study')
+    if not (root()/'nbs').is_dir(): raise UserError(f'{root()}: no folder nbs, expected a clone, for a study is a page')
+    return importlib.import_module(f'resalign.studies.{name}')
 
 def has_cells(study:str) -> bool: return hasattr(study_module(study), 'cells')
 

@@ -7,10 +7,10 @@ __all__ = ['QUICK_TRIAL', 'RECORDS', 'PIPELINE_FILES', 'LAUNCH', 'PIPELINE', 'OU
            'BENIGN', 'METHOD', 'POOL', 'ERASE', 'PROCESSES', 'UNLEARNED', 'IMAGES', 'PRIOR', 'FINETUNED', 'PROMPTS',
            'EVALUATORS', 'REFERENCE', 'DETECTOR', 'CARD', 'SHOW_FLAGGED', 'EVALUATED', 'PRETRAINED', 'TARGET', 'GRID',
            'BATCH_OUT', 'EXECUTOR', 'WORKERS', 'SCHEDULER', 'RETRIES', 'ONLY', 'DRY', 'BATCHED', 'PROFILE', 'QUICK',
-           'split_help', 'fail', 'quiet', 'end_with_one_line', 'command', 'split_section', 'read_config', 'yaml_value',
-           'set_one', 'set_pairs', 'section_settings', 'settings_for', 'check_out', 'say_written', 'on_processes',
-           'many', 'unlearn', 'finetune', 'say_evaluated', 'evaluate', 'sampling_settings', 'pretrain', 'say_plan',
-           'batch_study', 'batch_page', 'batch', 'doctor']
+           'split_help', 'fail', 'quiet', 'end_with_one_line', 'with_methods', 'command', 'split_section',
+           'read_config', 'yaml_value', 'set_one', 'set_pairs', 'section_settings', 'settings_for', 'check_out',
+           'say_written', 'on_processes', 'many', 'unlearn', 'finetune', 'say_evaluated', 'evaluate',
+           'sampling_settings', 'pretrain', 'say_plan', 'batch_study', 'batch_page', 'batch', 'doctor']
 
 # %% ../../nbs/8_use/30_cli.ipynb #4c6ef354
 import argparse, inspect, os, subprocess, sys, textwrap
@@ -49,6 +49,14 @@ def end_with_one_line(e:BaseException):
     if isinstance(e, UserError): fail(f'error: {" ".join(str(e).split())}', 2)
     raise e
 
+# %% ../../nbs/8_use/30_cli.ipynb #c11e7d00
+def with_methods(text:str) -> str:
+    "A command's description, in which METHOD_NAMES becomes the names of all methods; no method is imported for that"
+    if 'METHOD_NAMES' not in text: return text
+    from resalign.use.meaning import modules_of_methods
+    names = textwrap.wrap(', '.join(modules_of_methods()), 84, break_on_hyphens=False)
+    return text.replace('METHOD_NAMES', '\n         '.join(names))
+
 # %% ../../nbs/8_use/30_cli.ipynb #ad638b20
 def command(func):
     "`func` as a console script; called with arguments it stays a function"
@@ -58,6 +66,7 @@ def command(func):
     def run(*args, **kw):
         if args or kw: return func(*args, **kw)
         quiet()
+        func.__doc__ = with_methods(func.__doc__)
         try: parse()
         except (KeyboardInterrupt, Exception) as e: end_with_one_line(e)
     return run
@@ -195,7 +204,7 @@ SEED = Param("of everything random [the settings' seed, or 0]", int)
 # %% ../../nbs/8_use/30_cli.ipynb #02e84802
 UNSAFE = Param('captioned images of what should go', str)
 BENIGN = Param('captioned images of what should stay', str)
-METHOD = Param('resalign, ga, esd-x, uce and others: an unknown name lists them all', str)
+METHOD = Param('one of the methods above', str)
 POOL = many('captioned images for the simulated fine-tunings, FOLDER or NAME=FOLDER [BENIGN]')
 ERASE = many('words that make an unsafe caption harmless when they are left out; some methods need them')
 PROCESSES = Param('that share the J simulated fine-tunings of an outer step', int)
@@ -214,6 +223,7 @@ def unlearn(pipeline:PIPELINE, unsafe:UNSAFE, benign:BENIGN, out:OUT, method:MET
          metadata.jsonl (or .csv) with the columns file_name and text.
     Out: OUT, a diffusers folder with safetensors, the adapter by itself, curves, a model card.
          An interrupted run resumes from its last checkpoint when it is started again.
+    Methods: METHOD_NAMES
 
     Example:
       resalign-unlearn my-model pictures/unsafe pictures/benign my-model-safe --set steps=200
