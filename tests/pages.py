@@ -36,7 +36,7 @@ def left_out(code):
     "Cells that nbdev's own test leaves out: flagged in tst_flags (slow ones unless asked for), or `eval: false`"
     from nbdev.config import get_config
     asked = {'slow'} if os.environ.get('SLOW_CELLS') else set()
-    return flags(code) & ({'eval: false', *get_config().tst_flags.split()} - asked)
+    return flags(code) & ({'eval: false', *get_config(path=ROOT).tst_flags.split()} - asked)
 
 
 NUMBER = re.compile(r'[-+]?(?:\d[\d_,]*\.?\d*|\.\d+)(?:e[-+]?\d+)?')
@@ -78,7 +78,8 @@ def run_cells(page):
             for o in outputs: print(''.join(o.get('text', []) or o.get('traceback', [])))
             print(begins)
             return False
-        if 'hide' in flags(cell.source) or not (wrong := stale(cell.outputs, outputs)): continue
+        wrong = '' if shell.exc or 'hide' in flags(cell.source) else stale(cell.outputs, outputs)
+        if not wrong: continue
         good = False
         print(f'a stored output is stale, {begins}: run the page and commit it\n{wrong}')
     return good
