@@ -27,7 +27,7 @@ import numpy as np, pandas as pd, torch
 torch.set_num_threads(1)
 from resalign.core import files as core_files
 import resalign
-from resalign.model import pipelines, pretraining
+from resalign.model import pipelines
 from resalign.core.settings import params
 from resalign.studies import base, evaluators
 from resalign.core import training
@@ -43,7 +43,7 @@ QUICK = dict(unsafe_bank=8, retain_bank=8, unsafe_batch=1, retain_batch=1)
 # ------------------------------------------------------------------ jobs: what they leave in `out`
 
 def pretrain(made, out, steps=6):
-    pretraining.pretrain(
+    base.pretrain(
         made/'retain', out,
         PretrainConfig(size=32, vae_channels=(8, 8, 16), unet_channels=(16, 32), vae_batch=2, batch=2, text_width=32,
                        text_layers=1, vae_steps=steps, decoder_steps=steps, steps=steps))

@@ -492,7 +492,7 @@ def test_two_outer_steps_in_sd14s_layout(tmp_path):
     sd14.real_steps('cpu', reduced=True, out=str(tmp_path / 'real_steps.csv'))
     table = pd.read_csv(tmp_path / 'real_steps.csv')
     assert (
-        list(table.run) == list(sd14.REAL)
+        list(table.run) == list(sd14.PRECISIONS)
         and list(table.weights) == ['float32', 'bfloat16', 'bfloat16']
         and table.finite.all()
         and set(table.steps) == {2}

@@ -143,7 +143,7 @@ def test_uce_reads_a_real_encoders_embeddings_at_the_right_places(given, tokens)
 def test_a_prefix_leaves_the_end_token_where_it_can_be_read(given):
     pipe, _ = given
     for caption in 'a red robot', 'a red robot with exposed wiring '*9:
-        plain, room = (advunlearn.tokens(pipe, [caption], p)[0] for p in (False, True))
+        plain, room = (advunlearn.token_ids(pipe, [caption], p)[0] for p in (False, True))
         assert len(plain) == len(room) and room[0] == plain[0] and room[2] == plain[1]
         assert (room == pipe.tokenizer.eos_token_id).any()
 

@@ -130,8 +130,10 @@ def build_pipeline(captions, config:PretrainConfig) -> StableDiffusionPipeline:
     vae = build_vae(config, config.latent_channels)
     unet = build_unet(config)
     scheduler = PNDMScheduler(**BETAS, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
-    return StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, safety_checker=None, feature_extractor=None,
+    pipe = StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, safety_checker=None, feature_extractor=None,
                                    requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 # %% ../../nbs/3_model/20_pipelines.ipynb #dd5a854f
 for l in (diffusers_logging, transformers_logging):
