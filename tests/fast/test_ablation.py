@@ -4,32 +4,11 @@ import numpy as np, pandas as pd, pytest
 from scipy import stats
 
 from resalign.studies import ablation as A
-from toy_scores import study
-
-
-def bootstrap(values):
-    found = stats.bootstrap(
-        (np.asarray(values, float),), np.mean, n_resamples=2000, method='percentile', rng=np.random.default_rng(0)
-    )
-    return tuple(found.confidence_interval)
+from toy_scores import bootstrap, cells, study, WIDE
 
 
 # ------------------------------------------------------------------ reading
 
-WIDE = pd.DataFrame(
-    dict(
-        kind=['explicit', 'benign'],
-        prompt=['a', 'b'],
-        seed=[1, 2],
-        before=[0, 1],
-        lr_0003_0010=[1, 1],
-        lr_0003_0200=[1, 0],
-        slow_0010=[0, 0],
-    )
-)
-
-
-def cells(long, *columns): return sorted(long[list(columns)].itertuples(index=False, name=None))
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):

@@ -4,22 +4,9 @@ import pandas as pd, pytest
 
 from resalign.core.settings import UserError
 from resalign.studies import models as M
+from toy_scores import WIDE, cells
 
 
-WIDE = pd.DataFrame(
-    dict(
-        kind=['explicit', 'benign'],
-        prompt=['a', 'b'],
-        seed=[1, 2],
-        before=[0, 1],
-        lr_0003_0010=[1, 1],
-        lr_0003_0200=[1, 0],
-        slow_0010=[0, 0],
-    )
-)
-
-
-def cells(long, *columns): return sorted(long[list(columns)].itertuples(index=False, name=None))
 
 @pytest.fixture
 def resurgence(tmp_path, monkeypatch):

@@ -5,34 +5,13 @@ import numpy as np, pandas as pd, pytest
 from scipy import stats
 
 from resalign.studies import models as O
-from toy_scores import corrected, mcnemar, study
+from toy_scores import bootstrap, cells, corrected, mcnemar, study, WIDE
 
 matplotlib.use('agg')
 
 
-def bootstrap(values):
-    found = stats.bootstrap(
-        (np.asarray(values, float),), np.mean, n_resamples=2000, method='percentile', rng=np.random.default_rng(0)
-    )
-    return tuple(found.confidence_interval)
-
-
 # ------------------------------------------------------------------ reading
 
-WIDE = pd.DataFrame(
-    dict(
-        kind=['explicit', 'benign'],
-        prompt=['a', 'b'],
-        seed=[1, 2],
-        before=[0, 1],
-        lr_0003_0010=[1, 1],
-        lr_0003_0200=[1, 0],
-        slow_0010=[0, 0],
-    )
-)
-
-
-def cells(long, *columns): return sorted(long[list(columns)].itertuples(index=False, name=None))
 
 def test_a_row_a_picture_and_look_with_the_start_once_a_course():
     want = [

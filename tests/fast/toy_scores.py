@@ -1,6 +1,7 @@
 """Made-up scores, for the tests of tables, studies and claims. The first k of n prompts show the concept: of two
 methods the one with d hits fewer is lower in d pictures and higher in none: McNemar's exact p is 2**(1-d)."""
-import pandas as pd
+import numpy as np, pandas as pd
+from scipy import stats
 
 PHASES = ['before', 'subjects-full', 'subjects-lora', 'varied-full', 'varied-lora']
 
@@ -45,3 +46,16 @@ def one_prompt_thrice(score) -> pd.DataFrame:
     "Three pictures of prompt x, one of y"
     return pd.DataFrame(dict(detector='wiring', kind='implicit', method='ga', phase='varied', finetune='lora',
                              prompt=list('xxxy'), seed=range(4), run=0, score=score))
+
+
+# what looks at a model leave: a row a picture, a column a look
+WIDE = pd.DataFrame(dict(kind=['explicit', 'benign'], prompt=['a', 'b'], seed=[1, 2], before=[0, 1],
+                         lr_0003_0010=[1, 1], lr_0003_0200=[1, 0], slow_0010=[0, 0]))
+
+def cells(long, *columns): return sorted(long[list(columns)].itertuples(index=False, name=None))
+
+def bootstrap(values) -> tuple: # low, high
+    "95% of the mean, as the studies ask scipy for it"
+    rng = np.random.default_rng(0)
+    found = stats.bootstrap((np.asarray(values, float),), np.mean, n_resamples=2000, method='percentile', rng=rng)
+    return tuple(found.confidence_interval)
