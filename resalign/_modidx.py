@@ -1180,6 +1180,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                        'resalign/model/pipelines.py'),
                                           'resalign.model.pipelines.generate': ( '3_model/pipelines.html#generate',
                                                                                  'resalign/model/pipelines.py'),
+                                          'resalign.model.pipelines.has_bf16': ( '3_model/pipelines.html#has_bf16',
+                                                                                 'resalign/model/pipelines.py'),
                                           'resalign.model.pipelines.init_vae': ( '3_model/pipelines.html#init_vae',
                                                                                  'resalign/model/pipelines.py'),
                                           'resalign.model.pipelines.initial_latents': ( '3_model/pipelines.html#initial_latents',

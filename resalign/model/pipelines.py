@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BETAS', 'PARTS', 'SAFE_LIBRARIES', 'EARLIER_NAMES', 'CLASSES', 'PretrainConfig', 'train_tokenizer', 'init_vae',
            'build_vae', 'build_text_encoder', 'build_unet', 'build_pipeline', 'save_pipeline', 'check_pipeline',
-           'is_local', 'check_complete', 'load_pipeline', 'autocast', 'SamplingConfig', 'initial_latents', 'ImageStore',
-           'sample_batches', 'generate', 'small_clip', 'small_transformer', 'small_vae', 'build_sd3']
+           'is_local', 'check_complete', 'load_pipeline', 'has_bf16', 'autocast', 'SamplingConfig', 'initial_latents',
+           'ImageStore', 'sample_batches', 'generate', 'small_clip', 'small_transformer', 'small_vae', 'build_sd3']
 
 # %% ../../nbs/3_model/20_pipelines.ipynb #76403d3b
 import contextlib, copy, hashlib, json, os, re, tempfile
@@ -49,7 +49,7 @@ class PretrainConfig(Config):
     lr:float = 1.2e-3
     caption_dropout:float = .1          # share of captions replaced by the empty one, for guidance
     ema_decay:float = .998
-    bf16:bool = True                    # autocast the passes; the weights stay float32
+    bf16:bool = True                    # autocast the passes where the CPU has it; the weights stay float32
     seed:int = 0
 
 # %% ../../nbs/3_model/20_pipelines.ipynb #226e9aaa
@@ -287,9 +287,14 @@ def load_pipeline(folder,        # a diffusers folder; anything else is taken fo
     return pipe
 
 # %% ../../nbs/3_model/20_pipelines.ipynb #8c6d3699
+def has_bf16() -> bool:
+    "Whether the CPU itself computes in bfloat16; emulated, it is ten times slower than float32"
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ('avx512_bf16', 'amx_bf16', 'bf16'))
+
 def autocast(on:bool):
-    "A context in which passes on the CPU run in bfloat16, if `on`"
-    return torch.autocast('cpu', torch.bfloat16, enabled=on)
+    "A context in which passes run in bfloat16, if `on` and if the CPU has it"
+    return torch.autocast('cpu', torch.bfloat16, enabled=on and has_bf16())
 
 # %% ../../nbs/3_model/20_pipelines.ipynb #pip0001
 class SamplingConfig(Config):

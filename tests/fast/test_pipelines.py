@@ -161,11 +161,17 @@ def test_captions_are_dropped_in_the_share_that_was_asked_for(tokenizer):
         )  # 0.012 is a standard deviation
 
 
-def test_passes_run_in_bfloat16_where_asked(tokenizer):
-    for bf16 in True, False:
-        assert pretrained(tokenizer, steps=1, bf16=bf16)[0].unet.seen == [torch.bfloat16 if bf16 else False]
-    with autocast(True): assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
-    with autocast(False): assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+CAPABLE = [dict(avx2=True, avx512_bf16=b, amx_bf16=a) for a, b in ((False, True), (True, False), (False, False))]
+
+@pytest.mark.parametrize('cpu', CAPABLE)
+def test_passes_run_in_bfloat16_where_asked_and_where_the_cpu_has_it(tokenizer, monkeypatch, cpu):
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: cpu)
+    has = cpu['avx512_bf16'] or cpu['amx_bf16']
+    for asked in True, False:
+        low = asked and has
+        assert pretrained(tokenizer, steps=1, bf16=asked)[0].unet.seen == [torch.bfloat16 if low else False]
+        with autocast(asked): product = torch.ones(2, 2) @ torch.ones(2, 2)
+        assert product.dtype == (torch.bfloat16 if low else torch.float32)
 
 
 # ------------------------------------------------------------------ the VAE
@@ -244,7 +250,8 @@ def test_the_vae_trains_all_or_its_decoder_and_ends_with_unit_variance(decoder_o
     assert vae.config.scaling_factor == round(1/float((vae.encoder[0].detach()*x).std()), 5) # of all pictures' latents
     assert moments(vae, pictures())[0].std().item() == pytest.approx(1, abs=1e-4)
 
-def test_the_vae_runs_in_bfloat16_where_asked():
+def test_the_vae_runs_in_bfloat16_where_asked(monkeypatch):
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: dict(avx512_bf16=True))
     for bf16 in True, False:
         vae = ToyVae()
         train_vae(vae, pictures(), PretrainConfig(bf16=bf16), 1)
