@@ -10,6 +10,10 @@ from pathlib import Path
 OURS = Path('outs/reproduced')
 os.environ['RESALIGN_RESULTS'] = str(OURS)
 
+from resalign.use.cli import quiet
+
+quiet() # before libraries are imported
+
 import pandas as pd
 
 from resalign.core.settings import UserError, params
@@ -60,6 +64,7 @@ def main() -> int: # exit status
     ask.add_argument('--workers', type=int, default=os.cpu_count())
     args = ask.parse_args()
     only = dict(method=','.join(params('table.compared')), seed=','.join(map(str, args.seeds)))
+    print(f'The main table anew for {only["method"]} (seed {only["seed"]}), in {OURS}: some 30 minutes on two cores', flush=True)
     table = run_study_cells('table', only, workers=args.workers)
     print(', '.join(f'{n} {status}' for status, n in table.status.value_counts().items()), 'cells')
     if (table.status == 'failed').any(): return 1

@@ -376,6 +376,7 @@ def run_study_cells(study:str, only:dict=None, executor='local', workers:int=2, 
     kept = {name: depends for name, depends in kept.items() if name in names}
     chosen = selected(cells, only)
     stale = [cell for cell in chosen if why_stale(cell, kept)]
+    print(f'{study}: {len(stale)} of {len(chosen)} cells to compute', file=sys.stderr, flush=True)
     def done(cell):
         kept[cell.name] = cell.depends
         keep(study, kept)
