@@ -64,7 +64,8 @@ def main() -> int: # exit status
     ask.add_argument('--workers', type=int, default=os.cpu_count())
     args = ask.parse_args()
     only = dict(method=','.join(params('table.compared')), seed=','.join(map(str, args.seeds)))
-    print(f'The main table anew for {only["method"]} (seed {only["seed"]}), in {OURS}: some 30 minutes on two cores', flush=True)
+    what = f'{only["method"]}, seed {only["seed"]}'
+    print(f'The main table anew ({what}) in {OURS}: some 30 minutes on two cores', flush=True)
     table = run_study_cells('table', only, workers=args.workers)
     print(', '.join(f'{n} {status}' for status, n in table.status.value_counts().items()), 'cells')
     if (table.status == 'failed').any(): return 1
