@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['POSITIVE', 'root', 'results', 'one_line', 'UserError', 'choose', 'escape_markdown', 'Config', 'make_config',
-           'params_file', 'params']
+           'params_file', 'read_section', 'params']
 
 # %% ../../nbs/1_core/00_settings.ipynb #set0003
 import copy, difflib, html, os, re
@@ -115,10 +115,9 @@ def params_file() -> Path:
     return own if own.is_file() else Path(__file__).parents[1]/'params.yaml'
 
 # %% ../../nbs/1_core/00_settings.ipynb #75f23a1b
-def params(section:str, # dots lead to inner sections: 'unlearn.resalign'
-           file=None,   # None: `params_file()`
-          ) -> dict:
-    "One section of params.yaml"
+def read_section(section:str, # dots lead to inner sections: 'unlearn.resalign'
+                 file=None):  # None: `params_file()`
+    "One section of params.yaml, to be read and not changed"
     file = Path(file or params_file())
     if not file.is_file(): raise UserError(f'{file}: no such file')
     try: node = _parse(file.read_text(encoding='utf-8'))
@@ -127,4 +126,8 @@ def params(section:str, # dots lead to inner sections: 'unlearn.resalign'
     for key in section.split('.'):
         known = node if isinstance(node, dict) else ()
         node = node[choose(key, known, f'{file.name}: {section}')]
-    return copy.deepcopy(node)
+    return node
+
+def params(section:str, file=None) -> dict: # as in `read_section`
+    "One section of params.yaml, the caller's own"
+    return copy.deepcopy(read_section(section, file))

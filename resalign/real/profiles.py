@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HUB', 'NO_SECTION', 'TINY_FOLDERS', 'Source', 'PromptSet', 'DataSources', 'ModelSettings', 'Profile', 'profile_names',
-           'profile_of', 'active_profile', 'tuned_settings', 'settings', 'locate', 'source_folder']
+           'profile_of', 'active_name', 'active_profile', 'tuned_settings', 'settings', 'locate', 'source_folder']
 
 # %% ../../nbs/7_real/00_profiles.ipynb #1efced23
 import os, re
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 from huggingface_hub import snapshot_download
 from pydantic import Field, field_validator
-from ..core.settings import Config, UserError, choose, make_config, params, root
+from ..core.settings import Config, UserError, choose, make_config, params, read_section, root
 from ..model.checkpoints import download_hint
 
 # %% ../../nbs/7_real/00_profiles.ipynb #cc77d44b
@@ -102,21 +102,25 @@ class Profile(ModelSettings):
 # %% ../../nbs/7_real/00_profiles.ipynb #39d03924
 def profile_names(file=None) -> list:
     "The profiles of params.yaml"
-    return list(params('profiles', file))
+    return list(read_section('profiles', file))
 
 def profile_of(name:str, file=None) -> Profile:
     "A profile of params.yaml, validated"
-    values = params('profiles', file)[choose(name, profile_names(file), 'profile')]
+    values = read_section('profiles', file)[choose(name, profile_names(file), 'profile')]
     where = f'params.yaml: profiles.{name}'
     if not isinstance(values, dict): raise UserError(f'{where}: expected a mapping, got {values!r}')
     return make_config(Profile, values, where)
 
 # %% ../../nbs/7_real/00_profiles.ipynb #e7b1f3e6
+def active_name(file=None) -> str:
+    "The name of the profile that the stages run on"
+    override = os.environ.get('RESALIGN_PROFILE')
+    name = override or str(read_section('profile', file))
+    return choose(name, profile_names(file), 'RESALIGN_PROFILE' if override else 'params.yaml: profile')
+
 def active_profile(file=None) -> tuple: # name, Profile
     "The profile that the stages run on"
-    override = os.environ.get('RESALIGN_PROFILE')
-    name = override or str(params('profile', file))
-    choose(name, profile_names(file), 'RESALIGN_PROFILE' if override else 'params.yaml: profile')
+    name = active_name(file)
     return name, profile_of(name, file)
 
 # %% ../../nbs/7_real/00_profiles.ipynb #b6296d15

@@ -19,12 +19,12 @@ from ..measure.photographs import write_card
 from ..model.checkpoints import open_pipeline
 from ..model.pipelines import is_local, save_pipeline
 from . import profiles
-from .profiles import Profile, PromptSet, active_profile, locate
+from .profiles import Profile, PromptSet, active_name, active_profile, locate
 
 # %% ../../nbs/7_real/30_sources.ipynb #94f3e1a6
 def is_embedded() -> bool:
     "Is the active profile the embedded world?"
-    return active_profile()[0] == 'tiny'
+    return active_name() == 'tiny'
 
 # %% ../../nbs/7_real/30_sources.ipynb #27fd4c8f
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ __all__ = ['KEY', 'BASE', 'APART', 'UNSAFE_SEED', 'SUBJECT_SEED', 'PROMPTS', 'EV
 # %% ../../nbs/9_studies/00_models.ipynb #1a8d6848
 import copy, json
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 import numpy as np, pandas as pd, seaborn as sns
 from filelock import FileLock
@@ -72,7 +73,7 @@ class Unlearned:
         return dict(pipeline=BASE, **data, **asked, pool=sources.pool_folders(), erase=sources.erase_words(),
                     compute=sources.compute_settings())
 
-    @property
+    @cached_property
     def key(self) -> str: # 12 hex digits
         asked = self.arguments()
         pool = {name: content(folder) for name, folder in asked.pop('pool').items()}
@@ -100,7 +101,7 @@ class Finetuned:
 
     def images(self) -> Path: return sources.data_folder(self.name.partition('-')[0])
 
-    @property
+    @cached_property
     def key(self) -> str: # 12 hex digits
         code = short(meaning('resalign.use.jobs', [self.unlearned.method]))
         asked = dict(start=self.unlearned.key, settings=self.settings, compute=sources.compute_settings())
