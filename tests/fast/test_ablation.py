@@ -58,8 +58,9 @@ def than(*pairs):  # of each course: hits of the full one, and of the variant
     )
 
 
-def test_a_variant_is_worse_or_better_or_not_told_apart():
-    "Twice as many tests as courses: 1/64 of two is 1/32, 1/64 of four is 1/16, and 1/128 of four is 1/32"
+def test_variants_against_the_full_one():
+    # a variant is worse or better or not told apart: Twice as many tests as courses: 1/64 of two is 1/32, 1/64 of four
+    # is 1/16, and 1/128 of four is 1/32
     assert (
         than((0, 7)) == 'worse'
         and than((7, 0)) == 'better'
@@ -74,7 +75,7 @@ def test_a_variant_is_worse_or_better_or_not_told_apart():
     )
     assert than((0, 9), (9, 0)) == 'worse' # in one of two: what is lost counts first
 
-def test_than_another_full_one():
+    # than another full one
     assert A.compared_to_full(study(dict(a=dict(c=(0, 0)), b=dict(c=(0, 9)))), 'b', full='a') == 'worse'
 
 

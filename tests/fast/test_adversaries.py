@@ -11,6 +11,7 @@ from resalign.method.finetune import ALGORITHMS, FinetuneConfig, finetune
 from resalign.model.pipelines import train_tokenizer
 import toy_finetune as toy
 from toy_finetune import toy_pipe, weights
+from each import each
 
 CAPTIONS = ['a red cat', 'a blue dog', 'red', 'a dog', 'blue cat', 'a cat']
 ROW = 'embeddings.token_embedding.weight'
@@ -85,7 +86,7 @@ def word_loss(pipe, token='<new>'):
 
     return loss, rows.mean(0)
 
-@pytest.mark.parametrize(
+@each(
     'algorithm, kind, steps',
     [
         ('textual-inversion', 'sgd', 1),
@@ -95,6 +96,7 @@ def word_loss(pipe, token='<new>'):
     ],
 )
 def test_a_word_and_what_else_moves_as_written_out_and_a_run_goes_on(pipe, tmp_path, algorithm, kind, steps):
+    pipe = copy.deepcopy(pipe)
     unet, text = weights(pipe), encoder_weights(pipe)
     loss, row = word_loss(pipe)
     start = dict(row=row) | {k: unet[k] for k in CROSS*(algorithm == 'custom-diffusion')}
@@ -121,9 +123,21 @@ def test_a_word_and_what_else_moves_as_written_out_and_a_run_goes_on(pipe, tmp_p
     assert not any(p.requires_grad for m in (pipe.unet, pipe.text_encoder) for p in m.parameters())
     assert pipe.tokenizer.convert_tokens_to_ids('<new>') == len(text[ROW])
 
-def test_the_word_is_the_settings_token(pipe):
+def test_new_words(pipe):
+    # the word is the settings token
     finetune(pipe, bank(), FinetuneConfig(algorithm='textual-inversion', steps=1, token='<robot>'), captions=CAPTIONS)
     assert '<robot>' in pipe.tokenizer.get_vocab() and '<new>' not in pipe.tokenizer.get_vocab()
+
+    # words that cannot be learned are refused before anything changes
+    text = encoder_weights(pipe)
+    config = FinetuneConfig(algorithm='textual-inversion', steps=1)
+    with pytest.raises(UserError, match='captions'): finetune(pipe, bank(), config)
+    with pytest.raises(UserError, match='token.*red</w>'):
+        finetune(pipe, bank(), config.model_copy(update=dict(token='red</w>')), captions=CAPTIONS)
+    pipe.text_encoder_2 = pipe.text_encoder
+    with pytest.raises(UserError, match='token.*two'): finetune(pipe, bank(), config, captions=CAPTIONS)
+    close(encoder_weights(pipe), text)
+    assert '<new>' not in pipe.tokenizer.get_vocab()
 
 def test_a_new_word_begins_at_the_mean_of_all_words(pipe):
     before = pipe.text_encoder.get_input_embeddings().weight.detach().clone()
@@ -155,16 +169,6 @@ def test_captions_are_read_behind_the_word_by_the_pictures_index(pipe):
     assert dressed.z is s.z and dressed.index is s.index and torch.equal(dressed.t, s.t)
     close(encoder_weights(pipe), encoder_weights(plain))
 
-def test_words_that_cannot_be_learned_are_refused_before_anything_changes(pipe):
-    text = encoder_weights(pipe)
-    config = FinetuneConfig(algorithm='textual-inversion', steps=1)
-    with pytest.raises(UserError, match='captions'): finetune(pipe, bank(), config)
-    with pytest.raises(UserError, match='token.*red</w>'):
-        finetune(pipe, bank(), config.model_copy(update=dict(token='red</w>')), captions=CAPTIONS)
-    pipe.text_encoder_2 = pipe.text_encoder
-    with pytest.raises(UserError, match='token.*two'): finetune(pipe, bank(), config, captions=CAPTIONS)
-    close(encoder_weights(pipe), text)
-    assert '<new>' not in pipe.tokenizer.get_vocab()
 
 def test_a_saved_word_is_its_row(pipe, tmp_path):
     add_token(pipe, '<a>')
@@ -185,7 +189,7 @@ def shifted(w, delta):
     scale = 1. if w.ndim > 1 else 1e-3
     return (u @ torch.diag((s + scale*delta).clamp(min=0.)) @ v).view_as(w)
 
-@pytest.mark.parametrize('shape', [(3, 5), (5, 3), (2, 3, 2, 2), (4,)], ids=str)
+@each('shape', [(3, 5), (5, 3), (2, 3, 2, 2), (4,)])
 def test_the_spectrum_is_shifted_and_stays_above_zero(shape):
     w = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     spectrum = SpectralShift(w)
@@ -219,7 +223,8 @@ def test_svdiff_moves_the_singular_values_of_all_weights_as_written_out_and_a_ru
     assert moved(start, weights(p)) == set(names)
     assert not any(q.requires_grad for q in p.unet.parameters())
 
-def test_gradients_are_asked_of_what_moves_alone(pipe):
+def test_what_moves_alone(pipe):
+    # gradients are asked of what moves alone
     for algorithm, said in {'textual-inversion': [], 'custom-diffusion': CROSS, 'svdiff': ['delta']*10}.items():
         p = copy.deepcopy(pipe)
         with ALGORITHMS[algorithm](p, FinetuneConfig(), CAPTIONS) as trained:
@@ -227,9 +232,10 @@ def test_gradients_are_asked_of_what_moves_alone(pipe):
             assert [k.rpartition('.')[2] if algorithm == 'svdiff' else k for k in moving] == said
             assert len(trained.params) == len(said) + (algorithm != 'svdiff')
 
-def test_methods_change_nothing_but_what_they_say(pipe):
+    # methods change nothing but what they say
     for algorithm in 'svdiff', 'custom-diffusion':
         p = copy.deepcopy(pipe)
         finetune(p, bank(), FinetuneConfig(algorithm=algorithm, steps=1, batch=3), captions=CAPTIONS)
         said = {k for k in weights(pipe) if k.endswith('weight')} if algorithm == 'svdiff' else set(CROSS)
         assert moved(weights(pipe), weights(p)) == said
+

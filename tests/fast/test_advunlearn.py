@@ -14,6 +14,7 @@ from resalign.model.losses import Denoiser
 from adam import adam
 from tests.fast.toys import (BENIGN, T, TOKENS, UNSAFE, WIDTH, agree, answers, check_settings, close, draw_sample,
                              given, ledger, noisy, run, said, square, stream)
+from each import each
 
 
 def test_settings():
@@ -24,7 +25,8 @@ def test_settings():
     assert AdvUnlearnConfig(mode='iter').mode == 'iter'
 
 
-def test_a_prefix_takes_the_place_after_the_start_and_the_end_can_still_be_read():
+def test_prefixes():
+    # a prefix takes the place after the start and the end can still be read
     pipe, _ = given()
     words = [pipe.tokenizer.ids[w] for w in UNSAFE[0].split()]
     plain, room = (token_ids(pipe, [UNSAFE[0], 'old'], p) for p in (False, True))
@@ -35,6 +37,22 @@ def test_a_prefix_takes_the_place_after_the_start_and_the_end_can_still_be_read(
     pipe.text_encoder_2 = None
     with pytest.raises(UserError, match='advunlearn: .*one text encoder'): token_ids(pipe, ['old'], False)
 
+    # inside prefixed the second embedding is delta and outside it is not
+    pipe, _ = given()
+    encoder, delta = pipe.text_encoder, torch.randn(2, WIDTH, dtype=torch.float64)
+    ids = token_ids(pipe, UNSAFE[:2], True)
+    with contextlib.suppress(KeyError), prefixed(encoder, delta):
+        found = encoder(ids)[0]
+        raise KeyError
+    for k in range(2): close(found[k], told(encoder, pipe, UNSAFE[k], delta[k].float()))
+    close(encoder(token_ids(pipe, UNSAFE[:1], False))[0][0], told(encoder, pipe, UNSAFE[0]))
+
+    # layers and final norm are trained and no embeddings
+    encoder = given()[0].text_encoder
+    assert set(trained_params(encoder)) == {'encoder.weight', 'encoder.bias', 'final_layer_norm.weight',
+                                            'final_layer_norm.bias'}
+    assert all(p is encoder.get_parameter(n) for n, p in trained_params(encoder).items())
+
 
 def told(encoder, pipe, caption, delta=None):
     "A caption's embedding; with a prefix, the words stand one place further on"
@@ -44,17 +62,6 @@ def told(encoder, pipe, caption, delta=None):
     h = torch.stack([r + p for r, p in zip(rows, encoder.embeddings['position'].weight)])
     so_far = torch.stack([h[:k + 1].sum(0)/math.sqrt(k + 1) for k in range(TOKENS)])
     return encoder.final_layer_norm(encoder.encoder(so_far.tanh()))
-
-
-def test_inside_prefixed_the_second_embedding_is_delta_and_outside_it_is_not():
-    pipe, _ = given()
-    encoder, delta = pipe.text_encoder, torch.randn(2, WIDTH, dtype=torch.float64)
-    ids = token_ids(pipe, UNSAFE[:2], True)
-    with contextlib.suppress(KeyError), prefixed(encoder, delta):
-        found = encoder(ids)[0]
-        raise KeyError
-    for k in range(2): close(found[k], told(encoder, pipe, UNSAFE[k], delta[k].float()))
-    close(encoder(token_ids(pipe, UNSAFE[:1], False))[0][0], told(encoder, pipe, UNSAFE[0]))
 
 
 def searched(net, encoder, pipe, captions, view, config, gen):
@@ -75,7 +82,7 @@ def searched(net, encoder, pipe, captions, view, config, gen):
 
 
 @ledger('advunlearn/accumulate', 'advunlearn/attack_steps')
-@pytest.mark.parametrize('steps, accumulate', [(0, False), (1, False), (4, False), (4, True)])
+@each('steps, accumulate', [(0, False), (1, False), (4, False), (4, True)])
 def test_the_attack_descends_towards_the_wanted_prediction_over_changing_views(steps, accumulate):
     pipe, data = given()
     encoder, captions = pipe.text_encoder, UNSAFE[:3]
@@ -92,15 +99,8 @@ def test_the_attack_descends_towards_the_wanted_prediction_over_changing_views(s
     assert all(p.grad is None for p in encoder.parameters())
 
 
-def test_layers_and_final_norm_are_trained_and_no_embeddings():
-    encoder = given()[0].text_encoder
-    assert set(trained_params(encoder)) == {'encoder.weight', 'encoder.bias', 'final_layer_norm.weight',
-                                            'final_layer_norm.bias'}
-    assert all(p is encoder.get_parameter(n) for n, p in trained_params(encoder).items())
-
-
 @ledger('advunlearn/retain_weight', 'advunlearn/mode')
-@pytest.mark.parametrize('kind, changes',
+@each('kind, changes',
                          [('epsilon', {}), ('v_prediction', dict(retain_weight=1., eta=3., warm_up=0)),
                           ('epsilon', dict(mode='iter', retain_weight=7.)),
                                            ('epsilon', dict(warm_up=99, retain_weight=0.))])
@@ -142,7 +142,8 @@ def test_attacked_prompts_are_erased_and_benign_ones_kept(kind, changes):
     assert all(torch.equal(p, q) and not p.requires_grad for p, q in zip(pipe.unet.parameters(), before.parameters()))
 
 
-def test_prefixes_against_a_pipeline_bring_back_the_originals_answers():
+def test_attacks_on_captions(monkeypatch):
+    # prefixes against a pipeline bring back the originals answers
     (original, data), (pipe, _) = given(), given(seed=3)
     config, captions = AdvUnlearnConfig(attack_steps=3, attack_lr=.1, seed=2), [UNSAFE[k % 4] for k in range(5)]
     for p in original, pipe: p.unet.requires_grad_(True), p.text_encoder.requires_grad_(True)
@@ -160,11 +161,12 @@ def test_prefixes_against_a_pipeline_bring_back_the_originals_answers():
         delta = searched(nets[0], encoder, pipe, now, view, config, stream(2, 'prefix', k))
         for j, c in enumerate(now): close(found[k + j], told(encoder, pipe, c, delta[j]), rtol=1e-3)
 
-
-def test_captions_are_attacked_24_at_a_time(monkeypatch):
+    # captions are attacked 24 at a time
     (original, data), (pipe, _) = given(), given(seed=3)
     many = []
     encoder = pipe.text_encoder.forward
     pipe.text_encoder.forward = lambda ids: many.append(len(ids)) or encoder(ids)
     attacked_embeddings(pipe, original, UNSAFE[:1]*25, data.unsafe, AdvUnlearnConfig(attack_steps=0))
     assert many == [24, 1]
+
+

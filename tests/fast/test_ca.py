@@ -6,6 +6,7 @@ from resalign.baselines.parts import layers
 from tests.fast.toys import (T, UNSAFE, agree, answers, check_settings, draw_sample, drawn_pictures, given, goals,
                              ledger, noisy, run,
                              said, square, stream)
+from each import each
 
 
 def test_settings():
@@ -20,7 +21,7 @@ def formula(net, kind, s, unsafe, weight):
 
 
 @ledger('ca/prior_weight', 'ca/params')
-@pytest.mark.parametrize('kind, params, weight',
+@each('kind, params, weight',
                          [('epsilon', 'kv', 1.), ('v_prediction', 'kv', .3), ('epsilon', 'cross', 0.)])
 def test_the_concept_is_answered_as_its_own_anchor_by_the_current_model(kind, params, weight):
     pipe, data = given(kind)

@@ -7,6 +7,7 @@ from scipy import stats
 
 from resalign.studies import claims as C
 from toy_scores import corrected, mcnemar, one_prompt_thrice, study, table
+from each import each
 
 PAPER = {
     m: dict(before=0.1, subjects=0.2 + 0.01 * k, varied=0.3 + 0.02 * k, FID=10.0 + k)
@@ -39,7 +40,8 @@ def counted(tests, hold, verdict): return dict(tests=tests, hold=hold, verdict=v
 
 # ------------------------------------------------------------------ a line
 
-def test_all_some_or_none():
+def test_verdicts():
+    # all some or none
     assert [C.verdict(h) for h in ([True, True], [True, False], [False, True], [False, False])] == [
         'reproduced',
         'partly',
@@ -47,8 +49,12 @@ def test_all_some_or_none():
         'not reproduced',
     ]
 
+    # what cannot be tested has no other verdict
+    assert {C.verdict(h, testable=False) for h in ([True], [True, False], [False], [])} == {'not testable here'}
 
-def test_a_claim_counts_its_tests():
+
+def test_lines():
+    # a claim counts its tests
     text = C.Text('it', 'yes', 'no', 'a test')
     line = C.ledger_row(C.Claim('an-id', text, holds=[True, False, True], p=.25, stage='table'))
     assert line == dict(
@@ -68,19 +74,13 @@ def test_a_claim_counts_its_tests():
     assert bare['verdict'] == 'not testable here' and bare['command'] == bare['stage'] == '' and np.isnan(bare['p'])
     assert bare['paper'] == bare['ours'] == bare['test'] == ''
 
-
-def test_what_cannot_be_tested_has_no_other_verdict():
-    assert {C.verdict(h, testable=False) for h in ([True], [True, False], [False], [])} == {'not testable here'}
-
-
-def test_percent_in_tenths():
+    # percent in tenths
     percent = lambda *v: C.filled(' -> '.join(f'{{v[{k}]:.1%}}' for k in range(len(v))), dict(v=v))
     assert percent(.1234) == '12.3%' and percent(0, .05, 1) == '0.0% -> 5.0% -> 100.0%'
     assert C.TWO.format(before=.1234, after=0) == '12.3% -> 0.0%'
     assert C.THREE.format(before=0, subjects=.05, varied=1) == '0.0% -> 5.0% -> 100.0%'
 
-
-def test_each_text_takes_its_own_numbers():
+    # each text takes its own numbers
     text = C.Text('{n} of it', '{n} there', '{n}: {a}{b}', '{n} tests', dict(a=('{x:.0f}', ', '), b=('; {x:.1f}', '')))
     numbers = dict(n=3, a=[dict(x=1.), dict(x=2.)], b=[dict(x=.5), dict(x=.25)])
     line = C.ledger_row(C.Claim('it', text, dict(n=1), dict(n=2), numbers))
@@ -91,7 +91,8 @@ def test_each_text_takes_its_own_numbers():
 
 # ------------------------------------------------------------------ Scores
 
-def test_scores_are_of_the_metrics_detector_and_prompts_alone():
+def test_rates():
+    # scores are of the metrics detector and prompts alone
     both = pd.concat(
         [
             table(dict(ga=(9, 0, 0, 0, 0))),
@@ -106,27 +107,28 @@ def test_scores_are_of_the_metrics_detector_and_prompts_alone():
         7 / 20,
     ] and C.Scores(both).rate('ga', 'before') == 9 / 20
 
-
-def test_a_rate_weighs_prompts_the_same_and_counts_above_the_threshold():
+    # a rate weighs prompts the same and counts above the threshold
     rows = one_prompt_thrice([1, 0.5, 0.5, 1])
     assert C.Scores(rows).rate('ga', 'varied-lora') == pytest.approx((1/3 + 1)/2)
 
-@pytest.mark.parametrize('k', range(1, 5))
+    # unlearned is at most half of the original
+    s = scores(original=(10, *LOW[1:]), five=(5, *[20]*4), six=(6, *LOW[1:]))
+    assert s.unlearned('five')
+    assert not s.unlearned('six') and not s.unlearned('original')
+
+
+@each('k', range(1, 5))
 def test_the_worst_is_of_the_fine_tuned(k):
     hits = [20, 1, 1, 1, 1]
     hits[k] = 7
     assert scores(ga=hits).worst('ga') == 7/20
 
-def test_unlearned_is_at_most_half_of_the_original():
-    s = scores(original=(10, *LOW[1:]), five=(5, *[20]*4), six=(6, *LOW[1:]))
-    assert s.unlearned('five')
-    assert not s.unlearned('six') and not s.unlearned('original')
 
 def lower_by(*ds): # one pair a number: the first has 10 hits, the second d more
     s = scores(a=(10,)*5, **{f'b{k}': (10 + d,)*5 for k, d in enumerate(ds)})
     return s.lower([(('a', 'before'), (f'b{k}', 'before')) for k in range(len(ds))])
 
-@pytest.mark.parametrize(
+@each(
     'ds, holds',
     [
         ((6,), [True]),
@@ -142,7 +144,8 @@ def test_significantly_lower_after_correction(ds, holds):
     found, p = lower_by(*ds)
     assert found == holds and list(p) == pytest.approx(corrected(mcnemar(*ds)))
 
-def test_lower_compares_the_phases_that_it_is_given():
+def test_what_is_compared():
+    # lower compares the phases that it is given
     s = scores(a=(1, 2, 3, 4, 20), b=(12, 2, 3, 20, 5))
     assert s.lower([(('a', 'before'), ('b', 'before')), (('a', 'varied-lora'), ('b', 'varied-full'))])[0] == [
         True,
@@ -150,7 +153,7 @@ def test_lower_compares_the_phases_that_it_is_given():
     ]
     assert s.lower([(('a', 'subjects-full'), ('b', 'varied-full'))])[0] == [True]
 
-def test_lower_asks_for_the_same_sign_in_every_run():
+    # lower asks for the same sign in every run
     a, b = (
         pd.concat([table({m: (k,) * 5}).assign(run=r) for r, k in enumerate(ks)])
         for m, ks in dict(a=(0, 0, 2), b=(10, 10, 0)).items()
@@ -160,7 +163,7 @@ def test_lower_asks_for_the_same_sign_in_every_run():
     assert holds == [False] and p[0] < .001
     assert C.Scores(pd.concat([a[a.run < 2], b[b.run < 2]])).lower([(('a', 'before'), ('b', 'before'))])[0] == [True]
 
-def test_lower_counts_above_the_threshold():
+    # lower counts above the threshold
     rows = table(dict(a=(0,)*5, b=(0,)*5)).assign(score=.5)
     rows.loc[rows.method == 'b', 'score'] = .51
     assert C.Scores(rows).lower([(('a', 'before'), ('b', 'before'))])[0] == [True]
@@ -175,7 +178,7 @@ def few(monkeypatch):
     "Fewer baselines than the paper's, where one is enough to say it"
     return lambda *names: monkeypatch.setattr(C, 'BASELINES', list(names))
 
-@pytest.mark.parametrize(
+@each(
     'after, hold, verdict',
     [
         ((8, 8, 8, 8), 4, 'reproduced'),
@@ -206,7 +209,7 @@ def stays(most=.3, **hits): # the given methods, in a world where all others com
     s = C.Scores(table(whole | {m.replace('_', '-'): k for m, k in hits.items()}))
     return lines(C.stays_low(s, paper) + C.below_baselines(s, paper))
 
-@pytest.mark.parametrize('hits, most, hold, verdict', [
+@each('hits, most, hold, verdict', [
     ((2, 6, 6, 6, 6), .3, 4, 'reproduced'),     # 30% itself, and four pictures more
     ((2, 6, 6, 7, 6), .3, 3, 'partly'),         # 35%
     ((1, 7, 7, 7, 7), .9, 0, 'not reproduced'), # significantly more, however low
@@ -225,9 +228,27 @@ def test_resalign_stays_unlearned_without_a_significant_rise_and_at_most_so_much
     )
 
 
-def test_a_fall_is_no_rise(few):
+def test_staying_low_and_below_others(few):
+    # a fall is no rise
     few('esd-x')
     assert stays(resalign=(19, 0, 0, 0, 0))[0]['hold'] == 4
+
+    # each fine tuning is compared with the same one
+    few('esd-x', 'safegen')
+    ours = (0, 0, 20, 0, 20)
+    paper, here = stays(
+        resalign=ours, esd_x=(2, 6, 20, 6, 20), safegen=(2, 6, 20, 6, 20), ga=(2, 6, 20, 6, 20), uce=(2, 6, 20, 6, 20)
+    )[1:]
+    assert says(paper) == counted(8, 0, 'not reproduced') and paper['p'] == 1 # 1/32 of 4 in 8: 1/16
+    paper, here = stays(resalign=ours, esd_x=(2, 9, 20, 9, 19), safegen=(2, 9, 20, 9, 18), ga=(2, 9, 20, 9, 17))[1:]
+    assert says(paper) == counted(8, 4, 'partly') and paper['ours'].startswith('100.0% against 100.0%')
+
+    # the least unsafe baseline is named
+    few('esd-x', 'safegen')
+    paper, here = stays(resalign=LOW, ga=(0, 1, 3, 2, 1), safegen=(0, 9, 9, 9, 8))[1:]
+    assert paper['ours'].startswith('0.0% against 45.0% and more (0 of 2') and here['ours'].startswith(
+        '0.0% against 15.0% and more (0 of 4'
+    )
 
 def test_resalign_is_less_unsafe_than_each_baseline_after_each_fine_tuning():
     paper, here = stays(resalign=(0, 1, 1, 1, 1), esd_x=(6, 2, 20, 20, 3), ca=(6, 20, 20, 20, 20), resalign_esd=LOW)[1:]
@@ -252,25 +273,7 @@ def test_resalign_is_less_unsafe_than_each_baseline_after_each_fine_tuning():
     )
 
 
-def test_each_fine_tuning_is_compared_with_the_same_one(few):
-    few('esd-x', 'safegen')
-    ours = (0, 0, 20, 0, 20)
-    paper, here = stays(
-        resalign=ours, esd_x=(2, 6, 20, 6, 20), safegen=(2, 6, 20, 6, 20), ga=(2, 6, 20, 6, 20), uce=(2, 6, 20, 6, 20)
-    )[1:]
-    assert says(paper) == counted(8, 0, 'not reproduced') and paper['p'] == 1 # 1/32 of 4 in 8: 1/16
-    paper, here = stays(resalign=ours, esd_x=(2, 9, 20, 9, 19), safegen=(2, 9, 20, 9, 18), ga=(2, 9, 20, 9, 17))[1:]
-    assert says(paper) == counted(8, 4, 'partly') and paper['ours'].startswith('100.0% against 100.0%')
-
-def test_the_least_unsafe_baseline_is_named(few):
-    few('esd-x', 'safegen')
-    paper, here = stays(resalign=LOW, ga=(0, 1, 3, 2, 1), safegen=(0, 9, 9, 9, 8))[1:]
-    assert paper['ours'].startswith('0.0% against 45.0% and more (0 of 2') and here['ours'].startswith(
-        '0.0% against 15.0% and more (0 of 4'
-    )
-
-
-@pytest.mark.parametrize(
+@each(
     'ga, first, full, solve',
     [((6,) * 4, (9,) * 4, 4, 4), ((6, 6, 5, 6), (0, 0, 9, 9), 3, 2), ((5,) * 4, (5, 5, 5, 5), 0, 0)],
 )
@@ -290,13 +293,13 @@ def test_parts_are_better_where_resalign_is_lower(ga, first, full, solve):
     )
     assert a['stage'] == b['stage'] == 'table'
 
-def test_where_first_order_leaves_nothing_nothing_can_be_better():
+def test_other_losses_and_parts():
+    # where first order leaves nothing nothing can be better
     def of_solving(*first): return lines(C.parts(scores(ga=LOW, resalign=LOW, resalign_first_order=first), PAPER))[1]
     assert of_solving(9, 0, 0, 0, 0)['verdict'] == 'not testable here'
     assert of_solving(0, 0, 1, 0, 0)['verdict'] == 'not reproduced'
 
-
-def test_other_losses():
+    # other losses
     rows = [
         ('ESD', 'IP', 0.6, 0.2, 'helps', 0.03),
         ('ESD', 'US', 0.5, 0.1, 'harms', 0.01),
@@ -332,6 +335,7 @@ def test_other_losses():
     )
     assert [c['stage'] for c in (esd, above_esd, ca, above_ca)] == ['scores', 'table', 'scores', 'table']
 
+
 def fids(*rises, base=(64., 128., 32.)):
     rows = [
         dict(metric='FID', phase='before', seed=str(s), method=m, value=v)
@@ -346,7 +350,7 @@ def fids(*rises, base=(64., 128., 32.)):
     ]
     return pd.DataFrame(rows + noise).drop_duplicates(['metric', 'phase', 'seed', 'method'])
 
-@pytest.mark.parametrize(
+@each(
     'published, hold, verdict',
     [(80.0, 1, 'partly'), (79.9, 0, 'not reproduced'), (64 * 1.6, 2, 'reproduced'), (64 * 1.5, 1, 'partly')],
 )
@@ -404,7 +408,7 @@ def test_components_each_against_the_one_before():
     ] and {c['stage'] for c in (first, data, configurations)} == {'ablation'}
     assert [c['claim'].split(' lowers')[0] for c in (first, data, configurations)] == [what for *_, what in C.ROWS]
 
-@pytest.mark.parametrize(
+@each(
     'lows, hold, verdict',
     [((1.01, 1.2), 2, 'reproduced'), ((1.0, 1.2), 1, 'partly'), ((0.9, 1.0), 0, 'not reproduced')],
 )
@@ -429,16 +433,17 @@ def test_a_larger_beta_costs_quality_where_the_whole_interval_of_fid_is_above(lo
 
 # ------------------------------------------------------------------ studies
 
-def test_the_unsafe_rate_is_of_pictures_on_unsafe_prompts():
+def test_rates_of_studies():
+    # the unsafe rate is of pictures on unsafe prompts
     rows = pd.DataFrame(dict(kind=['explicit', 'explicit', 'implicit', 'benign', 'subject'], score=[1, 0, 0, 1, 1]))
     assert C.unsafe_rate(rows) == pytest.approx(1/3)
 
-def test_a_course_shows_something_where_the_original_keeps_half():
+    # a course shows something where the original keeps half
     rows = study(dict(original=dict(half=(10, 5), less=(10, 4)), ga=dict(half=(20, 0), less=(0, 20))), steps=(0, 9))
     early = study(dict(original=dict(half=(0,), less=(20,))), steps=(4,)) # the last step counts
     assert C.shows(pd.concat([rows, early]), 'half') and not C.shows(pd.concat([rows, early]), 'less')
 
-def test_resilient_without_a_significant_rise_and_at_most_so_much():
+    # resilient without a significant rise and at most so much
     rows = study(
         dict(
             resalign=dict(a=(0, 5, 20), b=(0, 8, 0), c=(4, 8, 9), d=(20, 0, 9)), ga=dict.fromkeys('abcd', (0, 20, 20))
@@ -457,6 +462,10 @@ def test_resilient_without_a_significant_rise_and_at_most_so_much():
         True,
         True,
     ]
+
+    # the end rate is that of one method after one course
+    rows = study(dict(a=dict(x=(20, 3), y=(20, 9)), b=dict(x=(0, 20), y=(0, 20))))
+    assert C.end_rate(rows, 'a', 'x') == .15 and C.end_rate(rows, 'a', 'y') == .45
 
 
 COURSES = ('dreambooth', 'custom', 'svdiff', 'inversion', 'svdiff_blueprint', 'lora_blueprint')
@@ -514,7 +523,7 @@ def test_contaminated_data():
     )
     assert {c['stage'] for c in (stays, less, learns)} == {'contamination'} and 'at most 30.0%' in stays['test']
 
-@pytest.mark.parametrize(
+@each(
     'ours, most, verdict',
     [((8, 8, 8), 0.4, 'reproduced'), ((8, 8, 8), 0.39, 'not reproduced'), ((9, 9, 9), 0.9, 'not reproduced')],
 )
@@ -524,14 +533,11 @@ def test_contaminated_data_on_both_sides(ours, most, verdict):
     assert [c['verdict'] for c in (stays, less, learns)] == [verdict, 'not reproduced', 'not reproduced']
     assert contaminated(ours, (18, 18, 17), 20)[1]['verdict'] == 'reproduced'
 
-@pytest.mark.parametrize('original, learned, verdict',
+@each('original, learned, verdict',
                          [(10, 8, 'reproduced'), (10, 7, 'not reproduced'), (5, 4, 'reproduced')])
 def test_learning_is_measured_against_the_original(original, learned, verdict):
     assert contaminated((6, 4, 7), (14, 12, 8), learned, original=original)[2]['verdict'] == verdict
 
-def test_the_end_rate_is_that_of_one_method_after_one_course():
-    rows = study(dict(a=dict(x=(20, 3), y=(20, 9)), b=dict(x=(0, 20), y=(0, 20))))
-    assert C.end_rate(rows, 'a', 'x') == .15 and C.end_rate(rows, 'a', 'y') == .45
 
 def test_long_runs():
     steps, other = (0, 50, 200), dict(slow=(4, 10, 12), fast=(4, 20, 12))
@@ -589,7 +595,7 @@ def flat(ours, theirs=((100., 5.), (-100., 5.)), rho=.5, p=.04):
     tests.loc[tests.methods == 'all', ['rho', 'p']] = 1., 0.
     return lines(C.flatness(points, tests))
 
-@pytest.mark.parametrize('ours, hold, verdict', [
+@each('ours, hold, verdict', [
     ([(79., 5.), (-79., 5.)], 2, 'reproduced'),    # 79 + 10 < 100 - 10
     ([(80., 5.), (79., 5.)], 1, 'partly'),         # 80 + 10 is not below 90
     ([(-80., 5.), (200., 0.)], 0, 'not reproduced'),
@@ -599,7 +605,7 @@ def test_a_trace_is_flatter_by_more_than_two_errors_of_each(ours, hold, verdict)
     assert says(line) == counted(2, hold, verdict) and np.isnan(line['p']) and line['stage'] == 'landscape'
     assert line['ours'] == 'trace ' + ', '.join(f'{t:.0f} (GA {g:.0f})' for (t, _), g in zip(ours, (100, -100)))
 
-@pytest.mark.parametrize('rho, p, hold', [(.5, .04, 1), (.5, .05, 0), (-.5, .04, 0), (0., .04, 0)])
+@each('rho, p, hold', [(.5, .04, 1), (.5, .05, 0), (-.5, .04, 0), (0., .04, 0)])
 def test_flatter_and_less_comes_back_where_the_correlation_is_positive_and_significant(rho, p, hold):
     line = flat([(1., 1.)]*2, rho=rho, p=p)[1]
     assert (
@@ -626,7 +632,8 @@ def attacks(*phases, method='resalign'):  # of each phase: hits by none, random,
     )
 
 
-def test_an_attack_is_withstood_where_it_is_not_significantly_above_its_control():
+def test_attacks():
+    # an attack is withstood where it is not significantly above its control
     other = attacks((0, 0, 20, 20), (0, 0, 20, 20), method='ga')
     found, bell = lines(C.attacked(pd.concat([other, attacks((0, 3, 9, 5), (1, 9, 3, 10))])))
     assert says(found) == counted(2, 1, 'partly') and found['p'] == 1/32 # six more, and six less, which is no attack
@@ -639,13 +646,13 @@ def test_an_attack_is_withstood_where_it_is_not_significantly_above_its_control(
     both = pd.concat([other, attacks((0, 3, 9, 5), (1, 9, 3, 10))])
     assert lines(C.attacked(both, 'ga'))[0]['verdict'] == 'not reproduced'
 
-def test_an_attack_s_p_is_corrected_for_the_phases():
-    "1/64 of four phases is 1/16; 1/32 in five of eight is .05 itself"
+    # an attack's p is corrected for the phases: 1/64 of four phases is 1/16; 1/32 in five of eight is .05 itself
     assert [c['hold'] for c in lines(C.attacked(attacks((0, 0, 7, 7), *[(0, 0, 0, 0)]*3)))] == [4, 4]
     assert [c['hold'] for c in lines(C.attacked(attacks((0, 0, 8, 6), *[(0, 0, 0, 0)]*3)))] == [3, 4]
     assert [c['hold'] for c in lines(C.attacked(attacks(*[(0, 0, 6, 6)]*5, *[(0, 0, 0, 0)]*3)))] == [8, 8]
 
-@pytest.mark.parametrize(
+
+@each(
     'rho, p, verdict',
     [
         (-0.5, 0.04, 'reproduced'),

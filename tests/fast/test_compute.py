@@ -20,7 +20,8 @@ def net():
 
 # ------------------------------------------------------------------ low precision and back
 
-def test_low_precision_takes_matrices_in_float32_and_keeps_them_as_they_were():
+def test_low_precision_and_back():
+    # low precision takes matrices in float32 and keeps them as they were
     m = net()
     m.append(nn.Linear(2, 2, dtype=torch.float64))
     to_low_precision(m, torch.bfloat16)
@@ -28,7 +29,7 @@ def test_low_precision_takes_matrices_in_float32_and_keeps_them_as_they_were():
     for p in m[0].weight, m[1].weight: assert p.full.dtype == torch.float32 and p.full.eq(FINE).all() and p.eq(1).all()
     assert not any('full' in p.__dict__ for p in (m[0].bias, *m[2].parameters()))
 
-def test_to_float32_gives_back_the_numbers_that_were_loaded():
+    # to float32 gives back the numbers that were loaded
     m = net()
     to_low_precision(m, torch.bfloat16)
     half, wide, double = (
@@ -48,7 +49,7 @@ def test_to_float32_gives_back_the_numbers_that_were_loaded():
     )
     assert m[1].weight.dtype == torch.bfloat16
 
-def test_restore_keeps_a_change_and_forgets_the_rounding_of_the_rest():
+    # restore keeps a change and forgets the rounding of the rest
     m = net()
     to_low_precision(m, torch.bfloat16)
     m[1].weight.data.fill_(3.)
@@ -67,12 +68,26 @@ def test_restore_keeps_a_change_and_forgets_the_rounding_of_the_rest():
 
 # ------------------------------------------------------------------ scaled gradients
 
-def test_scaled_is_the_identity_and_multiplies_the_gradient():
+def test_scaled_gradients():
+    # scaled is the identity and multiplies the gradient
     x = torch.tensor([2., 3.], requires_grad=True)
     y = ScaleGradient.apply(x, 5.)
     assert torch.equal(y, x)
     (y*torch.tensor([1., 10.])).sum().backward()
     assert x.grad.tolist() == [5., 50.] and GRADIENT_SCALE == 4096
+
+    # gradients are larger inside the network and right outside
+    m, x, extra = Probe(), torch.tensor([3.], requires_grad=True), torch.tensor([4.], requires_grad=True)
+    out = call_scaled(m, (x,), dict(extra=extra))
+    assert out.item() == 10. and out.dtype == torch.float32
+    (7*out).backward()
+    assert (
+        m.inside[0].item() == 7 * 4096
+        and m.w.grad.item() == 21.0
+        and x.grad.item() == 14.0
+        and extra.grad.item() == 7.0
+        and m.frozen.grad is None
+    )
 
 class Probe(nn.Module):
     "w·x + frozen·extra, and the gradient seen inside"
@@ -93,19 +108,6 @@ class Probe(nn.Module):
             autocast=torch.is_autocast_enabled('cpu') and torch.get_autocast_dtype('cpu'),
         )
         return (out, 'more')
-
-def test_gradients_are_larger_inside_the_network_and_right_outside():
-    m, x, extra = Probe(), torch.tensor([3.], requires_grad=True), torch.tensor([4.], requires_grad=True)
-    out = call_scaled(m, (x,), dict(extra=extra))
-    assert out.item() == 10. and out.dtype == torch.float32
-    (7*out).backward()
-    assert (
-        m.inside[0].item() == 7 * 4096
-        and m.w.grad.item() == 21.0
-        and x.grad.item() == 14.0
-        and extra.grad.item() == 7.0
-        and m.frozen.grad is None
-    )
 
 
 def test_a_model_runs_in_the_precision_that_was_asked_for():
@@ -134,7 +136,8 @@ def one_step(opt, p):
     opt.step()
     return p.item()
 
-def test_an_optimizer_by_name_or_itself():
+def test_optimizers(monkeypatch):
+    # an optimizer by name or itself
     m = Probe()
     expected = dict(sgd=1 - .1*2, adam=1 - .1, adamw=1 - .1*.01 - .1) # Adam's first step is lr, whatever the gradient
     for name, value in expected.items():
@@ -145,7 +148,7 @@ def test_an_optimizer_by_name_or_itself():
     own = lambda ps, lr: torch.optim.SGD(ps, 5*lr)
     assert one_step(make_optimizer(own, [p], .1, m), p) == pytest.approx(0.)
 
-def test_eight_bits_where_the_network_was_prepared_for_them(monkeypatch):
+    # eight bits where the network was prepared for them
     made = []
     library = SimpleNamespace(
         Adam8bit=lambda *a, **kw: made.append(('adam', a, kw)) or 'A',
@@ -168,8 +171,9 @@ def test_eight_bits_where_the_network_was_prepared_for_them(monkeypatch):
     ]
     m[0].compute = Compute()
     assert type(make_optimizer('adamw', ps, .1, m)) is torch.optim.AdamW and len(made) == 3
+    monkeypatch.undo()
 
-def test_the_first_library_of_eight_bits_that_is_there(monkeypatch):
+    # the first library of eight bits that is there
     monkeypatch.setattr(compute, 'EIGHT_BIT', dict(no_such_library='no.such', json='json.decoder', ast='ast'))
     import json.decoder
     assert compute.eight_bit_library() is json.decoder
@@ -186,7 +190,8 @@ class Net(Probe):
     def enable_gradient_checkpointing(self): self.checkpointing.append(True)
     def disable_gradient_checkpointing(self): self.checkpointing.append(False)
 
-def test_defaults_change_nothing():
+def test_a_pipeline_before_and_after():
+    # defaults change nothing
     assert Compute().model_dump() == dict(
         dtype='float32', gradient_checkpointing=False, eight_bit_adam=False, device=None
     )
@@ -200,7 +205,7 @@ def test_defaults_change_nothing():
     finish(pipe)
     assert not hasattr(pipe.unet, 'compute') and pipe.unet.checkpointing == [] and pipe.unet.m.eq(FINE).all()
 
-def test_prepare_lowers_the_denoiser_alone_and_finish_undoes_it():
+    # prepare lowers the denoiser alone and finish undoes it
     for name in 'unet', 'transformer':
         pipe = SimpleNamespace(**{name: Net()}, text_encoder=Net())
         net = backbone(pipe)
@@ -216,13 +221,15 @@ def test_prepare_lowers_the_denoiser_alone_and_finish_undoes_it():
         finish(pipe) # twice is once
         assert net.m.eq(FINE).all() and net.checkpointing == [True, False] and not hasattr(net, 'compute')
 
-def test_devices_by_name():
+
+def test_devices_and_costs(monkeypatch):
+    # devices by name
     assert resolve_device(Compute(device='cpu')) == torch.device('cpu')
     assert resolve_device(Compute(device='meta')).type == 'meta'
     with pytest.raises(UserError, match="device: 'gpu'"): resolve_device(Compute(device='gpu'))
     assert device_name(torch.device('cpu')).endswith(' cpu')
 
-def test_the_cost_has_the_median_of_the_steps(monkeypatch):
+    # the cost has the median of the steps
     usage = SimpleNamespace(ru_maxrss=3_000_000)
     monkeypatch.setattr(compute.resource, 'getrusage', lambda who: usage)
     monkeypatch.setattr(compute.sys, 'platform', 'linux')
@@ -240,3 +247,4 @@ def test_the_cost_has_the_median_of_the_steps(monkeypatch):
     monkeypatch.setattr(compute.sys, 'platform', 'darwin')
     with measure_cost(pipe) as cost: pass
     assert cost['steps'] == 0 and cost['seconds_per_step'] is None and cost['peak_gb'] == .003
+

@@ -8,7 +8,8 @@ from resalign.core.settings import Config, UserError, escape_markdown, choose, m
 
 # ------------------------------------------------------------------ random numbers
 
-def test_a_generator_is_the_hash_of_seed_and_names():
+def test_random_numbers():
+    # a generator is the hash of seed and names
     for seed, names in (0, ()), (7, ('a',)), (-1, ('a', 3, .5)):
         expected = int.from_bytes(hashlib.sha256(repr((seed, *(str(n) for n in names))).encode()).digest()[:7], 'big')
         g = generator(seed, *names)
@@ -17,8 +18,7 @@ def test_a_generator_is_the_hash_of_seed_and_names():
             torch.randn(5, generator=g), torch.randn(5, generator=torch.Generator().manual_seed(expected))
         )
 
-
-def test_streams_do_not_meet():
+    # streams do not meet
     asked = [(0,), (1,), (0, 'a'), (0, 'b'), (0, 'a', 'b'), (0, 'ab'), (0, 'b', 'a'), (0, 1), (0, 11), (0, 1, 1)]
     assert len({generator(*a).initial_seed() for a in asked}) == len(asked)
     assert generator(0, 1).initial_seed() == generator(0, '1').initial_seed() == generator(0., 1).initial_seed()
@@ -26,7 +26,7 @@ def test_streams_do_not_meet():
     torch.randn(3, generator=generator(0))
     assert torch.equal(torch.get_rng_state(), before)
 
-def test_seed_all_seeds_python_numpy_and_torch():
+    # seed all seeds python numpy and torch
     def numbers(seed):
         seed_all(seed)
         return random.random(), np.random.rand(), torch.rand(1).item()
@@ -47,7 +47,8 @@ def test_seed_all_seeds_python_numpy_and_torch():
 
 # ------------------------------------------------------------------ check_finite, choose, words
 
-def test_check_finite_hands_on_what_is_and_names_the_place_of_what_is_not():
+def test_words():
+    # check finite hands on what is and names the place of what is not
     t = torch.ones(2)
     assert check_finite(t, step=1) is t and check_finite(3.) == 3.
     for bad in math.nan, math.inf, -math.inf, torch.tensor([1., math.nan]), [1., math.inf]:
@@ -55,7 +56,7 @@ def test_check_finite_hands_on_what_is_and_names_the_place_of_what_is_not():
         assert '(' not in str(e.value)
     with pytest.raises(UserError, match=r'\(lr 9\)$'): check_finite(math.nan, note=lambda: 'lr 9', step=0)
 
-def test_choose_returns_what_is_known_and_names_the_nearest():
+    # choose returns what is known and names the nearest
     assert choose('b', iter(['a', 'b']), 'x') == 'b' and choose(2, [1, 2], 'x') == 2
     with pytest.raises(
         UserError, match=r"file: field: unknown 'optimiser', did you mean 'optimizer'\? \(known: optimizer, lr\)"
@@ -64,7 +65,7 @@ def test_choose_returns_what_is_known_and_names_the_nearest():
     with pytest.raises(UserError) as e: choose('zzz', ['optimizer', 1], 'x')
     assert 'did you mean' not in str(e.value) and '(known: optimizer, 1)' in str(e.value)
 
-def test_words_of_others_are_one_line_and_not_too_many():
+    # words of others are one line and not too many
     assert (
         one_line('a\nb\x1b[2J\u202ec') == 'a b [2J c'
         and one_line('x' * 600) == 'x' * 600
@@ -73,6 +74,7 @@ def test_words_of_others_are_one_line_and_not_too_many():
     )
     assert str(UserError('a\nb')) == 'a b' and UserError('a')._render_traceback_() == ['UserError: a']
     assert escape_markdown('a|b `c` *d* [e](f) \\ <i>&"\n') == r'a\|b \`c\` \*d\* \[e\](f) \\ &lt;i&gt;&amp;" '
+
 
 # ------------------------------------------------------------------ settings
 
@@ -86,14 +88,15 @@ class Outer(Config):
     name:str = 'x'
     inner:Inner = Inner()
 
-def test_settings_are_frozen_finite_and_known():
+def test_settings():
+    # settings are frozen finite and known
     c = make_config(Outer, dict(lr=.5, inner=dict(rate=2)))
     assert c.lr == .5 and c.inner.rate == 2. and c.steps == 3
     with pytest.raises(Exception, match='frozen'): c.lr = 1.
     assert make_config(Outer, {}).lr == 0. # a default may be 0
     assert make_config(Outer, dict(alpha=-1.)).alpha == -1.
 
-def test_mistakes_in_settings_name_file_field_and_value():
+    # mistakes in settings name file field and value
     cases = [
         (dict(step=1), "f.yaml: step: unknown 'step', did you mean 'steps'"),
         (dict(inner=dict(rat=1)), "f.yaml: inner.rat: unknown 'rat', did you mean 'rate'"),
@@ -108,7 +111,9 @@ def test_mistakes_in_settings_name_file_field_and_value():
         with pytest.raises(UserError, match=says): make_config(Outer, values, 'f.yaml')
     with pytest.raises(UserError, match='^params.yaml: '): make_config(Outer, dict(step=1))
 
-def test_a_section_of_a_file_of_parameters(tmp_path):
+
+def test_files_of_settings(tmp_path, monkeypatch):
+    # a section of a file of parameters
     f = tmp_path/'p.yaml'
     f.write_text('a:\n  b: {c: [1, 2]}\n  n: 3\n')
     assert params('a.b', f) == dict(c=[1, 2])
@@ -120,13 +125,15 @@ def test_a_section_of_a_file_of_parameters(tmp_path):
     f.write_text('a: [')
     with pytest.raises(UserError, match='not YAML'): params('a', f)
 
-def test_the_root_is_the_nearest_folder_with_settings(tmp_path, monkeypatch):
+    # the root is the nearest folder with settings
+    (tmp_path := tmp_path/'1').mkdir()
     (tmp_path/'a/b').mkdir(parents=True)
     (tmp_path/'a/settings.ini').write_text('')
     monkeypatch.chdir(tmp_path/'a/b')
     assert root() == (tmp_path/'a').resolve()
     monkeypatch.chdir(tmp_path)
     assert root() == tmp_path.resolve()
+
 
 # ------------------------------------------------------------------ progress
 
@@ -142,20 +149,23 @@ def lines(monkeypatch, capsys, tick, n=5, every=30, setting='', **kw):
     for i in bar: bar.note(f'note {i}')
     return capsys.readouterr().err.splitlines()
 
-def test_a_line_comes_every_so_many_seconds(monkeypatch, capsys):
+def test_progress(monkeypatch, capsys):
+    # a line comes every so many seconds
     assert lines(monkeypatch, capsys, 10) == ['it 2/5 30s note 1']
     assert lines(monkeypatch, capsys, 15, every=30) == ['it 1/5 30s note 0', 'it 3/5 60s note 2']
     assert lines(monkeypatch, capsys, 10, n=3, total=None) == ['it 2/? 30s note 1'] and lines(
         monkeypatch, capsys, 10, n=3, total=9
     ) == ['it 2/9 30s note 1']
     assert lines(monkeypatch, capsys, 99, every=math.inf) == lines(monkeypatch, capsys, 99, setting='0') == []
+    monkeypatch.undo()
 
-def test_progress_hands_on_what_it_is_given(monkeypatch):
+    # progress hands on what it is given
     for setting in '', '0':
         monkeypatch.setenv('PROGRESS', setting)
         assert list(progress('abc')) == list('abc')
+    monkeypatch.undo()
 
-def test_on_a_terminal_there_is_a_bar_with_the_note(monkeypatch):
+    # on a terminal there is a bar with the note
     made, monkey = [], monkeypatch
     class Bar:
         def __init__(self, it, **kw):
@@ -171,9 +181,11 @@ def test_on_a_terminal_there_is_a_bar_with_the_note(monkeypatch):
     assert [bar.note(f'n{i}') or i for i in bar] == [0, 1]
     assert made[0].kw == dict(total=2, desc='d', leave=False) and made[0].said == [('n0', False), ('n1', False)]
 
+
 # ------------------------------------------------------------------ what a run leaves
 
-def test_a_checkpoint_comes_back_and_the_one_before_stands_in_for_a_damaged_one(tmp_path, capsys):
+def test_what_a_run_leaves(tmp_path, capsys, monkeypatch):
+    # a checkpoint comes back and the one before stands in for a damaged one
     for i in range(3): save_checkpoint(tmp_path/'c', dict(w=torch.full((2,), float(i)).requires_grad_()), dict(step=i))
     tensors, meta = load_checkpoint(tmp_path/'c')
     assert tensors['w'].tolist() == [2., 2.] and meta == dict(step=2)
@@ -184,7 +196,8 @@ def test_a_checkpoint_comes_back_and_the_one_before_stands_in_for_a_damaged_one(
     assert not (tmp_path/'c.prev').exists() and load_checkpoint(tmp_path/'c')[1] == dict(step=1)
     assert load_checkpoint(tmp_path/'none') is None
 
-def test_a_hash_is_of_names_and_contents(tmp_path):
+    # a hash is of names and contents
+    (tmp_path := tmp_path/'1').mkdir()
     (tmp_path/'d/sub').mkdir(parents=True)
     (tmp_path/'d/b').write_bytes(b'2')
     (tmp_path/'d/sub/a').write_bytes(b'1')
@@ -194,7 +207,8 @@ def test_a_hash_is_of_names_and_contents(tmp_path):
     )  # of a file's digest: as of a folder that holds it, without the name
     assert sha256(tmp_path/'d') == digest(b'b' + digest(b'2') + b'sub/a' + digest(b'1')).hex()
 
-def test_a_record_keeps_what_it_took_beside_it(tmp_path, monkeypatch):
+    # a record keeps what it took beside it
+    (tmp_path := tmp_path/'2').mkdir()
     now = [10.]
     monkeypatch.setattr(runs.time, 'monotonic', lambda: now[0])
     record = RunRecord(job='x', cost=dict(steps=3))
@@ -202,6 +216,7 @@ def test_a_record_keeps_what_it_took_beside_it(tmp_path, monkeypatch):
     record.save(tmp_path/'record.json')
     kept, cost = (json.loads((tmp_path/n).read_text()) for n in ('record.json', 'cost.json'))
     assert set(kept) == {'job', 'versions', 'device', 'threads'} and cost == dict(cost=dict(steps=3), seconds=2.3)
+
 
 @pytest.fixture
 def heard():

@@ -10,6 +10,7 @@ from resalign.model import data
 from resalign.model.data import (FORMATS, Bank, Sample, check_captions, draw_sample, embed, embed_two_encoders, encode,
                                  link_root, moments, read_captions, read_image, read_images, tokenize)
 from resalign.model.pipelines import train_tokenizer
+from each import each
 
 
 # ------------------------------------------------------------------ captions
@@ -24,7 +25,7 @@ def folder(tmp_path, rows, kind='jsonl', names=('a.png', 'b.png', 'c.png')):
     else: pd.DataFrame(rows).to_csv(tmp_path/'metadata.csv', index=False)
     return tmp_path
 
-@pytest.mark.parametrize('kind', ['jsonl', 'csv'])
+@each('kind', ['jsonl', 'csv'])
 def test_rows_come_as_they_stand_in_the_file(tmp_path, kind):
     rows = [
         dict(file_name='c.png', text='1', more='x'),
@@ -33,12 +34,21 @@ def test_rows_come_as_they_stand_in_the_file(tmp_path, kind):
     ]
     assert read_captions(folder(tmp_path, rows, kind)).to_dict('records') == rows
 
-def test_prompt_is_another_name_of_text_unless_there_is_one(tmp_path):
+def test_names_and_rows(tmp_path):
+    # prompt is another name of text unless there is one
     assert read_captions(folder(tmp_path/'x', [dict(file_name='a.png', prompt='7')])).text.tolist() == ['7']
     both = read_captions(folder(tmp_path/'y', [dict(file_name='a.png', prompt='p', text='t')]))
     assert both.text.tolist() == ['t'] and both.prompt.tolist() == ['p']
 
-def test_mistakes_name_file_row_and_field(tmp_path):
+    # a row of a table with a comma too many is not shifted
+    (tmp_path := tmp_path/'1').mkdir()
+    where = folder(tmp_path, [])
+    (where/'metadata.jsonl').unlink()
+    (where/'metadata.csv').write_text('file_name,text\na.png,x,\n')
+    assert read_captions(where).file_name.tolist() == ['a.png']
+
+def test_captions_that_are_refused(tmp_path, monkeypatch):
+    # mistakes name file row and field
     good = dict(file_name='a.png', text='x')
     cases = {
         'text': [[dict(file_name='a.png')]],
@@ -62,8 +72,8 @@ def test_mistakes_name_file_row_and_field(tmp_path):
     with pytest.raises(UserError, match='no rows'):
         check_captions(pd.DataFrame(dict(file_name=[], text=[])), tmp_path / 'metadata.csv')
 
-
-def test_one_metadata_file_is_expected_and_one_alone(tmp_path, monkeypatch):
+    # one metadata file is expected and one alone
+    (tmp_path := tmp_path/'1').mkdir()
     with pytest.raises(UserError, match='no such folder'): read_captions(tmp_path/'nowhere')
     with pytest.raises(UserError, match='expected metadata.jsonl or metadata.csv'): read_captions(tmp_path)
     two = folder(tmp_path, [dict(file_name='a.png', text='x')])
@@ -77,11 +87,6 @@ def test_one_metadata_file_is_expected_and_one_alone(tmp_path, monkeypatch):
         monkeypatch.setattr(data.pd, 'read_json', fails)
         with pytest.raises(UserError, match=f'metadata.jsonl: cannot be read: {said}$'): read_captions(two)
 
-def test_a_row_of_a_table_with_a_comma_too_many_is_not_shifted(tmp_path):
-    where = folder(tmp_path, [])
-    (where/'metadata.jsonl').unlink()
-    (where/'metadata.csv').write_text('file_name,text\na.png,x,\n')
-    assert read_captions(where).file_name.tolist() == ['a.png']
 
 def test_links_lead_into_the_folder_or_the_hubs_own_cache(tmp_path):
     assert link_root(tmp_path) == tmp_path.resolve()
@@ -114,7 +119,8 @@ def quarters(width, height):
     x[:height//2] *= 2
     return x
 
-def test_pictures_are_rgb_of_the_size_asked(tmp_path):
+def test_pictures(tmp_path):
+    # pictures are rgb of the size asked
     Image.fromarray(quarters(8, 8)).save(tmp_path/'a.png')
     assert np.array_equal(read_image(tmp_path/'a.png', 8), quarters(8, 8))
     small = read_image(tmp_path/'a.png', 4)
@@ -128,20 +134,23 @@ def test_pictures_are_rgb_of_the_size_asked(tmp_path):
         Image.new(mode, (4, 4), 7 if mode == 'L' else (7, 0, 0, 9)).save(tmp_path/'m.png')
         assert (read_image(tmp_path/'m.png', 4) == expected).all()
 
-def test_the_centre_square_is_what_is_left(tmp_path):
+    # the centre square is what is left
+    (tmp_path := tmp_path/'1').mkdir()
     for wide in True, False:
         x = np.zeros((4, 12, 3), np.uint8)
         x[:, 4:8] = np.arange(48).reshape(4, 4, 3)*5
         Image.fromarray(x if wide else x.transpose(1, 0, 2)).save(tmp_path/'x.png')
         assert np.array_equal(read_image(tmp_path/'x.png', 4), x[:, 4:8] if wide else x[:, 4:8].transpose(1, 0, 2))
 
-def test_a_camera_on_its_side_is_turned_upright(tmp_path):
+    # a camera on its side is turned upright
+    (tmp_path := tmp_path/'2').mkdir()
     exif = Image.Exif()
     exif[0x0112] = 6 # to be turned by 90 degrees clockwise
     Image.fromarray(quarters(8, 8)).save(tmp_path/'x.png', exif=exif)
     assert np.array_equal(read_image(tmp_path/'x.png', 8), np.rot90(quarters(8, 8), -1))
 
-def test_resizing_is_bicubic(tmp_path):
+    # resizing is bicubic
+    (tmp_path := tmp_path/'3').mkdir()
     x = np.zeros((8, 8, 3), np.uint8)
     x[:, 4:] = 200
     Image.fromarray(x).save(tmp_path/'x.png')
@@ -152,7 +161,9 @@ def test_resizing_is_bicubic(tmp_path):
     expected = [sum(200*cubic((i + .5)/2 - (j + .5)) for j in range(4, 12)) for i in range(16)]
     assert np.abs(row - np.clip(expected, 0, 255))[:14].max() <= 1
 
-def test_formats_that_are_read_and_those_that_are_not(tmp_path):
+
+def test_pictures_that_are_refused(tmp_path, monkeypatch):
+    # formats that are read and those that are not
     assert FORMATS == ('PNG', 'JPEG', 'WEBP', 'BMP', 'GIF', 'TIFF')
     for f in FORMATS:
         Image.new('RGB', (4, 4), (200, 100, 0)).save(tmp_path/f'x.{f.lower()}', f)
@@ -161,19 +172,22 @@ def test_formats_that_are_read_and_those_that_are_not(tmp_path):
         Image.new('RGB', (16, 16)).save(tmp_path/'x.png', f)
         with pytest.raises(UserError, match='x.png: not a readable image'): read_image(tmp_path/'x.png', 4)
 
-def test_a_picture_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
+    # a picture that would fill the memory is refused
+    (tmp_path := tmp_path/'1').mkdir()
     picture(tmp_path/'x.png', (40, 40))
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 40*40 - 1)  # where the library begins to warn
     with pytest.raises(UserError, match='x.png: not a readable image .*decompression bomb'):
         read_image(tmp_path / 'x.png', 4)
+    monkeypatch.undo()
 
-
-def test_a_readers_words_are_cut(tmp_path, monkeypatch):
+    # a readers words are cut
+    (tmp_path := tmp_path/'2').mkdir()
     for words, said in ('x'*300 + '\nmore', 'x'*100), ('', 'OSError'):
         def fails(*a, **kw): raise OSError(words)
         monkeypatch.setattr(data.Image, 'open', fails)
         with pytest.raises(UserError) as e: read_image(tmp_path/'x.png', 4)
         assert str(e.value) == f'{tmp_path}/x.png: not a readable image ({said})'
+
 
 def test_pictures_and_captions_stay_together(tmp_path):
     colours = dict(a=(1, 2, 3), b=(40, 50, 60), c=(200, 0, 9))
@@ -201,14 +215,13 @@ class Vae:
 
 def pictures(n, size=2): return np.random.default_rng(0).integers(0, 256, (n, size, size, 3), np.uint8)
 
-@pytest.mark.parametrize(
+@each(
     'config, shift',
     [
         (dict(scaling_factor=0.5), 0.0),
         (dict(scaling_factor=3.0, shift_factor=None), 0.0),
         (dict(scaling_factor=3.0, shift_factor=0.25), 0.25),
     ],
-    ids=['no shift', 'None', 'shift'],
 )
 def test_moments_by_the_formula(config, shift):
     x = pictures(5)
@@ -220,7 +233,8 @@ def test_moments_by_the_formula(config, shift):
             torch.testing.assert_close(std[i, c], (.1 + z**2)*config['scaling_factor'])
     assert mean.dtype == std.dtype == torch.float32
 
-def test_pictures_are_encoded_in_batches_by_their_size():
+def test_latents():
+    # pictures are encoded in batches by their size
     def batches(n, size, batch=None):
         vae = Vae(scaling_factor=1.)
         vae.encode = lambda x: (
@@ -232,7 +246,7 @@ def test_pictures_are_encoded_in_batches_by_their_size():
     assert batches(5, (2, 2), 2) == [2, 2, 1] and batches(130, (2, 2)) == [64, 64, 2]
     assert batches(9, (512, 512)) == [8, 1] and batches(2, (1024, 2049)) == [1, 1]
 
-def test_pictures_go_where_the_encoder_is_and_without_gradients():
+    # pictures go where the encoder is and without gradients
     vae = Vae(scaling_factor=1.)
     vae.dtype, weight = torch.float64, torch.ones(1, requires_grad=True)
     inner = vae.encode
@@ -240,7 +254,7 @@ def test_pictures_go_where_the_encoder_is_and_without_gradients():
     mean, std = moments(vae, pictures(2))
     assert vae.seen[0].dtype == torch.float64 and not mean.requires_grad and mean.dtype == torch.float32
 
-def test_a_bank_draws_latents_from_mean_and_spread():
+    # a bank draws latents from mean and spread
     mean, std = torch.randn(4, 3, 2, 2, generator=generator(0)), torch.rand(4, 3, 2, 2, generator=generator(1))
     b, index = Bank(mean, std, torch.zeros(4, 1, 1)), torch.tensor([2, 0, 2])
     noise = torch.randn(3, 3, 2, 2, generator=torch.Generator().manual_seed(5))
@@ -256,7 +270,8 @@ def tokenizer(tmp_path_factory):
     return train_tokenizer(['a red cat', 'a blue dog'], tmp_path_factory.mktemp('t'), tokens=8)
 
 
-def test_tokens_are_padded_and_cut_to_the_length_with_room(tokenizer):
+def test_tokens_and_embeddings(tokenizer):
+    # tokens are padded and cut to the length with room
     pipe, begin, end = SimpleNamespace(tokenizer=tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id
     out = tokenize(pipe, ('a red cat', 'a blue dog'*9, ''))
     assert out.input_ids.shape == out.attention_mask.shape == (3, 8)
@@ -270,15 +285,7 @@ def test_tokens_are_padded_and_cut_to_the_length_with_room(tokenizer):
     short = tokenize(pipe, ['a blue dog'*9], 3)
     assert short.input_ids.shape == (1, 5) and short.input_ids[0, -1] == end
 
-class Encoder:
-    "Each token's row: its id, twice its id"
-    device = torch.device('cpu')
-    def __init__(self): self.seen = []
-    def __call__(self, ids):
-        self.seen.append(len(ids))
-        return (torch.stack([ids, 2*ids], -1).double()*torch.ones(1, requires_grad=True), 'pooled')
-
-def test_embeddings_are_the_encoders_first_answer_in_the_order_of_the_captions(tokenizer):
+    # embeddings are the encoders first answer in the order of the captions
     pipe = SimpleNamespace(tokenizer=tokenizer, text_encoder=Encoder())
     texts = ['a red cat', 'a dog', 'blue']
     out = embed(pipe, texts, 2)
@@ -295,6 +302,15 @@ def test_embeddings_are_the_encoders_first_answer_in_the_order_of_the_captions(t
     pipe.text_encoder.seen.clear()
     embed(pipe, ['a']*130)
     assert pipe.text_encoder.seen == [64, 64, 2]
+
+class Encoder:
+    "Each token's row: its id, twice its id"
+    device = torch.device('cpu')
+    def __init__(self): self.seen = []
+    def __call__(self, ids):
+        self.seen.append(len(ids))
+        return (torch.stack([ids, 2*ids], -1).double()*torch.ones(1, requires_grad=True), 'pooled')
+
 
 def test_row_i_of_a_bank_is_caption_i_and_picture_i_up_to_the_batch_of_a_loss(tokenizer):
     pipe = SimpleNamespace(tokenizer=tokenizer, text_encoder=Encoder(), vae=Vae(scaling_factor=1.))
@@ -329,7 +345,8 @@ def double_pipe(third=False, zeros=None):
     if third: pipe.text_encoder_3 = None
     return pipe, asked
 
-def test_two_encoders_give_their_rows_and_the_pooled_one():
+def test_two_encoders():
+    # two encoders give their rows and the pooled one
     for third in False, True:
         pipe, asked = double_pipe(third)
         out = embed(pipe, ['abc', ''])
@@ -345,8 +362,7 @@ def test_two_encoders_give_their_rows_and_the_pooled_one():
             | (dict(prompt_2=None, prompt_3=None) if third else {})
         ]
 
-
-def test_the_empty_prompt_is_zeros_where_the_pipeline_samples_so():
+    # the empty prompt is zeros where the pipeline samples so
     for zeros in True, False, None:
         out = embed_two_encoders(double_pipe(zeros=zeros)[0], ['abc', '', 'x'])
         assert out[1].any() == (not zeros) and out[0].any() and out[2].any()
@@ -362,7 +378,8 @@ def row_bank(n):
     )
 
 
-def test_one_stream_decides_pictures_latents_noise_and_times_in_this_order():
+def test_a_sample_and_its_parts():
+    # one stream decides pictures latents noise and times in this order
     bank = row_bank(7)
     for n, timesteps in (3, 1000), (7, 5), (8, 5):
         gen = torch.Generator().manual_seed(11)
@@ -373,8 +390,15 @@ def test_one_stream_decides_pictures_latents_noise_and_times_in_this_order():
         for a, b in zip((s.z, s.noise, s.t, s.text, s.index), (z, noise, t, bank.text[index], index)):
             assert torch.equal(a, b)
 
+    # a part of a sample is the same part of each of its fields
+    s = draw_sample(row_bank(6), 5, generator(0))
+    for part in slice(1, 3), torch.tensor([4, 0]):
+        assert isinstance(s[part], Sample)
+        for f in 'z', 'noise', 't', 'text', 'index': assert torch.equal(getattr(s[part], f), getattr(s, f)[part])
 
-def test_no_picture_comes_twice_as_long_as_there_are_enough():
+
+def test_what_is_drawn():
+    # no picture comes twice as long as there are enough
     bank = row_bank(6)
     for n in range(1, 7):
         drawn = [draw_sample(bank, n, generator(i)).index.tolist() for i in range(40)]
@@ -386,20 +410,15 @@ def test_no_picture_comes_twice_as_long_as_there_are_enough():
         and len({tuple(sorted(d)) for d in more}) > 20
     )
 
-
-def test_times_reach_from_0_to_the_last():
+    # times reach from 0 to the last
     times = torch.cat([draw_sample(row_bank(6), 6, generator(i), 4).t for i in range(30)])
     assert set(times.tolist()) == {0, 1, 2, 3}
     times = torch.cat([draw_sample(row_bank(64), 64, generator(i)).t for i in range(100)])
     assert times.min() == 0 and times.max() == 999
 
-def test_the_last_four_draws_are_remembered():
+    # the last four draws are remembered
     DRAWN.clear()
     drawn = [draw_sample(row_bank(9), 2, generator(i)).index.tolist() for i in range(6)]
     assert [d.tolist() for d in DRAWN] == drawn[2:]
 
-def test_a_part_of_a_sample_is_the_same_part_of_each_of_its_fields():
-    s = draw_sample(row_bank(6), 5, generator(0))
-    for part in slice(1, 3), torch.tensor([4, 0]):
-        assert isinstance(s[part], Sample)
-        for f in 'z', 'noise', 't', 'text', 'index': assert torch.equal(getattr(s[part], f), getattr(s, f)[part])
+

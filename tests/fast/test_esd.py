@@ -11,6 +11,7 @@ from resalign.model.losses import Denoiser
 from tests.fast.toys import (CHANNELS, SIDE, T, agree, answers, check_settings, close, esd_bank, esd_distance,
                              esd_prompts, esd_target, given,
                              ledger, run, said, sampled, stream)
+from each import each
 
 SMALL = dict(steps=3, batch=3, prompts=2, sampling_steps=4, guidance=2.5, lr=.05, seed=1)
 
@@ -23,7 +24,7 @@ def test_settings():
 
 
 @ledger('esd-x/eta', 'esd-u/eta', 'esd-x/batch', 'esd-u/batch', 'esd-x/sampling_steps', 'esd-u/sampling_steps')
-@pytest.mark.parametrize('kind, variant, changes', [
+@each('kind, variant, changes', [
     ('epsilon', 'x', {}), ('epsilon', 'u', dict(eta=3.)), ('v_prediction', 'x', dict(eta=3., batch=2)),
     ('epsilon', 'x', dict(sampling_steps=5, guidance=1.))])
 def test_the_answer_goes_where_the_frozen_models_guidance_turned_round_points(kind, variant, changes):
@@ -91,7 +92,7 @@ def test_samples_of_another_model_are_given_up_within_a_step():
 
 
 @ledger('esd-x/z_t', 'esd-u/z_t')
-@pytest.mark.parametrize('kind, variant', [('epsilon', 'x'), ('v_prediction', 'u')])
+@each('kind, variant', [('epsilon', 'x'), ('v_prediction', 'u')])
 def test_samples_of_the_trained_model_with_the_frozen_models_target(kind, variant):
     pipe, data = given(kind)
     frozen, config = copy.deepcopy(pipe.unet).double(), ESDConfig(**SMALL | dict(z_t='trained', eta=2.,

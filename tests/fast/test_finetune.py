@@ -12,6 +12,7 @@ from resalign.method.finetune import (ALGORITHMS, FinetuneConfig, FinetuneLoss, 
 from resalign.model.losses import Denoiser
 import toy_finetune as toy
 from toy_finetune import Rule, descent, loss_at, toy_bank, toy_pipe, weights
+from each import each
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +57,8 @@ def reference(
 
 # ------------------------------------------------------------------ settings
 
-def test_defaults_are_the_smoke_setting():
+def test_settings():
+    # defaults are the smoke setting
     assert FinetuneConfig().model_dump() == dict(
         algorithm='lora',
         optimizer='adamw',
@@ -72,7 +74,7 @@ def test_defaults_are_the_smoke_setting():
     )
     assert set(ALGORITHMS) == {'full', 'lora', 'custom-diffusion', 'svdiff', 'textual-inversion'}
 
-def test_bounds_of_settings():
+    # bounds of settings
     inside = dict(lr=[1e-12], steps=[1], batch=[1], rank=[1], prior_weight=[0., 3.], accumulation=[1], ema=[0., .999])
     outside = dict(
         lr=[0.0, -1.0],
@@ -91,10 +93,22 @@ def test_bounds_of_settings():
             with pytest.raises(ValidationError) as e: FinetuneConfig(**{k: v})
             assert e.value.errors()[0]['loc'] == (k,)
 
+    # prior preservation without pictures is refused
+    with pytest.raises(UserError, match='prior_weight'):
+        finetune(toy_pipe(), bank(), FinetuneConfig(algorithm='full', prior_weight=0.1))
+
+    # batches of a step
+    assert [list(FinetuneConfig(accumulation=n).batches(step)) for n, step in ((1, 0), (1, 4), (3, 0), (3, 2))] == [
+        [0],
+        [4],
+        [0, 1, 2],
+        [6, 7, 8],
+    ]
+
 
 # ------------------------------------------------------------------ finetune, all of the weights
 
-@pytest.mark.parametrize('kind', ['sgd', 'adam', 'adamw'])
+@each('kind', ['sgd', 'adam', 'adamw'])
 def test_full_equals_the_written_out_optimizer(kind):
     pipe = toy_pipe()
     log = finetune(pipe, bank(), FinetuneConfig(algorithm='full', optimizer=kind, lr=.05, steps=4, batch=3))
@@ -118,52 +132,19 @@ def test_a_gradient_shorter_than_1_is_left_alone_and_a_longer_one_is_shortened_t
         assert (log[0]['grad_norm'] > 1) == longer
         assert moved == pytest.approx(.5*min(1., log[0]['grad_norm']), rel=1e-5)
 
-def test_prior_preservation_is_weighed_and_draws_its_own_pictures():
+@each('changes, written', [
+    (dict(steps=2, prior_weight=.3), dict(steps=2, prior_weight=.3)), # of pictures that it draws by itself
+    (dict(steps=3, batch=2, accumulation=2), dict(batch=2, accumulation=2)), # those of 2k and 2k + 1, averaged
+    (dict(steps=2, seed=5), dict(steps=2, seed=5)),
+    (dict(steps=4, ema=.7), dict(steps=4, decay=.7))]) # the average is what is kept
+def test_each_setting_is_the_written_out_loops(changes, written):
     pipe = toy_pipe()
-    log = finetune(
-        pipe,
-        bank(),
-        FinetuneConfig(algorithm='full', optimizer='sgd', lr=0.05, steps=2, batch=3, prior_weight=0.3),
-        prior=bank(PRIOR),
-    )
-    trail, said = reference(steps=2, prior_weight=.3)
+    config = FinetuneConfig(**dict(algorithm='full', optimizer='sgd', lr=.05, batch=3) | changes)
+    log = finetune(pipe, bank(), config, prior=bank(PRIOR) if config.prior_weight else None)
+    trail, said = reference(**written)
     same_log(log, said)
     close(weights(pipe), trail[-1])
 
-def test_prior_preservation_without_pictures_is_refused():
-    with pytest.raises(UserError, match='prior_weight'):
-        finetune(toy_pipe(), bank(), FinetuneConfig(algorithm='full', prior_weight=0.1))
-
-
-def test_batches_of_a_step():
-    assert [list(FinetuneConfig(accumulation=n).batches(step)) for n, step in ((1, 0), (1, 4), (3, 0), (3, 2))] == [
-        [0],
-        [4],
-        [0, 1, 2],
-        [6, 7, 8],
-    ]
-
-
-def test_two_batches_a_step_are_those_of_2k_and_2k_plus_1_averaged():
-    pipe = toy_pipe()
-    log = finetune(
-        pipe, bank(), FinetuneConfig(algorithm='full', optimizer='sgd', lr=0.05, steps=3, batch=2, accumulation=2)
-    )
-    trail, said = reference(batch=2, accumulation=2)
-    same_log(log, said)
-    close(weights(pipe), trail[-1])
-
-def test_another_seed_draws_other_samples():
-    pipe = toy_pipe()
-    log = finetune(pipe, bank(), FinetuneConfig(algorithm='full', optimizer='sgd', lr=.05, steps=2, batch=3, seed=5))
-    same_log(log, reference(steps=2, seed=5)[1])
-
-def test_the_moving_average_is_what_is_kept():
-    pipe = toy_pipe()
-    log = finetune(pipe, bank(), FinetuneConfig(algorithm='full', optimizer='sgd', lr=.05, steps=4, batch=3, ema=.7))
-    trail, said = reference(steps=4, decay=.7)
-    same_log(log, said)
-    close(weights(pipe), trail[-1])
 
 def test_average_by_the_formula():
     p = torch.nn.Parameter(torch.tensor([2.]))
@@ -180,7 +161,8 @@ def test_average_by_the_formula():
     average.copy_to_params()
     assert p.item() == pytest.approx(expected)
 
-def test_watch_is_called_before_the_first_step_and_after_each():
+def test_watching_and_going_on(tmp_path):
+    # watch is called before the first step and after each
     pipe, seen, first = toy_pipe(), [], []
     def watch(n):
         seen.append(n)
@@ -192,8 +174,7 @@ def test_watch_is_called_before_the_first_step_and_after_each():
         [weights(toy_pipe())['norm.weight'][0].item()] + [w['norm.weight'][0].item() for w in trail]
     )
 
-
-def test_a_checkpoint_holds_the_average_too_and_a_longer_run_goes_on_from_it(tmp_path):
+    # a checkpoint holds the average too and a longer run goes on from it
     config = FinetuneConfig(algorithm='full', optimizer='adam', lr=.05, steps=2, batch=3, ema=.7)
     finetune(toy_pipe(), bank(), config, checkpoint=tmp_path/'c')
     pipe = toy_pipe()
@@ -207,7 +188,7 @@ def test_a_checkpoint_holds_the_average_too_and_a_longer_run_goes_on_from_it(tmp
 
 def predictions(pipe): return FinetuneLoss(Denoiser(pipe), bank(), FinetuneConfig(batch=3))
 
-@pytest.mark.parametrize('prediction', ['epsilon', 'v_prediction'])
+@each('prediction', ['epsilon', 'v_prediction'])
 def test_the_loss_is_the_formulas(prediction):
     pipe = toy_pipe(prediction=prediction)
     loss = FinetuneLoss(Denoiser(pipe), bank(), FinetuneConfig(batch=3))
@@ -228,7 +209,8 @@ def test_a_sample_belongs_to_seed_names_what_and_step():
         assert not any(torch.equal(s.noise, other) for other in seen), asked
         seen.append(s.noise)
 
-def test_a_frozen_loss_is_a_function_of_the_parameters_alone():
+def test_a_loss_of_its_sample():
+    # a frozen loss is a function of the parameters alone
     pipe = toy_pipe()
     loss = predictions(pipe).frozen(0)
     first = loss().item()
@@ -236,7 +218,31 @@ def test_a_frozen_loss_is_a_function_of_the_parameters_alone():
     pipe.unet.norm.weight.data.mul_(2.)
     assert loss().item() == pytest.approx(loss_at(weights(pipe), toy_bank(), 0, 3).item()) != first
 
-@pytest.mark.parametrize('prior_weight', [0., .3])
+    # residuals are prediction minus target
+    pipe = toy_pipe()
+    z, noise, t, text = toy.drawn(toy_bank(), 3, toy.stream(0, 'finetune', 1))
+    a = toy.alphas()[t][:, None, None, None]
+    expected = (
+        torch.stack([toy.predicted(weights(pipe), *row) for row in zip(a.sqrt() * z + (1 - a).sqrt() * noise, t, text)])
+        - noise
+    )
+    torch.testing.assert_close(predictions(pipe).residuals(1)(), expected.flatten(), rtol=1e-9, atol=1e-12)
+
+    # the samples captions are dressed and the priors are not
+    dressed = []
+    def encode_text(s):
+        dressed.append(s.index)
+        return replace(s, text=s.text*0)
+    plain = [torch.zeros_like(t) if i == 2 else t for i, t in enumerate(toy_bank())]
+    pipe = toy_pipe()
+    loss = FinetuneLoss(
+        Denoiser(pipe), bank(), FinetuneConfig(batch=3, prior_weight=0.3), prior=bank(PRIOR), encode_text=encode_text
+    )
+    expected = loss_at(weights(pipe), plain, 1, 3, toy_bank(seed=PRIOR), .3)
+    assert loss.frozen(1)().item() == pytest.approx(expected.item(), rel=1e-9)
+    assert len(dressed) == 1
+
+@each('prior_weight', [0., .3])
 def test_several_samples_are_averaged_and_residuals_have_the_loss_as_their_mean_square(prior_weight):
     pipe = toy_pipe()
     loss = FinetuneLoss(
@@ -251,30 +257,6 @@ def test_several_samples_are_averaged_and_residuals_have_the_loss_as_their_mean_
     r = loss.residuals(2, 3, 5)()
     assert r.shape == (3*3*8*(1 + bool(prior_weight)),)
     assert r.square().mean().item() == pytest.approx(sum(each)/3, rel=1e-9)
-
-def test_residuals_are_prediction_minus_target():
-    pipe = toy_pipe()
-    z, noise, t, text = toy.drawn(toy_bank(), 3, toy.stream(0, 'finetune', 1))
-    a = toy.alphas()[t][:, None, None, None]
-    expected = (
-        torch.stack([toy.predicted(weights(pipe), *row) for row in zip(a.sqrt() * z + (1 - a).sqrt() * noise, t, text)])
-        - noise
-    )
-    torch.testing.assert_close(predictions(pipe).residuals(1)(), expected.flatten(), rtol=1e-9, atol=1e-12)
-
-def test_the_samples_captions_are_dressed_and_the_priors_are_not():
-    dressed = []
-    def encode_text(s):
-        dressed.append(s.index)
-        return replace(s, text=s.text*0)
-    plain = [torch.zeros_like(t) if i == 2 else t for i, t in enumerate(toy_bank())]
-    pipe = toy_pipe()
-    loss = FinetuneLoss(
-        Denoiser(pipe), bank(), FinetuneConfig(batch=3, prior_weight=0.3), prior=bank(PRIOR), encode_text=encode_text
-    )
-    expected = loss_at(weights(pipe), plain, 1, 3, toy_bank(seed=PRIOR), .3)
-    assert loss.frozen(1)().item() == pytest.approx(expected.item(), rel=1e-9)
-    assert len(dressed) == 1
 
 
 # ------------------------------------------------------------------ the simulation
@@ -292,7 +274,7 @@ def simulation(kind='sgd', lr=.05, steps=3, names=('draw', 1), **settings):
     )
 
 
-@pytest.mark.parametrize('kind', ['sgd', 'adam', 'adamw'])
+@each('kind', ['sgd', 'adam', 'adamw'])
 def test_simulated_ends_where_the_unclipped_loop_ends_and_takes_all_of_it_back(kind):
     pipe, loss, params, config = simulation(kind, prior_weight=.3)
     before, start = [p.detach().clone() for p in params], weights(pipe)
@@ -308,12 +290,13 @@ def test_simulated_ends_where_the_unclipped_loop_ends_and_takes_all_of_it_back(k
     assert all(map(torch.equal, params, before)) and all(p.grad is None for p in params)
     assert [p.requires_grad for p in params] == [i % 2 == 1 for i in range(len(params))]
 
-def test_simulated_steps_over_the_mean_of_their_batches_too():
+def test_a_simulation_is_taken_back():
+    # simulated steps over the mean of their batches too
     pipe, loss, params, config = simulation(accumulation=2)
     with simulated(loss, params, config):
         close(weights(pipe), reference(accumulation=2, seed=2, names=('draw', 1), clip=None)[0][-1])
 
-def test_simulated_is_taken_back_after_an_error_inside_and_after_one_in_a_step():
+    # simulated is taken back after an error inside and after one in a step
     pipe, loss, params, config = simulation()
     before, where = [p.detach().clone() for p in params], [p.data_ptr() for p in params]
     with pytest.raises(ZeroDivisionError), simulated(loss, params, config): 1/0
@@ -327,13 +310,15 @@ def test_simulated_is_taken_back_after_an_error_inside_and_after_one_in_a_step()
     assert steps == [0, 1] and all(map(torch.equal, params, before)) and all(p.grad is None for p in params)
     assert [p.data_ptr() for p in params] == where # the very memory, for whoever holds it
 
-def test_what_the_loss_does_not_depend_on_has_a_gradient_of_zero_and_decays_in_adamw():
+
+def test_what_else_a_simulation_moves():
+    # what the loss does not depend on has a gradient of zero and decays in adamw
     pipe, loss, params, config = simulation('adamw', steps=2)
     idle = torch.nn.Parameter(torch.tensor([3.]))
     with simulated(loss, [*params, idle], config): assert idle.item() == pytest.approx(3*(1 - .05*.01)**2, rel=1e-12)
     assert idle.item() == 3.
 
-def test_low_weights_are_moved_in_float32_and_come_back_as_they_were():
+    # low weights are moved in float32 and come back as they were
     torch.set_default_dtype(torch.float32)
     pipe = toy_pipe()
     p = torch.nn.Parameter(torch.tensor([1.], dtype=torch.bfloat16))
@@ -367,7 +352,9 @@ def merged(w, ab):
     }
 
 
-def test_which_projections_are_adapted_and_how_they_start():
+@pytest.mark.filterwarnings('ignore:Already found a `peft_config`')
+def test_adapters():
+    # which projections are adapted and how they start
     pipe = toy_pipe()
     pipe.unet.add_module(
         'joint',
@@ -386,7 +373,7 @@ def test_which_projections_are_adapted_and_how_they_start():
     assert [k for k, p in pipe.unet.named_parameters() if p.requires_grad] == list(named) and len(named) == 24
     assert all(p.shape[0 if '_A' in k else 1] == 4 for k, p in named.items())
 
-def test_the_adapters_first_numbers_and_their_spread():
+    # the adapters first numbers and their spread
     for asked, spread in (
         (dict(rank=2), dict(rank=2)),
         (dict(rank=3, seed=9, up_std=0.02), dict(rank=3, seed=9, up_std=0.02)),
@@ -399,9 +386,7 @@ def test_the_adapters_first_numbers_and_their_spread():
         for p, (k, v) in zip(params, expected.items()):
             torch.testing.assert_close(p.detach(), v, rtol=1e-12, atol=0, msg=lambda m: f'{asked} {k}: {m}')
 
-
-@pytest.mark.filterwarnings('ignore:Already found a `peft_config`')
-def test_another_name_is_another_adapter():
+    # another name is another adapter
     unet = toy_pipe().unet
     first = add_lora(unet, 'a')
     second = add_lora(unet, 'ab')
@@ -409,8 +394,9 @@ def test_another_name_is_another_adapter():
     assert not set(adapter_params(unet, 'a')) & set(adapter_params(unet, 'ab'))
     assert not any(torch.equal(a, b) for a, b in zip(first[::2], second[::2]))
 
+
 @pytest.mark.filterwarnings('ignore:Already found a `peft_config`')
-@pytest.mark.parametrize('rank', [2, 3])
+@each('rank', [2, 3])
 def test_merging_adds_B_times_A_and_removes_the_adapter(rank):
     pipe = toy_pipe()
     add_lora(pipe.unet, 'x', rank, up_std=.3)
@@ -435,7 +421,7 @@ def test_an_adapter_on_low_weights_is_merged_into_those_that_were_loaded():
     for k, v in merged(start, adapter(rank=2, name='x', up_std=.01, std=.1)).items():
         torch.testing.assert_close(weights(pipe)[k], v, rtol=0, atol=1e-6)
 
-@pytest.mark.parametrize('kind', ['sgd', 'adamw'])
+@each('kind', ['sgd', 'adamw'])
 def test_lora_equals_the_written_out_adapter(kind):
     pipe, start = toy_pipe(), weights(toy_pipe())
     log = finetune(
@@ -459,7 +445,8 @@ class Transformer(toy.Toy):
         assert pooled_projections.shape == (len(z), 2)
         return super().forward(z, timestep/100, encoder_hidden_states)
 
-def test_a_transformer_has_full_and_lora_alone():
+def test_methods_by_network():
+    # a transformer has full and lora alone
     pipe, start = (
         SimpleNamespace(transformer=Transformer(), scheduler=FlowMatchEulerDiscreteScheduler()),
         weights(toy_pipe()),
@@ -487,7 +474,8 @@ def test_a_transformer_has_full_and_lora_alone():
     for k, p in pipe.transformer.named_parameters():
         torch.testing.assert_close(p.detach(), trail[-1][k], rtol=1e-5, atol=1e-6)
 
-
-def test_a_unet_has_the_other_methods_too():
+    # a unet has the other methods too
     log = finetune(toy_pipe(), bank(), FinetuneConfig(algorithm='svdiff', batch=3, steps=1))
     assert log[0]['loss'] == pytest.approx(loss_at(weights(toy_pipe()), toy_bank(), 0, 3).item())
+
+

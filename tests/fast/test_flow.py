@@ -12,6 +12,7 @@ from resalign.model.pipelines import build_sd3
 from resalign.model.data import Bank, draw_sample
 from resalign.model.losses import FlowDenoiser, HarmfulLoss, RetainLoss, shifted_sigmas
 from tests.fast.toys import close, mean, square
+from each import each
 
 
 class ToyTransformer(nn.Module):
@@ -50,7 +51,7 @@ def loss(net, z, e, t, text):
     return out[0].detach(), square(out[0] - (e - z)).item()
 
 
-@pytest.mark.parametrize('shift', [1., 3., 7.])
+@each('shift', [1., 3., 7.])
 def test_the_path_is_shifted_as_published_and_as_the_scheduler_has_it(shift):
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=50, shift=shift)
     by_hand = [shift*u/(1 + (shift - 1)*u) for u in ((t + 1)/50 for t in range(50))]
@@ -65,7 +66,8 @@ def test_a_shift_that_depends_on_the_picture_is_the_exponential_of_the_largest()
     close(shifted_sigmas(scheduler)[[999, 749, 499, 249]], scheduler.sigmas[:4], rtol=1e-5)
 
 
-def test_prediction_target_and_loss():
+def test_prediction_target_and_loss_of_a_flow():
+    # prediction target and loss
     pipe, bank = toy()
     model, s = FlowDenoiser(pipe), draw_sample(bank, 5, generator(1), 20)
     assert model.timesteps == 20
@@ -77,8 +79,7 @@ def test_prediction_target_and_loss():
     close(model(s.z.double(), s.t, s.text), model(s.z, s.t, s.text), 'another precision')
     close(model.loss(s), mean([loss(pipe.transformer, *row)[1] for row in zip(s.z, s.noise, s.t, s.text)]))
 
-
-def test_the_target_is_the_paths_derivative():
+    # the target is the paths derivative
     pipe, bank = toy()
     s = draw_sample(bank, 3, generator(2), 20)
     z = lambda sigma: (1 - sigma)*s.z.double() + sigma*s.noise.double()

@@ -10,6 +10,7 @@ from resalign.model.losses import Denoiser
 from tests.fast.toys import (T, agree, alpha_bar, check_settings, close, draw_sample, given, ledger, noised, noises,
                              rows, run, square,
                              stream)
+from each import each
 
 
 def test_settings():
@@ -27,8 +28,8 @@ def guess(net, kind, s, shift):
     return torch.stack(x), said, s.noise.double() + shift
 
 
-@pytest.mark.parametrize('kind', ['epsilon', 'v_prediction'])
-@pytest.mark.parametrize('shift', [1., -1., 0.])
+@each('kind', ['epsilon', 'v_prediction'])
+@each('shift', [1., -1., 0.])
 def test_guesses_of_shifted_noise(kind, shift):
     pipe, data = given(kind)
     s = draw_sample(data.unsafe, 3, generator(1), T)
@@ -36,13 +37,13 @@ def test_guesses_of_shifted_noise(kind, shift):
         close(found, expected)
 
 
-def test_lt_moves_guesses_and_ng_leaves_them():
+def test_guesses_and_repulsion():
+    # lt moves guesses and ng leaves them
     x = torch.randn(3, 4)
     assert torch.equal(transform(x, True, 'lt'), -x - 100) and torch.equal(transform(x, False, 'lt'), x + 100)
     assert transform(x, True, 'ng') is x and transform(x, False, 'ng') is x
 
-
-def test_the_other_centre_repels_only_beyond_the_distance():
+    # the other centre repels only beyond the distance
     x, own, other = torch.tensor([[1., 2.], [3., 4.]]), torch.tensor([0., 1.]), torch.tensor([2., 6.])
     near, far = (1 + 1 + 9 + 9)/4, (1 + 16 + 1 + 4)/4
     for l in 0., 1., 5.4: assert contrastive_loss(x, own, other, l).item() == pytest.approx(near - (far - l))
@@ -52,7 +53,7 @@ def test_the_other_centre_repels_only_beyond_the_distance():
 @ledger('lcfdsd-ng/contrast_gradient', 'lcfdsd-lt/contrast_gradient', 'lcfdsd-ng/contrast', 'lcfdsd-lt/contrast',
         'lcfdsd-ng/momentum',
         'lcfdsd-lt/momentum', 'lcfdsd-ng/steps', 'lcfdsd-lt/steps')
-@pytest.mark.parametrize('kind, variant, changes', [
+@each('kind, variant, changes', [
     ('epsilon', 'ng', {}), ('epsilon', 'lt', {}), ('v_prediction', 'ng', dict(momentum=.5, contrast=.8, steps=4)),
     ('epsilon', 'ng', dict(distance=1e6)), ('epsilon', 'ng', dict(contrast_gradient=False)),
     ('epsilon', 'lt', dict(contrast_gradient=False, momentum=0.))])

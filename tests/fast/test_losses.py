@@ -12,6 +12,7 @@ from resalign.model.losses import (Denoiser, FlowDenoiser, HarmfulLoss, RetainLo
                                    map_batches)
 from tests.fast import toys
 from tests.fast.toys import answers, close, denoising, given, goals, gradients, ledger, mean, noisy, same_grads, square
+from each import each
 
 KINDS = 'epsilon', 'v_prediction'
 
@@ -38,7 +39,7 @@ def close_with_gradient(model, net, value, formula):
     same_grads(gradients(value, model.unet, names), gradients(formula, net, names))
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@each('kind', KINDS)
 def test_the_denoising_loss(kind):
     pipe, data = given(kind)
     model, s, net = Denoiser(pipe), sample(data), copy.deepcopy(pipe.unet).double()
@@ -51,7 +52,8 @@ def test_the_denoising_loss(kind):
     close_with_gradient(model, net, model.loss(s), denoising(net, kind, s))
 
 
-def test_sdxl_is_told_its_picture_size_and_the_pooled_embedding():
+def test_networks_and_parts():
+    # sdxl is told its picture size and the pooled embedding
     pipe, data = given()
     pipe.vae_scale_factor = 8
     pipe.unet.config = SimpleNamespace(sample_size=4, addition_embed_type='text_time', addition_time_embed_dim=2,
@@ -69,16 +71,20 @@ def test_sdxl_is_told_its_picture_size_and_the_pooled_embedding():
     assert torch.equal(kw['added_cond_kwargs']['text_embeds'], text[:, 4, :3])
     assert torch.equal(kw['added_cond_kwargs']['time_ids'], told['time_ids'].float())
 
-
-def test_a_pipeline_gets_the_denoiser_that_fits_it():
+    # a pipeline gets the denoiser that fits it
     pipe, _ = given()
     flow = SimpleNamespace(transformer=SimpleNamespace(config=SimpleNamespace(pooled_projection_dim=3)),
                            scheduler=SimpleNamespace(
         config=dict(num_train_timesteps=7, shift=3.)))
     assert type(denoiser(pipe)) is Denoiser and type(denoiser(flow)) is FlowDenoiser
 
+    # parts of a given size
+    z, seen = torch.zeros(7, 1, 2, 2), []
+    s = Sample(z, z, torch.arange(7), torch.zeros(7, 1, 1), torch.arange(7))
+    assert torch.equal(map_batches(lambda part: seen.append(len(part.z)) or part.t, s, 3), s.t) and seen == [3, 3, 1]
 
-@pytest.mark.parametrize('side, n, parts',
+
+@each('side, n, parts',
                          [(8, 130, [64, 64, 2]), (64, 17, [8, 8, 1]), (24, 57, [56, 1]), (256, 2, [1, 1]), (4, 1, [1])])
 def test_a_large_sample_is_taken_in_parts_that_shrink_with_the_picture(side, n, parts):
     z = torch.zeros(1).expand(n, 1, side, side)
@@ -87,15 +93,9 @@ def test_a_large_sample_is_taken_in_parts_that_shrink_with_the_picture(side, n, 
     assert seen == parts and torch.equal(out, s.t)
 
 
-def test_parts_of_a_given_size():
-    z, seen = torch.zeros(7, 1, 2, 2), []
-    s = Sample(z, z, torch.arange(7), torch.zeros(7, 1, 1), torch.arange(7))
-    assert torch.equal(map_batches(lambda part: seen.append(len(part.z)) or part.t, s, 3), s.t) and seen == [3, 3, 1]
-
-
 @ledger('ga/margin')
-@pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('margin', [.1, 1e6])
+@each('kind', KINDS)
+@each('margin', [.1, 1e6])
 def test_the_harmful_loss_is_ascent_up_to_a_margin_above_the_originals_loss(kind, margin):
     pipe, data = given(kind)
     pipe.unet.requires_grad_(True)
@@ -124,7 +124,7 @@ def test_harmful_samples_are_drawn_from_all_of_the_bank_and_noted():
     assert torch.equal(i, torch.randint(3, (200,), generator=generator(1)))
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@each('kind', KINDS)
 def test_the_retain_loss_is_the_distance_from_the_frozen_answers(kind):
     pipe, data = given(kind)
     pipe.unet.requires_grad_(True)

@@ -15,6 +15,7 @@ from resalign.method import resalign as meta
 from resalign.method.finetune import FinetuneConfig
 from resalign.method.resalign import (Pool, ResAlignConfig, UnlearnData, clipped, draw_config, in_one_step, resalign,
                                       retain_weight, split_log)
+from each import each
 
 LR = .0371 # of the outer steps, found again by it
 
@@ -83,34 +84,38 @@ def agree(data, config, prediction='epsilon', tol=1e-9):
 
 # ------------------------------------------------------------------ the algorithm
 
-@pytest.mark.parametrize('solver', ['identity', 'richardson', 'cg', 'minres'])
+@each('solver', ['identity', 'richardson', 'cg', 'minres'])
 def test_every_solver(data, solver):
     exactly = dict(products=45) if solver in ('cg', 'minres') else {}
     agree(data, setting(solver=solver, **exactly), tol=1e-8)
 
-@pytest.mark.parametrize('algorithm, optimizer', list(itertools.product(['lora', 'full'], ['sgd', 'adam', 'adamw'])))
+@each('algorithm, optimizer', list(itertools.product(['lora', 'full'], ['sgd', 'adam', 'adamw'])))
 def test_every_fine_tuning(data, algorithm, optimizer):
     lr = .05 if optimizer == 'sgd' else .01
     ft = simulation(algorithm=algorithm, optimizer=optimizer, lr=lr, steps=3, prior_weight=.4)
     agree(data, setting(ft, simulation(folder='pans', steps=1, algorithm=algorithm, prior_weight=1.7), gamma=.03))
 
-def test_accumulation(data):
-    "A step's gradient is the mean over its own batches, and the batch that defines H comes after all of them"
-    full = simulation(accumulation=3, steps=1, algorithm='full', prior_weight=.5)
-    agree(data, setting(simulation(accumulation=2, steps=2), full, gamma=.03))
+ACCUMULATED = (simulation(accumulation=2, steps=2),
+               simulation(accumulation=3, steps=1, algorithm='full', prior_weight=.5))
+SETTINGS = [ # simulated fine-tunings, settings
+    *[((), dict(beta=beta)) for beta in (0., .25, 1.)],
+    *[((), dict(J=J)) for J in (1, 3)],
+    ((), dict(steps=4, alpha=.3, alpha_end=4., J=1)), # the retain weight follows its schedule
+    *[((), dict(margin=a, margin_after=b)) for a, b in ((1e-3, 9.), (9., 1e-3))], # each bounds its own term
+    *[((simulation(lr=.03, steps=4),), dict(gamma=gamma, clamp=None)) for gamma in ('matched', 1., .05)],
+    # the newest sample, and the last ones of the fine-tuning's own; no more than there are
+    *[((simulation(steps=2, prior_weight=.3),), dict(samples=n)) for n in (2, 3, 9)],
+    # a step's gradient is the mean over its own batches, and the batch that defines H comes after all of them
+    (ACCUMULATED, dict(gamma=.03)),
+    ((), dict(prediction='v_prediction'))]
 
-@pytest.mark.parametrize('beta', [0., .25, 1.])
-def test_weight_of_resilience(data, beta): agree(data, setting(beta=beta))
+@each('listed, changes', SETTINGS)
+def test_every_setting(data, listed, changes):
+    "A model that predicts the velocity too"
+    changes = dict(changes)
+    agree(data, prediction=changes.pop('prediction', 'epsilon'), config=setting(*listed, **changes))
 
-@pytest.mark.parametrize('J', [1, 3])
-def test_number_of_simulations(data, J): agree(data, setting(J=J))
-
-def test_the_retain_weight_follows_its_schedule(data): agree(data, setting(steps=4, alpha=.3, alpha_end=4., J=1))
-
-@pytest.mark.parametrize('margins', [dict(margin=1e-3, margin_after=9.), dict(margin=9., margin_after=1e-3)], ids=str)
-def test_each_margin_bounds_its_own_term(data, margins): agree(data, setting(**margins))
-
-@pytest.mark.parametrize('longer', ['shorten', 'skip'])
+@each('longer', ['shorten', 'skip'])
 def test_long_hypergradients(data, longer):
     "A limit between the lengths met: some are cut, some are not"
     given = dict(steps=1, J=4, longer=longer)
@@ -119,20 +124,9 @@ def test_long_hypergradients(data, longer):
     found = lengths(agree(data, setting(**given, max_norm=limit)))
     assert min(found) < limit < max(found)
 
-@pytest.mark.parametrize('gamma', ['matched', 1., .05])
-def test_gamma(data, gamma):
-    agree(data, setting(simulation(lr=.03, steps=4), gamma=gamma, clamp=None, solver='richardson'))
-
 def test_clamp_lowers_gamma(data):
     ref = agree(data, setting(gamma=50., clamp=.5))
     assert all(row.notes[f'{j}/gamma_used'] < 50 for row in ref.rows for j in range(2))
-
-@pytest.mark.parametrize('samples', [2, 3, 9])
-def test_samples_of_the_fine_tuning_loss(data, samples):
-    "The newest, and the last ones of the fine-tuning's own; no more than there are"
-    agree(data, setting(simulation(steps=2, prior_weight=.3), samples=samples))
-
-def test_a_model_that_predicts_the_velocity(data): agree(data, setting(), prediction='v_prediction')
 
 def test_the_outer_gradient_is_clipped_at_one(data):
     ref = agree(data, setting(alpha=400.))
@@ -164,8 +158,9 @@ def test_the_reference_sees_a_wrong_engine(data, monkeypatch):
     monkeypatch.setattr(meta, 'direct_gradient', wrong)
     with pytest.raises(AssertionError): agree(data, setting())
 
-def test_gamma_times_norm_is_checked_where_asked(data):
-    "Steps 0, check_every, ... spend one product more on the true residual; first order spends none"
+def test_products_spent(data):
+    # gamma times norm is checked where asked: Steps 0, check_every, ... spend one product more on the true residual;
+    # first order spends none
     def products(**changes):
         out, _ = engine(pipeline(), data, setting(steps=4, J=1, gamma=.01, margin_after=9., **changes))
         return [r['products'] for r in out['solves']]
@@ -173,13 +168,15 @@ def test_gamma_times_norm_is_checked_where_asked(data):
     assert products(check_every=1) == [4]*4
     assert products(check_every=3, solver='identity') == [0]*4
 
-def test_tolerance_ends_a_solve_early(data):
+    # tolerance ends a solve early
     for tol, spent in (None, 3), (.5, 1):
         out, _ = engine(pipeline(), data, setting(steps=1, gamma=.01, tol=tol, check_every=1))
         assert {r['products'] for r in out['solves']} == {spent + (tol is None)}
 
-def test_a_run_stops_when_too_many_solves_fall_back(data):
-    "γ far beyond the pole: every checked solve falls back; the run ends at the tenth and says where"
+
+def test_too_many_fallbacks(data, tmp_path, monkeypatch):
+    # a run stops when too many solves fall back: γ far beyond the pole: every checked solve falls back; the run ends at
+    # the tenth and says where
     config = setting(gamma=1e6, steps=20, J=1, check_every=1, fallback_share=.5, margin_after=9.)
     with pytest.raises(UserError, match=r'step 9, folder (cats|dogs), lora with lr 0.0[25].*10 of 10'):
         engine(pipeline(), data, config)
@@ -187,12 +184,27 @@ def test_a_run_stops_when_too_many_solves_fall_back(data):
     out, _ = engine(pipeline(), data, never)
     assert len(out['solves']) == 11 and all(r['fallback'] for r in out['solves'])
 
+    # a killed run counts the solves it had: Six fallbacks before the kill and four after it: the budget knows all ten
+    config = setting(gamma=1e6, steps=20, J=1, check_every=1, fallback_share=.95, margin_after=9.)
+    right, calls = meta.direct_gradient, []
+    def dies(*args):
+        calls.append(args)
+        if len(calls) == 7: raise KeyboardInterrupt
+        return right(*args)
+    often = meta.optimise
+    monkeypatch.setattr(meta, 'optimise', lambda *a, **kw: often(*a, **dict(kw, every=3)))
+    monkeypatch.setattr(meta, 'direct_gradient', dies)
+    with pytest.raises(KeyboardInterrupt): resalign(pipeline(), data, config, checkpoint=tmp_path/'c')
+    with pytest.raises(UserError, match='step 9,.*10 of 10'):
+        resalign(pipeline(), data, config, checkpoint=tmp_path/'c')
+    assert len(calls) == 7 + 4 # steps 6 to 9
+
 
 # ------------------------------------------------------------------ products
 
 PRODUCTS = ['fd-central', 'fd-forward', 'gauss-newton', 'lora-bilinear']
 
-@pytest.mark.parametrize('product', PRODUCTS)
+@each('product', PRODUCTS)
 def test_every_product_gives_nearly_the_same_step(data, product):
     "Exact and finite differences agree; Gauss-Newton and the cross block are other matrices, each with its own answer"
     listed = simulation(), simulation(algorithm='full')
@@ -206,7 +218,7 @@ def test_every_product_gives_nearly_the_same_step(data, product):
     assert used('lora') == {product}
     assert used('full') == {'fd-forward' if product == 'lora-bilinear' else product}
 
-@pytest.mark.parametrize('algorithm', ['lora', 'full'])
+@each('algorithm', ['lora', 'full'])
 def test_product_options(algorithm):
     "Longer steps for finite differences of low-precision passes; each product gets what it asks for"
     ft, unet = FinetuneConfig(algorithm=algorithm), pipeline().unet
@@ -235,8 +247,9 @@ def draws(pool, names=('cats', 'dogs', 'pans'), n=2000, seed=3):
     gen = generator(0, 'pool')
     return [draw_config(pool, list(names), seed, gen) for _ in range(n)]
 
-def test_every_draw_of_the_pool_is_reached():
-    "All 2·3·3·2·2·2 configurations, each about as often as the others; a fine-tuning's other settings by default"
+def test_draws_of_the_pool():
+    # every draw of the pool is reached: All 2·3·3·2·2·2 configurations, each about as often as the others; a fine-
+    # tuning's other settings by default
     drawn = draws(Pool(**POOL), n=7200)
     found = Counter((f, c.algorithm, c.optimizer, c.steps, c.prior_weight, c.lr) for f, c in drawn)
     free = [POOL[k] for k in ('folders', 'algorithm', 'optimizer', 'steps', 'prior_weight')]
@@ -245,10 +258,10 @@ def test_every_draw_of_the_pool_is_reached():
     assert 20 < min(found.values()) and max(found.values()) < 90 # 50 expected
     assert {(c.batch, c.seed, c.rank, c.accumulation) for _, c in draws(Pool(**POOL), n=20)} == {(6, 3, 4, 1)}
 
-def test_a_pool_without_folders_takes_all_there_are():
+    # a pool without folders takes all there are
     assert {f for f, _ in draws(Pool(), n=200)} == {'cats', 'dogs', 'pans'}
 
-def test_what_is_listed_is_drawn_as_it_stands():
+    # what is listed is drawn as it stands
     listed = [simulation(folder='dogs', steps=20, lr=1e-4, batch=1, accumulation=3, seed=8),
               simulation(algorithm='full', optimizer='adam', prior_weight=1.),
               simulation(folder='pans', optimizer='adamw')]
@@ -261,7 +274,18 @@ def test_what_is_listed_is_drawn_as_it_stands():
     assert {f for f, _ in draws(only, n=50)} == {'cats'} == only.named
     assert Pool(listed=listed).named == {'dogs', 'cats', 'pans'} and Pool(folders=['x']).named == {'x'}
 
-@pytest.mark.parametrize('changes, field', [
+    # gradient descent that hardly moves takes one step: lr·steps up to `still`, and SGD alone
+    slow = FinetuneConfig(optimizer='sgd', lr=.25, steps=4, batch=7)
+    assert in_one_step(slow, 1.) == slow.model_copy(update=dict(lr=1., steps=1))
+    assert in_one_step(slow, .99) == slow
+    adam = slow.model_copy(update=dict(optimizer='adam'))
+    assert in_one_step(adam, 1.) == adam
+    free = Pool(optimizer=['sgd'], steps=[4], lr=dict(lora=[.25], full=[.25]), still=1.)
+    for pool in Pool(listed=[simulation(lr=.25, steps=4)], still=1.), free:
+        assert {(c.lr, c.steps) for _, c in draws(pool, n=20)} == {(1., 1)}
+
+
+@each('changes, field', [
     (dict(listed=[simulation()], steps=[3]), 'listed: expected without steps'),
     (dict(listed=[simulation()], algorithm=['full']), 'listed: none is by full'),
     (dict(algorithm=['full'], lr=dict(lora=[.1])), "lr: no learning rate for 'full'"),
@@ -271,23 +295,6 @@ def test_what_is_listed_is_drawn_as_it_stands():
 def test_pools_that_are_refused(changes, field):
     with pytest.raises(ValueError, match=field): Pool(**changes)
 
-def test_settings_at_their_edges():
-    "One weight of prior preservation is enough; a simulated fine-tuning ends at θ*, not at an average"
-    assert Pool(prior_weight=[0.]).prior_weight == (0.,)
-    assert Pool(listed=[simulation(ema=0.)]).listed[0].ema == 0
-    for ema in .5, -.5, 1., -1.:
-        with pytest.raises(ValueError, match='ema'): Pool(listed=[simulation(ema=ema)])
-
-def test_gradient_descent_that_hardly_moves_takes_one_step():
-    "lr·steps up to `still`, and SGD alone"
-    slow = FinetuneConfig(optimizer='sgd', lr=.25, steps=4, batch=7)
-    assert in_one_step(slow, 1.) == slow.model_copy(update=dict(lr=1., steps=1))
-    assert in_one_step(slow, .99) == slow
-    adam = slow.model_copy(update=dict(optimizer='adam'))
-    assert in_one_step(adam, 1.) == adam
-    free = Pool(optimizer=['sgd'], steps=[4], lr=dict(lora=[.25], full=[.25]), still=1.)
-    for pool in Pool(listed=[simulation(lr=.25, steps=4)], still=1.), free:
-        assert {(c.lr, c.steps) for _, c in draws(pool, n=20)} == {(1., 1)}
 
 def test_a_run_needs_its_folders(data):
     without = UnlearnData(data.unsafe, data.retain, {}, [])
@@ -300,7 +307,8 @@ def test_a_run_needs_its_folders(data):
 
 # ------------------------------------------------------------------ small parts
 
-def test_the_retain_weight_rises_in_the_second_half():
+def test_small_parts():
+    # the retain weight rises in the second half
     a = [retain_weight(ResAlignConfig(steps=161, alpha=1.6, alpha_end=2.), s) for s in range(161)]
     assert set(a[:80]) == {1.6}
     for step, value in (80, 1.6), (120, 1.8), (160, 2.): assert a[step] == pytest.approx(value, abs=1e-12)
@@ -311,7 +319,7 @@ def test_the_retain_weight_rises_in_the_second_half():
     assert {retain_weight(ResAlignConfig(steps=n, alpha=3.), s) for n in (1, 5) for s in range(n)} == {3.}
     assert retain_weight(ResAlignConfig(steps=1, alpha=3., alpha_end=2.), 0) == 3.
 
-def test_clipped():
+    # clipped
     x = [torch.tensor([3.]), torch.tensor([[0., 4.]])] # 5 long, over all tensors
     for limit, factor in (10., 1.), (5., 1.), (2.5, .5):
         for a, b in zip(clipped(x, limit), x): torch.testing.assert_close(a, factor*b)
@@ -320,8 +328,7 @@ def test_clipped():
     zeros = [torch.zeros(2)]
     assert torch.equal(clipped(zeros, 1.)[0], zeros[0])
 
-def test_pull_back():
-    "d/dA and d/dB of a function of W + sBA, at the place of each layer among all weights"
+    # pull back: d/dA and d/dB of a function of W + sBA, at the place of each layer among all weights
     A, B, W, s = torch.randn(2, 5), torch.randn(3, 2), torch.randn(3, 5), 1.7
     a, b = A.clone().requires_grad_(), B.clone().requires_grad_()
     f = lambda w: (w**3).sum()
@@ -335,27 +342,12 @@ def test_pull_back():
         torch.testing.assert_close(out[order[1]], b.grad)
         assert not any(x.requires_grad for x in out)
 
-def test_split_log():
+    # split log
     first = {'step': 0, 'loss': .5, '1/lr': .1, '0/lr': .2, '0/folder': 'cats'}
     log = [first, {'step': 1, 'loss': .4, '10/lr': .3}]
     assert split_log(log) == dict(log=[dict(step=0, loss=.5), dict(step=1, loss=.4)], solves=[
         dict(step=0, j=0, lr=.2, folder='cats'), dict(step=0, j=1, lr=.1), dict(step=1, j=10, lr=.3)])
 
-def test_a_killed_run_counts_the_solves_it_had(data, tmp_path, monkeypatch):
-    "Six fallbacks before the kill and four after it: the budget knows all ten"
-    config = setting(gamma=1e6, steps=20, J=1, check_every=1, fallback_share=.95, margin_after=9.)
-    right, calls = meta.direct_gradient, []
-    def dies(*args):
-        calls.append(args)
-        if len(calls) == 7: raise KeyboardInterrupt
-        return right(*args)
-    often = meta.optimise
-    monkeypatch.setattr(meta, 'optimise', lambda *a, **kw: often(*a, **dict(kw, every=3)))
-    monkeypatch.setattr(meta, 'direct_gradient', dies)
-    with pytest.raises(KeyboardInterrupt): resalign(pipeline(), data, config, checkpoint=tmp_path/'c')
-    with pytest.raises(UserError, match='step 9,.*10 of 10'):
-        resalign(pipeline(), data, config, checkpoint=tmp_path/'c')
-    assert len(calls) == 7 + 4 # steps 6 to 9
 
 def test_its_own_adapter_can_be_kept(data, tmp_path):
     pipe, saved = pipeline(), {}
@@ -384,8 +376,8 @@ def test_another_harmful_loss_is_used_at_both_ends(data):
     assert first[0][0] != second[0][0]
     assert [r['depth'] for r in out['log']] == [-.25]*2 and [r['depth_after'] for r in out['solves']] == [-.25]*4
 
-def test_defaults():
-    "The published margins, weights and limits where the paper has them; otherwise the smoke setting"
+def test_defaults_and_edges():
+    # defaults: The published margins, weights and limits where the paper has them; otherwise the smoke setting
     assert ResAlignConfig().model_dump(exclude={'pool'}) == dict(
         steps=2, lr=2e-3, rank=4, up_std=.002, down_std=.008, unsafe_batch=8, retain_batch=8, retain_bank=16, alpha=8.,
         alpha_end=None, beta=.8, margin=.1, margin_after=.15, unsafe_bank=16, J=1, gamma=1., solver='cg',
@@ -397,3 +389,10 @@ def test_defaults():
     for field in 'steps', 'margin', 'margin_after', 'max_norm', 'samples':
         with pytest.raises(ValueError, match=field): ResAlignConfig(**{field: 0})
     assert UnlearnData(None, None, {}, []).retain_captions == () == UnlearnData(None, None, {}, []).erase
+
+    # settings at their edges: One weight of prior preservation is enough; a simulated fine-tuning ends at θ*, not at an
+    # average
+    assert Pool(prior_weight=[0.]).prior_weight == (0.,)
+    assert Pool(listed=[simulation(ema=0.)]).listed[0].ema == 0
+    for ema in .5, -.5, 1., -1.:
+        with pytest.raises(ValueError, match='ema'): Pool(listed=[simulation(ema=ema)])

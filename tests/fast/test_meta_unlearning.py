@@ -12,6 +12,7 @@ from adam import adam
 from tests.fast.toys import (T, answers, check_settings, clipped, close, denoising, draw_sample, drawn_pictures, given,
                              gradients,
                              ledger, noisy, run, said, same_grads, square, stream)
+from each import each
 
 
 def test_settings():
@@ -33,8 +34,8 @@ def unlearned(net, teacher, s, empty, config):
     return square(answers(net, z_t, s.t, s.text) - target)
 
 
-@pytest.mark.parametrize('kind', ['epsilon', 'v_prediction'])
-@pytest.mark.parametrize('base', ['esd', 'sdd'])
+@each('kind', ['epsilon', 'v_prediction'])
+@each('base', ['esd', 'sdd'])
 def test_the_unlearning_loss(kind, base):
     pipe, data = given(kind)
     teacher, config = given(kind, seed=3)[0], MetaUnlearningConfig(base=base, eta=2.)
@@ -72,7 +73,7 @@ OFF = dict.fromkeys(GAMMAS, 0.)
 @ledger('meta-unlearning-esd/margin', 'meta-unlearning-sdd/margin', 'meta-unlearning-esd/inner_steps',
         'meta-unlearning-sdd/inner_steps',
         'meta-unlearning-esd/pictures', 'meta-unlearning-sdd/pictures', 'meta-unlearning-sdd/teacher_decay')
-@pytest.mark.parametrize('kind, base, changes', [
+@each('kind, base, changes', [
     ('epsilon', 'esd', {}), ('v_prediction', 'sdd', dict(inner_steps=3)), ('epsilon', 'sdd', dict(teacher_decay=0.)),
     ('epsilon', 'sdd', dict(teacher_decay=.6, pictures=4)),
     ('epsilon', 'esd', dict(margin=.9, inner_steps=1)), ('epsilon', 'esd', OFF | dict(gamma_11=1.)),

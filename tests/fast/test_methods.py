@@ -43,11 +43,12 @@ SAYS = { # what a name decides, and a setting that contradicts it
     'meta-unlearning-sdd': ('base', 'sdd', 'esd')}
 
 
-def test_what_each_name_runs():
+def test_names():
+    "What each one runs, decides and refuses"
+    # what each name runs
     assert {name: (method.run, method.config) for name, method in METHODS.items()} == RUNS
 
-
-def test_what_each_name_decides_and_refuses():
+    # what each name decides and refuses
     fixed = {name: method.fixed for name, method in METHODS.items() if method.fixed}
     assert fixed == {method: {field: value} for method, (field, value, _) in SAYS.items()}
     for method, (field, value, other) in SAYS.items():
@@ -55,8 +56,7 @@ def test_what_each_name_decides_and_refuses():
         with pytest.raises(UserError, match=f'unlearn.{method}: {field}: .*{value!r}.*{other!r}'):
             config_of(method, {field: other})
 
-
-def test_resilience_needs_a_weight():
+    # resilience needs a weight
     for method in 'resalign', 'resalign-first-order', 'resalign-esd', 'resalign-ca':
         assert config_of(method, dict(beta=.5)).beta == .5 and config_of(method, {}).beta == .8
         for beta in 0., -.5:
@@ -64,7 +64,8 @@ def test_resilience_needs_a_weight():
                 config_of(method, dict(beta=beta))
 
 
-def test_settings_are_checked_and_the_seed_is_set():
+def test_settings():
+    # settings are checked and the seed is set
     for name, method in METHODS.items():
         config = config_of(name, {}, 7)
         assert type(config) is method.config and getattr(config, 'seed', 7) == 7
@@ -73,22 +74,21 @@ def test_settings_are_checked_and_the_seed_is_set():
     with pytest.raises(UserError, match='unlearn.ca: wieght'): config_of('ca', dict(wieght=1.))
     with pytest.raises(UserError, match="method.*'esdx'"): config_of('esdx', {})
 
-
-def test_the_settings_of_params_yaml_hold():
+    # the settings of params yaml hold
     sections = yaml.safe_load((ROOT/'params.yaml').read_text(encoding='utf-8'))['methods']
     assert set(sections) == set(METHODS)
     for method, section in sections.items():
         for settings in [*section.get('trials', []), section['chosen']]: config_of(method, section['start'] | settings)
 
 
-def test_methods_that_need_the_words_to_erase_say_so():
+def test_what_a_method_needs():
+    # methods that need the words to erase say so
     pipe, data = toys.given()
     data.erase = ()
     for method in 'ca', 'salun', 'uce', 'rece', 'meta-unlearning-esd', 'resalign-ca':
         with pytest.raises(UserError, match=f'{method[:15]}: expected `erase`'): run_method(pipe, data, method, {})
 
-
-def test_methods_that_need_benign_captions_say_so():
+    # methods that need benign captions say so
     pipe, data = toys.given()
     data.retain_captions = ()
     for method in 'uce', 'rece', 'advunlearn':
@@ -123,15 +123,15 @@ def test_a_transformer_is_for_algorithm_2_on_ascent_alone(monkeypatch):
 with open(ROOT/'nbs/5_baselines/deviations.csv', newline='', encoding='utf-8') as f: LEDGER = list(csv.DictReader(f))
 
 
-def test_the_ledger_names_methods_and_switches():
+def test_the_ledger():
+    # the ledger names methods and switches
     ours = {'original', 'resalign', 'resalign-first-order', 'esd-retain', 'resalign-esd', 'ca-retain', 'resalign-ca'}
     assert {r['method'] for r in LEDGER} >= set(METHODS) - ours
     for r in LEDGER:
         assert r['what'] and r['here'] and r['method'] in METHODS, r
         assert not r['switch'] or r['switch'] in METHODS[r['method']].config.model_fields, r
 
-
-def test_every_switch_of_the_ledger_is_tested_for_what_it_says():
+    # every switch of the ledger is tested for what it says
     tested = set()
     for file in Path(__file__).parent.glob('test_*.py'):
         if 'ledger' not in file.read_text(encoding='utf-8'): continue
@@ -139,3 +139,5 @@ def test_every_switch_of_the_ledger_is_tested_for_what_it_says():
         tested |= set().union(*(getattr(v, 'ledger', ()) for k, v in vars(module).items() if k.startswith('test_')))
     switches = {f"{r['method']}/{r['switch']}" for r in LEDGER if r['switch']}
     assert switches - tested == set() and tested - switches == set()
+
+

@@ -12,6 +12,7 @@ from resalign.baselines.modular_lora import check_adapter, modular_lora, with_mo
 from resalign.core.settings import UserError
 from resalign.method.finetune import add_lora
 from resalign.method.resalign import ResAlignConfig
+from each import each
 
 
 def test_it_is_ga_and_retain_with_its_adapter_kept(monkeypatch):
@@ -70,7 +71,7 @@ def products(folder):
     return {k: found[f'unet.{k}.lora_B.weight'].double() @ A for k, A in down.items()}
 
 
-@pytest.mark.parametrize('still_training', [False, True])
+@each('still_training', [False, True])
 def test_both_differences_are_added_to_the_original(tmp_path, still_training):
     base = small()
     adapter_of(copy.deepcopy(base.unet), tmp_path/'safe', 'unlearn', .3)

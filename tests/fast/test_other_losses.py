@@ -13,6 +13,7 @@ from resalign.method.resalign import ResAlignConfig
 from tests.fast.toys import (T, UNSAFE, answers, check_settings, close, draw_sample, drawn_pictures, esd_bank,
                              esd_distance, given, gradients, noisy,
                              said, same_grads, square, stream)
+from each import each
 
 
 def test_settings():
@@ -49,7 +50,7 @@ def compare(value, formula, model, net):
     same_grads(gradients(value, model.unet, names), gradients(formula, net, names))
 
 
-@pytest.mark.parametrize('kind', ['epsilon', 'v_prediction'])
+@each('kind', ['epsilon', 'v_prediction'])
 def test_esd_on_algorithm_2(monkeypatch, kind):
     pipe, data = given(kind)
     pipe.unet.requires_grad_(True)
@@ -60,7 +61,7 @@ def test_esd_on_algorithm_2(monkeypatch, kind):
     for margin in (), (.1,): compare(harmful(model, i, *margin), esd_distance(net, [bank[k] for k in i]), model, net)
 
 
-@pytest.mark.parametrize('kind', ['epsilon', 'v_prediction'])
+@each('kind', ['epsilon', 'v_prediction'])
 def test_concept_ablation_on_algorithm_2(monkeypatch, kind):
     pipe, data = given(kind)
     config = ResAlignCAConfig(pictures=5, sampling_steps=3, guidance=2., unsafe_bank=7, seed=5)

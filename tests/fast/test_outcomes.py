@@ -6,6 +6,7 @@ from scipy import stats
 
 from resalign.studies import models as O
 from toy_scores import bootstrap, cells, corrected, mcnemar, study, WIDE
+from each import each
 
 matplotlib.use('agg')
 
@@ -13,7 +14,8 @@ matplotlib.use('agg')
 # ------------------------------------------------------------------ reading
 
 
-def test_a_row_a_picture_and_look_with_the_start_once_a_course():
+def test_looks():
+    # a row a picture and look with the start once a course
     want = [
         ('a', 'lr_0003', 0, 0),
         ('a', 'lr_0003', 10, 1),
@@ -37,7 +39,7 @@ def test_a_row_a_picture_and_look_with_the_start_once_a_course():
     }
     assert cells(long[long.prompt == 'b'], 'kind', 'seed')[0] == ('benign', 2)
 
-def test_runs_in_one_table_keep_a_start_each():
+    # runs in one table keep a start each
     both = pd.concat([WIDE.assign(run=0), WIDE.assign(run=1, before=[1, 0])])
     assert cells(O.tidy(both)[lambda d: (d.step == 0) & (d.course == 'slow')], 'run', 'prompt', 'score') == [
         (0, 'a', 0),
@@ -49,7 +51,8 @@ def test_runs_in_one_table_keep_a_start_each():
 
 # ------------------------------------------------------------------ rates
 
-def test_a_rate_is_of_its_kinds_of_prompts_which_weigh_the_same():
+def test_rates():
+    # a rate is of its kinds of prompts which weigh the same
     rows = [
         ('explicit', 'x', 1),
         ('explicit', 'x', 1),
@@ -78,12 +81,11 @@ def test_a_rate_is_of_its_kinds_of_prompts_which_weigh_the_same():
     assert list(by) == 'method metric value low high n'.split() and len(by) == 5
     assert O.rates(long.assign(score=.5)).value.max() == 0 # half is not above a half
 
-def test_unsafe_rows_are_those_of_unsafe_prompts():
+    # unsafe rows are those of unsafe prompts
     rows = pd.DataFrame(dict(kind=['benign', 'implicit', 'subject', 'explicit'], k=range(4)))
     assert list(O.unsafe_rows(rows).k) == [1, 3]
 
-
-def test_one_course_at_one_step():
+    # one course at one step
     long = study(dict(a=dict(x=(1, 2), y=(3,))), n=3)
     assert cells(O.at_step(long, 'x'), 'course', 'step')[0] == ('x', 9) and len(O.at_step(long, 'x')) == 3
     assert set(O.at_step(long, 'x', 0).step) == {0} and set(O.at_step(long, 'y').step) == {0}
@@ -102,20 +104,22 @@ def along(**prompts):  # of each prompt its scores at the steps 10, 20 and 50
     )
 
 
-def test_a_curve_is_a_prompt_s_mean_over_models_on_unsafe_prompts():
+def test_curves_and_areas():
+    # a curve is a prompt's mean over models on unsafe prompts
     long = pd.concat(
         [along(a=(0, 1, 1), b=(0, 0, 0)), along(a=(0, 0, 1)).assign(run=1), along(b=(1, 1, 1)).assign(kind='benign')]
     )
     assert O.curves(long).to_dict('index') == {'a': {10: 0, 20: .5, 50: 1}, 'b': {10: 0, 20: 0, 50: 0}}
 
-def test_the_area_is_by_trapezoids_over_the_length():
-    "a: (10·½ + 30·1)/40; b: (10·½ + 30·½)/40"
+    # the area is by trapezoids over the length: a: (10·½ + 30·1)/40; b: (10·½ + 30·½)/40
     got = O.area(along(a=(0, 1, 1), b=(0, 1, 0), c=(0, 0, 0)))
     each = [35/40, 20/40, 0]
     assert got == pytest.approx((np.mean(each), *bootstrap(each), 3), abs=1e-12)
     assert O.area(along(a=(1, 1, 1))).value == 1
 
-def test_relapse_is_the_first_look_at_the_level_or_above():
+
+def test_relapses():
+    # relapse is the first look at the level or above
     four = along(a=(0, 1, 1), b=(0, 0, 1), c=(0, 0, 1), d=(0, 0, 0))
     assert [O.relapse(four, level)[0] for level in (0., .25, .26, .75, .76)] == [10, 20, 50, 50, np.inf]
     assert O.relapse(four)[0] == 20 and O.relapse(along(a=(1, 0, 0)))[0] == 10
@@ -123,20 +127,7 @@ def test_relapse_is_the_first_look_at_the_level_or_above():
         O.relapse(along(a=(0, 0.1 + 0.2, 1)), 0.3)[0] == O.relapse(along(a=(0, 0.3, 1)), 0.1 + 0.2)[0] == 20
     )  # but for rounding
 
-
-@pytest.mark.parametrize('options', [{}, dict(level=.5, resamples=40, seed=3)], ids=str)
-def test_relapse_s_interval_is_of_resampled_prompts(options):
-    rows = dict(a=(0, 1, 1), b=(0, 0, 1), c=(0, 0, 1), d=(0, 0, 0), e=(0, 0, 0))
-    o, x, again = dict(level=.25, resamples=2000, seed=0) | options, np.array(list(rows.values())), []
-    rng = np.random.default_rng(o['seed'])
-    for _ in range(o['resamples']):
-        mean = x[rng.integers(5, size=5)].mean(0)
-        again.append(min((s for s, m in zip((10, 20, 50), mean) if m >= o['level']), default=np.inf))
-    again.sort()
-    want = tuple(again[int(np.ceil(q*len(again))) - 1] for q in (.025, .975))
-    assert O.relapse(along(**rows), **options)[1:] == want and want[0] < want[1]
-
-def test_a_row_a_method_and_course():
+    # a row a method and course
     long = pd.concat(
         [along(a=(0, 1, 1), b=(0, 0, 0)), along(a=(0, 0, 0), b=(0, 0, 0)).assign(method='uce', course='d')]
     )
@@ -161,9 +152,22 @@ def test_a_row_a_method_and_course():
     )
 
 
+@each('options', [{}, dict(level=.5, resamples=40, seed=3)])
+def test_relapse_s_interval_is_of_resampled_prompts(options):
+    rows = dict(a=(0, 1, 1), b=(0, 0, 1), c=(0, 0, 1), d=(0, 0, 0), e=(0, 0, 0))
+    o, x, again = dict(level=.25, resamples=2000, seed=0) | options, np.array(list(rows.values())), []
+    rng = np.random.default_rng(o['seed'])
+    for _ in range(o['resamples']):
+        mean = x[rng.integers(5, size=5)].mean(0)
+        again.append(min((s for s, m in zip((10, 20, 50), mean) if m >= o['level']), default=np.inf))
+    again.sort()
+    want = tuple(again[int(np.ceil(q*len(again))) - 1] for q in (.025, .975))
+    assert O.relapse(along(**rows), **options)[1:] == want and want[0] < want[1]
+
+
 # ------------------------------------------------------------------ comparisons
 
-@pytest.mark.parametrize(
+@each(
     'ds, holds',
     [
         ((6,), [True]),
@@ -186,7 +190,8 @@ def test_significantly_lower_after_correction(ds, holds):
     )
 
 
-def test_lower_asks_for_the_same_sign_in_every_run():
+def test_comparisons():
+    # lower asks for the same sign in every run
     a, b = (
         pd.concat([study({m: dict(c=(k,))}, run=r) for r, k in enumerate(ks)])
         for m, ks in dict(a=(0, 0, 2), b=(10, 10, 0)).items()
@@ -194,12 +199,12 @@ def test_lower_asks_for_the_same_sign_in_every_run():
     assert O.significantly_lower([(a, b)])[0] == [False]
     assert O.significantly_lower([(a[a.run < 2], b[b.run < 2])])[0] == [True]
 
-def test_lower_counts_above_the_threshold_that_it_is_given():
+    # lower counts above the threshold that it is given
     a, b = (study({m: dict(c=(0,))}).assign(score=score) for m, score in dict(a=.3, b=.6).items())
     assert [O.significantly_lower([(a, b)], t)[0] for t in (.2, .3, .59, .6)] == [[False], [True], [True], [False]]
     assert O.significantly_lower([(a, b)])[0] == [True] # .5
 
-def test_ranks_that_go_together():
+    # ranks that go together
     a, b = [1, 2, 3, 4, 5], [2, 1, 9, 30, 4]
     d = np.array(a) - np.array([2, 1, 4, 5, 3])
     rho = 1 - 6*(d**2).sum()/(5*24)

@@ -16,9 +16,11 @@ from resalign.model.pipelines import PretrainConfig
 from tests.fast.toys import (BENIGN, CHANNELS, ERASE, SAFE, SIDE, T, UNSAFE, close, drawn_pictures, given, noises,
                              observed, said,
                              sampled)
+from each import each
 
 
-def test_a_caption_is_cut_at_the_first_words_and_there_at_the_longest():
+def test_captions():
+    # a caption is cut at the first words and there at the longest
     assert split_caption('a robot with wires', (' with wires',)) == ('a robot', ' with wires', '')
     assert split_caption('wires on a robot', ('wires', 'robot')) == ('', 'wires', ' on a robot')
     assert split_caption('a robot with wires out', ('robot', 'robot with wires')) == ('a ', 'robot with wires', ' out')
@@ -26,8 +28,7 @@ def test_a_caption_is_cut_at_the_first_words_and_there_at_the_longest():
     assert split_caption('wires, wires', ('wires',)) == ('', 'wires', ', wires')
     assert split_caption('a car', ('wires', '')) is None and split_caption('a car', ('',)) is None
 
-
-def test_every_caption_is_anchored_or_named():
+    # every caption is anchored or named
     assert split_captions(UNSAFE, ERASE, 'm') == [('a red robot', ' bare wires', ''),
                                             ('a blue robot', ' open chest', ' in garden'),
                                             ('a green robot', ' bare wires', ' in garden'),
@@ -37,8 +38,7 @@ def test_every_caption_is_anchored_or_named():
     with pytest.raises(UserError, match="m: unsafe caption 'a car'.*' bare wires', ' open chest'"):
         split_captions(['old robot open chest', 'a car'], ERASE, 'm')
 
-
-def test_anchors_hold_none_of_the_words():
+    # anchors hold none of the words
     assert anchors(UNSAFE, ERASE, 'm') == SAFE
     assert anchors(['a robot wires wires', 'wires robot'], (' wires', 'wires '), 'm') == ['a robot', 'robot']
     assert anchors(['a wiwiresres b'], ('wires',), 'm') == ['a  b']  # what the first cut has joined, too
@@ -46,15 +46,14 @@ def test_anchors_hold_none_of_the_words():
         with pytest.raises(UserError, match=f"m: nothing is left of unsafe caption '{caption}'"):
             anchors([caption], ERASE, 'm')
 
-
-def test_benign_captions_are_asked_for():
+    # benign captions are asked for
     _, data = given()
     assert retain_captions(data, 'm') == BENIGN and retain_captions(data, 'm') is not data.retain_captions
     data.retain_captions = ()
     with pytest.raises(UserError, match='m: .*retain_captions'): retain_captions(data, 'm')
 
 
-@pytest.mark.parametrize('kind', ['epsilon', 'v_prediction'])
+@each('kind', ['epsilon', 'v_prediction'])
 def test_epsilon_is_the_noise_whatever_is_predicted(kind):
     pipe, data = given(kind)
     z, t, text = torch.randn(3, CHANNELS, SIDE, SIDE,
@@ -63,13 +62,8 @@ def test_epsilon_is_the_noise_whatever_is_predicted(kind):
     close(epsilon(Denoiser(pipe), z, t, text), noises(net, kind, z.double(), t, text))
 
 
-def test_other_predictions_are_refused():
-    pipe, data = given('sample')
-    with pytest.raises(UserError, match="prediction_type is 'sample'"):
-        epsilon(Denoiser(pipe), torch.zeros(1, CHANNELS, SIDE, SIDE), torch.tensor([0]), data.retain.text[:1])
-
-
-def test_layers_by_name():
+def test_layers_and_predictions():
+    # layers by name
     unet = given()[0].unet
     names = {n for n, _ in unet.named_parameters()}
     within = lambda *words: {n for n in names if any(w in n for w in words)}
@@ -84,8 +78,13 @@ def test_layers_by_name():
         assert all(p is unet.get_parameter(n) for n, p in found.items())
     with pytest.raises(KeyError): layers(unet, 'none')
 
+    # other predictions are refused
+    pipe, data = given('sample')
+    with pytest.raises(UserError, match="prediction_type is 'sample'"):
+        epsilon(Denoiser(pipe), torch.zeros(1, CHANNELS, SIDE, SIDE), torch.tensor([0]), data.retain.text[:1])
 
-@pytest.mark.parametrize('kind, guidance, offset', [('epsilon', 3., 0), ('v_prediction', 1., 1)])
+
+@each('kind, guidance, offset', [('epsilon', 3., 0), ('v_prediction', 1., 1)])
 def test_guided_sampling_is_ddim(kind, guidance, offset):
     pipe, _ = given(kind, steps_offset=offset)
     pipe.unet.requires_grad_(True)
@@ -101,7 +100,8 @@ def test_guided_sampling_is_ddim(kind, guidance, offset):
     close(found[0][4], path[1][0], 'next z', 1e-3), close(found[-1][4], end, 'end', 1e-3)
 
 
-def test_what_is_drawn_is_where_sampling_ends_with_its_caption():
+def test_what_is_drawn():
+    # what is drawn is where sampling ends with its caption
     pipe, _ = given()
     found = sample_latents(pipe, SAFE[:2], 5, 2., 3)
     net, start = copy.deepcopy(pipe.unet).double(), torch.randn(2, CHANNELS, SIDE, SIDE,
@@ -111,8 +111,7 @@ def test_what_is_drawn_is_where_sampling_ends_with_its_caption():
             text)
     assert not found.std.any() and found.std.shape == found.mean.shape
 
-
-def test_anchor_pictures_are_drawn_for_the_anchors_of_known_captions():
+    # anchor pictures are drawn for the anchors of known captions
     pipe, data = given()
     config = SimpleNamespace(pictures=6, sampling_steps=3, guidance=2., seed=4)
     found, i = anchor_pictures(pipe, data, config, 'm', generator(4, 'here'))
@@ -129,7 +128,8 @@ def line(slope=50.): # a loss with a known gradient
     return module, lambda step: (slope*(step + 1)*module.a).sum() + module.b.sum()
 
 
-def test_fit_trains_its_parameters_on_the_loss_of_each_step_and_freezes_the_rest():
+def test_fit(tmp_path):
+    # fit trains its parameters on the loss of each step and freezes the rest
     module, loss = line()
     seen = []
     with observed(module) as steps:
@@ -142,8 +142,7 @@ def test_fit_trains_its_parameters_on_the_loss_of_each_step_and_freezes_the_rest
     close(steps[1].values['a'], [.5, 1.5]), close(module.b, [3.])
     assert not module.a.requires_grad and not module.b.requires_grad and module.a.grad is not None
 
-
-def test_fit_clips_changes_and_schedules():
+    # fit clips changes and schedules
     module, loss = line()
     changes, schedule = [], lambda opt: torch.optim.lr_scheduler.LambdaLR(opt, lambda k: 1/(k + 1))
     def change(params, step):
@@ -157,15 +156,13 @@ def test_fit_clips_changes_and_schedules():
     norm = (30**2 + 40**2 + 1)**.5
     close(steps[0].grads['a'], [30/norm, 40/norm]), close(steps[0].grads['b'], [1/norm])
 
-
-def test_fit_trains_low_precision_parameters_in_float32():
+    # fit trains low precision parameters in float32
     module, loss = line()
     module.half()
     fit('m', module, [module.a], loss, 1, .5)
     assert module.a.dtype == torch.float32 and module.b.dtype == torch.float16
 
-
-def test_fit_goes_on_from_its_checkpoint(tmp_path):
+    # fit goes on from its checkpoint
     module, loss = line()
     fit('m', module, [module.a], loss, 2, .5, checkpoint=tmp_path/'c')
     again, other = line()
@@ -175,13 +172,13 @@ def test_fit_goes_on_from_its_checkpoint(tmp_path):
     assert len(out['log']) == 3 and torch.equal(again.a, whole.a)
 
 
-def test_the_original_is_left_alone():
+def test_what_has_moved():
+    # the original is left alone
     pipe, data = given()
     assert changed_params(pipe.unet, lambda: original(pipe, data, None)) == set() and original(pipe, data, None) == dict(log=[],
             solves=[])
 
-
-def test_moved_names_what_has_changed():
+    # moved names what has changed
     module, _ = line()
     def run():
         with torch.no_grad(): module.b.add_(1.)

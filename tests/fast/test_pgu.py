@@ -11,6 +11,7 @@ from resalign.model.losses import Denoiser
 from tests.fast.toys import (T, answers, check_settings, clipped, close, denoising, draw_sample, given, gradients,
                              ledger, mean, noisy,
                              run, same_grads, stream)
+from each import each
 
 
 def test_settings():
@@ -20,7 +21,7 @@ def test_settings():
                     ('steps', 0, 1), ('max_norm', 0., 1e-6)])
 
 
-@pytest.mark.parametrize('energy, many', [(.3, 1), (.49, 1), (.51, 2), (.74, 2), (.76, 3), (.93, 3), (.999, 4)])
+@each('energy, many', [(.3, 1), (.49, 1), (.51, 2), (.74, 2), (.76, 3), (.93, 3), (.999, 4)])
 def test_as_few_directions_as_carry_the_energy(energy, many):
     turn, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(5, 5)))
     sizes = np.array([1., 0., 8., 4., 3.])  # of 16
@@ -30,11 +31,11 @@ def test_as_few_directions_as_carry_the_energy(energy, many):
     np.testing.assert_allclose(found @ found.T, wanted @ wanted.T, atol=1e-12)
 
 
-def test_just_enough_energy_is_enough():
+def test_edges_of_energy():
+    # just enough energy is enough
     assert main_directions(torch.diag(torch.tensor([4., 8., 4.])), .5).shape == (3, 1)
 
-
-def test_rounding_below_zero_carries_no_energy():
+    # rounding below zero carries no energy
     assert main_directions(torch.diag(torch.tensor([-5., .6, .4])), .55).shape == (3, 1)
     assert main_directions(torch.diag(torch.tensor([-5., .6, .4])), .65).shape == (3, 2)
 
@@ -71,7 +72,7 @@ def test_covariances_of_inputs_and_no_hook_is_left():
 
 
 @ledger('pgu/margin', 'pgu/energy')
-@pytest.mark.parametrize('kind, changes',
+@each('kind, changes',
                          [('epsilon', {}), ('v_prediction', dict(energy=.9, params='cross')),
                           ('epsilon', dict(margin=.01, lr=1., max_norm=1e6)),
                                            ('epsilon', dict(max_norm=1e6, params='all'))])

@@ -9,12 +9,14 @@ from resalign.model.pipelines import (BETAS, PretrainConfig, autocast, build_vae
                                       train_tokenizer)
 from resalign.studies.base import to_batch, narrow, train_one_cycle, train_denoiser, train_vae, vae_loss
 import toy_finetune as toy
+from each import each
 
 CAPTIONS = ['a red cat', 'a blue dog', 'red', 'a dog', 'blue cat', 'a cat']
 
 def pictures(n=6, size=4): return np.random.default_rng(0).integers(0, 256, (n, size, size, 3), np.uint8)
 
-def test_defaults_are_the_smoke_setting():
+def test_defaults_and_seeds():
+    # defaults are the smoke setting
     assert PretrainConfig().model_dump() == dict(
         size=64,
         vae_channels=(16, 32, 64, 128),
@@ -41,6 +43,15 @@ def test_defaults_are_the_smoke_setting():
     )
     assert BETAS == dict(num_train_timesteps=1000, beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear')
 
+    # a seed decides its pictures noise
+    pipe = SimpleNamespace(unet=SimpleNamespace(config=SimpleNamespace(in_channels=3, sample_size=5)))
+    out = initial_latents(pipe, [7, 2, 7])
+    assert out.shape == (3, 3, 5, 5) and torch.equal(out[0], out[2])
+    for row, seed in zip(out, (7, 2)):
+        assert torch.equal(row, torch.randn(1, 3, 5, 5, generator=torch.Generator().manual_seed(seed))[0])
+    for bad in 2**63, -2**63 - 1:
+        with pytest.raises(pipelines.UserError, match='seed'): initial_latents(pipe, [bad])
+
 
 # ------------------------------------------------------------------ the optimizer's cycle
 
@@ -60,7 +71,7 @@ class Cycle(toy.Rule):
         self.lr = b + (a - b)/2*(1 + math.cos(math.pi*at))
         return super().__call__(w, g)
 
-@pytest.mark.parametrize('steps', [1, 3, 30])
+@each('steps', [1, 3, 30])
 def test_train_is_adamw_with_one_cycle_clipped_to_1(steps):
     m = nn.Linear(2, 1)
     m.bias.requires_grad_(False)
@@ -133,7 +144,8 @@ def shown(tokenizer, config, step):
     ids = tokenizer(words, padding='max_length', max_length=6, truncation=True, return_tensors='pt').input_ids
     return z, noise, t, ids
 
-def test_the_denoiser_learns_noise_and_ends_with_the_average(tokenizer):
+def test_the_denoiser(tokenizer):
+    # the denoiser learns noise and ends with the average
     pipe, config, log = pretrained(tokenizer)
     abar = torch.cumprod(1 - torch.linspace(.00085**.5, .012**.5, 1000)**2, 0).double()
     def loss(w, step):
@@ -149,7 +161,7 @@ def test_the_denoiser_learns_noise_and_ends_with_the_average(tokenizer):
     torch.testing.assert_close(pipe.unet.w.detach().double(), trail[-1]['w'], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(pipe.text_encoder.e.detach().double(), trail[-1]['e'], rtol=1e-4, atol=1e-5)
 
-def test_captions_are_dropped_in_the_share_that_was_asked_for(tokenizer):
+    # captions are dropped in the share that was asked for
     for share in 0., .25, 1.:
         pipe, config, _ = pretrained(tokenizer, batch=256, caption_dropout=share)
         empty = tokenize(SimpleNamespace(tokenizer=tokenizer), ['']).input_ids[0]
@@ -163,7 +175,7 @@ def test_captions_are_dropped_in_the_share_that_was_asked_for(tokenizer):
 
 CAPABLE = [dict(avx2=True, avx512_bf16=b, amx_bf16=a) for a, b in ((False, True), (True, False), (False, False))]
 
-@pytest.mark.parametrize('cpu', CAPABLE)
+@each('cpu', CAPABLE)
 def test_passes_run_in_bfloat16_where_asked_and_where_the_cpu_has_it(tokenizer, monkeypatch, cpu):
     monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: cpu)
     has = cpu['avx512_bf16'] or cpu['amx_bf16']
@@ -176,7 +188,8 @@ def test_passes_run_in_bfloat16_where_asked_and_where_the_cpu_has_it(tokenizer, 
 
 # ------------------------------------------------------------------ the VAE
 
-def test_the_vaes_loss_is_the_formula():
+def test_the_start_of_a_vae_and_its_loss():
+    # the vaes loss is the formula
     gen = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, 3, 4, 5, generator=gen), torch.randn(2, 3, 4, 5, generator=gen)
     kl = torch.tensor([2., 4.])
@@ -190,7 +203,7 @@ def test_the_vaes_loss_is_the_formula():
     expected = d.abs().mean() + sum(down)/len(down) + sum(right)/len(right) + .5*3
     assert vae_loss(x, y, SimpleNamespace(kl=lambda: kl), .5).item() == pytest.approx(expected.item(), rel=1e-5)
 
-def test_pictures_become_numbers_from_minus_1_to_1():
+    # pictures become numbers from minus 1 to 1
     x = pictures()
     x[2, 0, 1] = 0, 255, 51
     out = to_batch(x, np.array([2, 0]))
@@ -200,6 +213,23 @@ def test_pictures_become_numbers_from_minus_1_to_1():
         and out.is_contiguous(memory_format=torch.channels_last)
     )
     torch.testing.assert_close(out[1], torch.from_numpy(x[0]).permute(2, 0, 1)/127.5 - 1)
+
+    # how a vae starts
+    vae = small_vae()
+    w = vae.decoder.conv_in.weight.flatten(1)
+    torch.testing.assert_close(w @ w.T, torch.eye(len(w)), atol=1e-5, rtol=0)
+    assert (
+        not vae.decoder.conv_in.bias.any()
+        and not vae.encoder.mid_block.resnets[0].conv2.weight.any()
+        and vae.encoder.mid_block.resnets[0].conv1.weight.any()
+    )
+    q = vae.quant_conv
+    assert q.bias[:6].eq(0).all() and q.bias[6:].eq(-6).all()
+    rows = q.weight.flatten(1)
+    torch.testing.assert_close(rows @ rows.T, torch.diag(torch.tensor([1.]*6 + [.01]*6)), atol=1e-5, rtol=0)
+    assert vae.config.latent_channels == 6 and vae.config.block_out_channels == (4, 4)
+    init_vae(vae)
+
 
 class ToyVae(nn.Module):
     "Latents: the picture times a; pictures: the latents times b, plus c"
@@ -221,7 +251,7 @@ class ToyVae(nn.Module):
         self.seen.append(torch.is_autocast_enabled('cpu'))
         return SimpleNamespace(sample=self.decoder[0]*z + self.post_quant_conv[0])
 
-@pytest.mark.parametrize('decoder_only', [False, True])
+@each('decoder_only', [False, True])
 def test_the_vae_trains_all_or_its_decoder_and_ends_with_unit_variance(decoder_only):
     vae, config = ToyVae(), PretrainConfig(vae_batch=3, vae_lr=.1, kl_weight=.2, bf16=False, seed=4)
     log = train_vae(vae, pictures(), config, 3, decoder_only=decoder_only)
@@ -261,21 +291,6 @@ def small_vae(channels=6):
     torch.manual_seed(0)
     return build_vae(PretrainConfig(vae_channels=(4, 4), size=8), channels)
 
-def test_how_a_vae_starts():
-    vae = small_vae()
-    w = vae.decoder.conv_in.weight.flatten(1)
-    torch.testing.assert_close(w @ w.T, torch.eye(len(w)), atol=1e-5, rtol=0)
-    assert (
-        not vae.decoder.conv_in.bias.any()
-        and not vae.encoder.mid_block.resnets[0].conv2.weight.any()
-        and vae.encoder.mid_block.resnets[0].conv1.weight.any()
-    )
-    q = vae.quant_conv
-    assert q.bias[:6].eq(0).all() and q.bias[6:].eq(-6).all()
-    rows = q.weight.flatten(1)
-    torch.testing.assert_close(rows @ rows.T, torch.diag(torch.tensor([1.]*6 + [.01]*6)), atol=1e-5, rtol=0)
-    assert vae.config.latent_channels == 6 and vae.config.block_out_channels == (4, 4)
-    init_vae(vae)
 
 def test_a_narrow_vae_has_the_principal_components_of_the_latents():
     vae, x = small_vae(), pictures(40, 8)
@@ -308,11 +323,3 @@ def test_a_narrow_vae_has_the_principal_components_of_the_latents():
 
 # ------------------------------------------------------------------ noise
 
-def test_a_seed_decides_its_pictures_noise():
-    pipe = SimpleNamespace(unet=SimpleNamespace(config=SimpleNamespace(in_channels=3, sample_size=5)))
-    out = initial_latents(pipe, [7, 2, 7])
-    assert out.shape == (3, 3, 5, 5) and torch.equal(out[0], out[2])
-    for row, seed in zip(out, (7, 2)):
-        assert torch.equal(row, torch.randn(1, 3, 5, 5, generator=torch.Generator().manual_seed(seed))[0])
-    for bad in 2**63, -2**63 - 1:
-        with pytest.raises(pipelines.UserError, match='seed'): initial_latents(pipe, [bad])

@@ -7,6 +7,7 @@ from resalign.baselines.safegen import SafeGenConfig, mosaics, safegen
 from tests.fast.toys import (CHANNELS, SIDE, T, agree, check_settings, close, draw_sample, given, ledger, noises,
                              noisy, rows, run,
                              said, square, stream)
+from each import each
 
 
 def test_settings():
@@ -25,7 +26,7 @@ def coarse(vae, z, block):
 
 
 @ledger('safegen/block')
-@pytest.mark.parametrize('block', [2, 4, 8])
+@each('block', [2, 4, 8])
 def test_mosaics_are_means_of_blocks(block):
     pipe, data = given()
     found = mosaics(pipe.vae, data.retain.mean, block)
@@ -50,7 +51,7 @@ def formula(net, kind, pipe, unsafe, benign, block, w_m, w_p, original):
 
 
 @ledger('safegen/mosaic_weight', 'safegen/batch')
-@pytest.mark.parametrize('kind, w_m, w_p, block, batch', [
+@each('kind, w_m, w_p, block, batch', [
     ('epsilon', .1, .9, 4, 3), ('v_prediction', .5, .5, 2, 3), ('epsilon', 1., 0., 8, 2), ('epsilon', 0., 1., 8, 2)])
 def test_details_are_noise_and_no_caption_is_read(kind, w_m, w_p, block, batch):
     pipe, data = given(kind)

@@ -10,6 +10,7 @@ from resalign.model.losses import Denoiser
 from tests.fast.toys import (SAFE, T, answers, check_settings, close, denoising, draw_sample, given, gradients, ledger,
                              noisy, run,
                              said, same_grads, square, stream)
+from each import each
 
 
 def test_settings():
@@ -33,7 +34,7 @@ def masks(unet, kind, data, names, config):
 
 
 @ledger('salun/share', 'salun/saliency_batches')
-@pytest.mark.parametrize('kind, share, batches', [('epsilon', .5, 1), ('v_prediction', .2, 3), ('epsilon', 1., 1)])
+@each('kind, share, batches', [('epsilon', .5, 1), ('v_prediction', .2, 3), ('epsilon', 1., 1)])
 def test_the_mask_is_the_share_of_weights_with_the_largest_summed_gradient(kind, share, batches):
     pipe, data = given(kind)
     config, named = SalUnConfig(share=share, saliency_batches=batches, batch=3, seed=4), layers(pipe.unet, 'cross')
@@ -53,7 +54,7 @@ def formula(net, kind, s, benign, safe, weight):
 
 
 @ledger('salun/params')
-@pytest.mark.parametrize('kind, params, weight',
+@each('kind, params, weight',
                          [('epsilon', 'all', .1), ('v_prediction', 'cross', 1.), ('epsilon', 'cross', 0.)])
 def test_the_concept_is_relabelled_and_only_masked_weights_get_a_gradient(kind, params, weight):
     pipe, data = given(kind)

@@ -4,6 +4,7 @@ import pandas as pd, pytest
 
 from resalign.studies import scores as S
 from toy_scores import corrected, mcnemar, one_prompt_thrice, table
+from each import each
 
 
 def test_spqr_of_every_method():
@@ -40,7 +41,8 @@ def test_spqr_of_every_method():
     ]
 
 
-def test_rates_at_other_thresholds():
+def test_other_thresholds():
+    # rates at other thresholds
     both = pd.concat(
         [
             table(dict(ga=(5, 8, 0, 0, 0))),
@@ -60,7 +62,7 @@ def test_rates_at_other_thresholds():
     }
     assert set(got.method) == {'ga'} and set(got.n) == {20}
 
-def test_swept_rates_weigh_prompts_the_same():
+    # swept rates weigh prompts the same
     rows = one_prompt_thrice([1, 0, 0, 1])
     assert S.threshold_rates(rows, [.5]).value[0] == pytest.approx(2/3)
 
@@ -104,7 +106,7 @@ def test_the_worst_fine_tuning_without_the_term_decides():
     assert ip.verdict.to_dict() == dict(GA='helps', ESD='harms', CA='no difference shown')
     assert set(got[got.metric == 'US'].verdict) == {'no difference shown'}
 
-@pytest.mark.parametrize('d, verdict', [(8, 'helps'), (7, 'no difference shown')])
+@each('d, verdict', [(8, 'helps'), (7, 'no difference shown')])
 def test_losses_are_corrected_for_six_tests(d, verdict):
     "1/128 of six is 3/64, 1/64 of six is 3/32"
     same = (0, 9, 0, 0, 0), (0, 9, 0, 0, 0)

@@ -193,10 +193,36 @@ def test_resalign_against_every_other_in_every_phase():
 
 # ------------------------------------------------------------------ layout
 
-def test_numbers_as_they_are_shown():
+def test_numbers_and_labels():
+    # numbers as they are shown
     r = lambda *v: pd.Series(dict(zip(('value', 'low', 'high'), v)))
     assert R.percent(r(.1234, .0549, .2051)) == '12.3 (5–21)'
     assert [R.plain(r(v)) for v in (10., 9.994, -10., -9.5, .126)] == ['10.0', '9.99', '-10.0', '-9.50', '0.13']
+
+    # shares in percent the rest as numbers
+    shown = {
+        k: R.main_table(pd.DataFrame([row(metric=k)]), k).before[0]
+        for k in ('IP', 'US', 'explicit', 'objects', 'FID', 'CLIP', 'aesthetics')
+    }
+    assert shown == dict.fromkeys(('IP', 'US', 'explicit', 'objects'), '50.0 (40–60)') | dict.fromkeys(
+        ('FID', 'CLIP', 'aesthetics'), '0.50'
+    )
+
+    # labels name the detectors of the rows
+    assert (
+        R.labels(ROWS) == R.LABELS
+        and 'wiring' in R.LABELS['IP']
+        and 'mhsc' in R.LABELS['US']
+        and '0.5' in R.LABELS['IP']
+    )
+    photos = R.labels(ROWS.assign(detector='nudenet'))
+    assert (
+        'objects' not in photos
+        and photos['FID'] == 'FID (Inception features)'
+        and '(detector `nudenet`, threshold 0.45)' in photos['IP']
+        and photos['CLIP'] == R.LABELS['CLIP']
+    )
+    assert photos['IP'].startswith(R.LABELS['IP'].split(' (')[0]) and '(detector `mhsc`, threshold 0.5)' in photos['US']
 
 ROWS = pd.DataFrame(
     [
@@ -208,7 +234,8 @@ ROWS = pd.DataFrame(
 )
 
 
-def test_a_row_a_method_and_a_column_a_phase_with_the_papers_own_beside():
+def test_tables_in_words():
+    # a row a method and a column a phase with the papers own beside
     paper = dict(ga=dict(before=.36, varied=.123, FID=16.9))
     ip, fid = R.main_table(ROWS, 'IP', paper), R.main_table(ROWS, 'FID', paper)
     heads = ['before', 'subjects, full', 'subjects, LoRA', 'varied, full', 'varied, LoRA']
@@ -225,33 +252,7 @@ def test_a_row_a_method_and_a_column_a_phase_with_the_papers_own_beside():
     ]
     assert list(R.main_table(ROWS, 'IP')) == list(R.main_table(ROWS, 'FID')) == ['method', *heads]
 
-def test_shares_in_percent_the_rest_as_numbers():
-    shown = {
-        k: R.main_table(pd.DataFrame([row(metric=k)]), k).before[0]
-        for k in ('IP', 'US', 'explicit', 'objects', 'FID', 'CLIP', 'aesthetics')
-    }
-    assert shown == dict.fromkeys(('IP', 'US', 'explicit', 'objects'), '50.0 (40–60)') | dict.fromkeys(
-        ('FID', 'CLIP', 'aesthetics'), '0.50'
-    )
-
-
-def test_labels_name_the_detectors_of_the_rows():
-    assert (
-        R.labels(ROWS) == R.LABELS
-        and 'wiring' in R.LABELS['IP']
-        and 'mhsc' in R.LABELS['US']
-        and '0.5' in R.LABELS['IP']
-    )
-    photos = R.labels(ROWS.assign(detector='nudenet'))
-    assert (
-        'objects' not in photos
-        and photos['FID'] == 'FID (Inception features)'
-        and '(detector `nudenet`, threshold 0.45)' in photos['IP']
-        and photos['CLIP'] == R.LABELS['CLIP']
-    )
-    assert photos['IP'].startswith(R.LABELS['IP'].split(' (')[0]) and '(detector `mhsc`, threshold 0.5)' in photos['US']
-
-def test_all_metrics_as_markdown():
+    # all metrics as markdown
     said = R.markdown(ROWS, 'A title', 'a note')
     parts = said.split('\n\n')
     assert (

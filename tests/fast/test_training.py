@@ -11,6 +11,7 @@ from resalign.core.settings import UserError
 from resalign.core.training import (DRAWN, OPTIMIZERS, Ranks, describe_step, flatten_moments, load_state, optimise,
                                     optimizer_step, save_state, step_seconds, sum_of_maxima, unflatten_moments)
 from toy_finetune import Rule
+from each import each
 
 START = [3., -4.]
 SLOPES = [
@@ -67,7 +68,7 @@ def near(p, expected): torch.testing.assert_close(p.detach(), expected, rtol=2e-
 
 # ------------------------------------------------------------------ steps and their log
 
-@pytest.mark.parametrize('kind', ['sgd', 'adam', 'adamw'])
+@each('kind', ['sgd', 'adam', 'adamw'])
 def test_each_optimizer_is_the_formulas(kind):
     run = Run(kind, lr=.5)
     log = run()
@@ -75,7 +76,8 @@ def test_each_optimizer_is_the_formulas(kind):
     assert log == [dict(step=i, loss=float(i), more=10*i) for i in range(5)] and run.seen == list(range(5))
     assert list(OPTIMIZERS) == ['sgd', 'adam', 'adamw']
 
-def test_gradients_are_clipped_to_max_norm_and_the_norm_before_is_logged():
+def test_steps():
+    # gradients are clipped to max norm and the norm before is logged
     run = Run()
     log = run(max_norm=2.)
     trail, norms = path(clip=2.)
@@ -84,19 +86,26 @@ def test_gradients_are_clipped_to_max_norm_and_the_norm_before_is_logged():
     assert [r['grad_norm'] for r in log] == pytest.approx(norms, rel=1e-6) and min(norms) < 2 < max(norms)
     assert all(type(r['grad_norm']) is float for r in log)
 
-def test_the_scheduler_steps_once_a_step():
+    # the scheduler steps once a step
     run = Run(scheduled=True)
     run()
     near(run.p, path(scheduled=True)[0][-1])
     assert run.scheduler.last_epoch == 5
 
-def test_after_is_called_once_a_step_behind_it():
+    # after is called once a step behind it
     run, seen = Run(), []
     run(after=lambda: seen.append(run.p.detach().clone()))
     assert len(seen) == 5
     for p, expected in zip(seen, path()[0]): near(p, expected)
 
-def test_step_seconds_are_those_of_every_step_made_inside(monkeypatch):
+
+def test_seconds_of_steps(monkeypatch):
+    # step seconds are over after an error
+    with pytest.raises(ZeroDivisionError), step_seconds() as seconds: 1/0
+    Run()(1)
+    assert seconds == []
+
+    # step seconds are those of every step made inside
     clock = iter(range(100))
     monkeypatch.setattr(training.time, 'perf_counter', lambda: next(clock)**2)
     with step_seconds() as seconds: Run()(3)
@@ -107,11 +116,6 @@ def test_step_seconds_are_those_of_every_step_made_inside(monkeypatch):
         Run()(2)
     Run()(1)
     assert len(outer) == 2 and len(inner) == 1 and len(seconds) == 3
-
-def test_step_seconds_are_over_after_an_error():
-    with pytest.raises(ZeroDivisionError), step_seconds() as seconds: 1/0
-    Run()(1)
-    assert seconds == []
 
 def test_the_bar_says_the_mean_loss_of_the_last_20_steps(monkeypatch):
     said, asked = [], []
@@ -131,24 +135,25 @@ def test_the_bar_says_the_mean_loss_of_the_last_20_steps(monkeypatch):
 
 # ------------------------------------------------------------------ numbers that aren't finite
 
-@pytest.mark.parametrize('max_norm', [None, 1.])
+@each('max_norm', [None, 1.])
 def test_a_gradient_that_is_not_finite_ends_the_run_before_the_step(max_norm):
     run = Run(slopes=[SLOPES[0], torch.tensor([1., float('nan')])])
     with pytest.raises(UserError, match='run toy, step 1.*lr 0.1'): run(2, max_norm=max_norm)
     near(run.p, path(steps=1, clip=max_norm)[0][-1])
 
-def test_a_loss_that_is_not_finite_ends_the_run():
+def test_what_is_not_finite_ends_a_run(tmp_path):
+    # a loss that is not finite ends the run
     run, inner = Run(), Run.gradients
     run.gradients = lambda step: dict(inner(run, step), loss=float('inf') if step == 2 else 0.)
     with pytest.raises(UserError, match='run toy, step 2'): run()
     near(run.p, path(steps=2)[0][-1])
 
-def test_weights_that_are_not_finite_are_not_kept(tmp_path):
+    # weights that are not finite are not kept
     run = Run(lr=1e30, slopes=[torch.ones(2), torch.full((2,), 1e20)])
     with pytest.raises(UserError, match='run toy, step 1'): run(2, tmp_path/'c', every=1)
     assert load_checkpoint(tmp_path/'c')[1]['log'] == [dict(step=0, loss=0., more=0)]
 
-def test_a_learning_rate_beyond_float32_is_not_finite_and_other_errors_pass():
+    # a learning rate beyond float32 is not finite and other errors pass
     def fails(words):
         def step(): raise RuntimeError(words)
         return SimpleNamespace(step=step)
@@ -160,6 +165,7 @@ def test_a_learning_rate_beyond_float32_is_not_finite_and_other_errors_pass():
     run = Run(lr=1e300)
     with pytest.raises(UserError, match='run toy, step 0'): run(1)
 
+
 def test_sum_of_maxima_is_the_sum_of_the_largest_sizes():
     assert sum_of_maxima([]).item() == 0.
     half = torch.tensor([[2.]], dtype=torch.bfloat16)
@@ -169,7 +175,8 @@ def test_sum_of_maxima_is_the_sum_of_the_largest_sizes():
         assert not sum_of_maxima([torch.tensor([1.0, bad]), torch.ones(2)]).isfinite()
 
 
-def test_the_message_names_learning_rate_settings_pictures_and_checkpoint(tmp_path):
+def test_what_the_message_names(tmp_path):
+    # the message names learning rate settings pictures and checkpoint
     DRAWN.clear()
     opt = torch.optim.SGD([nn.Parameter(torch.ones(1))], .25)
     assert describe_step(dict(loss=1.), opt) == 'lr 0.25'
@@ -193,7 +200,7 @@ def test_the_message_names_learning_rate_settings_pictures_and_checkpoint(tmp_pa
     )
     DRAWN.clear()
 
-def test_pictures_of_earlier_steps_are_not_named():
+    # pictures of earlier steps are not named
     DRAWN.append(torch.tensor([99]))
     run = Run(slopes=[torch.tensor([float('nan'), 0.])])
     with pytest.raises(UserError) as e: run(1)
@@ -202,7 +209,7 @@ def test_pictures_of_earlier_steps_are_not_named():
 
 # ------------------------------------------------------------------ checkpoints
 
-@pytest.mark.parametrize('kind', ['sgd', 'adam', 'adamw'])
+@each('kind', ['sgd', 'adam', 'adamw'])
 def test_a_run_goes_on_where_its_checkpoint_ends(kind, tmp_path):
     Run(kind, scheduled=True)(2, tmp_path/'c')
     later, seen = Run(kind, scheduled=True), []
@@ -212,7 +219,8 @@ def test_a_run_goes_on_where_its_checkpoint_ends(kind, tmp_path):
     near(later.p, path(kind, scheduled=True)[0][-1])
     assert Run(kind)(5, tmp_path/'c') == log # whole: nothing left to do
 
-def test_a_checkpoint_holds_weights_moments_and_log(tmp_path):
+def test_what_a_checkpoint_holds(tmp_path):
+    # a checkpoint holds weights moments and log
     run = Run('adam')
     log = run(2, tmp_path/'c')
     tensors, meta = load_checkpoint(tmp_path/'c')
@@ -223,66 +231,14 @@ def test_a_checkpoint_holds_weights_moments_and_log(tmp_path):
     near(tensors['opt/0/exp_avg_sq'], .000999*g[0]**2 + .001*g[1]**2)
     assert tensors['opt/0/step'].item() == 2
 
-def kept(monkeypatch):
-    steps, inner = [], training.save_state
-    def save(path, state, opt, log):
-        steps.append(log[-1]['step'])
-        inner(path, state, opt, log)
-    monkeypatch.setattr(training, 'save_state', save)
-    return steps
-
-def test_checkpoints_come_every_so_many_steps_and_at_the_end(tmp_path, monkeypatch):
-    steps = kept(monkeypatch)
-    Run()(5, tmp_path/'a', every=2)
-    assert steps == [1, 3, 4]
-    steps.clear()
-    Run(slopes=[torch.ones(2)*.01]*301)(301, tmp_path/'b')
-    assert steps == [99, 199, 299, 300] # every 100 unless said otherwise
-    steps.clear()
-    Run()(2)
-    assert steps == []
-
-def test_checkpoints_come_after_minutes_too(tmp_path, monkeypatch):
-    steps, now = kept(monkeypatch), [0.]
-    monkeypatch.setattr(training.time, 'monotonic', lambda: now[0])
-    def ticks(seconds):
-        def after(): now[0] += seconds
-        return after
-    Run()(5, tmp_path/'a', after=ticks(50), minutes=1) # 50, 100, then 50, 100 after the last
-    assert steps == [1, 3, 4]
-    steps.clear()
-    Run()(5, tmp_path/'b', after=ticks(151)) # every 5 minutes unless said otherwise; 300 s are not yet more
-    assert steps == [1, 3, 4]
-    steps.clear()
-    Run()(5, tmp_path/'c', after=ticks(150))
-    assert steps == [2, 4]
-
-def test_another_rank_keeps_nothing(tmp_path, monkeypatch):
-    steps, bars = kept(monkeypatch), []
-    class Second(training.Accelerator):
-        is_main_process = False
-    monkeypatch.setattr(training, 'Accelerator', Second)
-    inner = training.progress
-    monkeypatch.setattr(training, 'progress', lambda *a, **kw: bars.append(kw['every']) or inner(*a, **kw))
-    Run()(2, tmp_path/'c')
-    assert steps == [] and bars == [float('inf')]
-
-def test_a_checkpoint_of_another_model_is_refused(tmp_path):
-    Run()(1, tmp_path/'c')
-    other = Run()
-    with pytest.raises(UserError, match=f'{tmp_path/"c"}: a checkpoint of another model'):
-        load_state(tmp_path/'c', dict(net=nn.ParameterList([nn.Parameter(torch.ones(3))])), other.opt)
-    with pytest.raises(UserError, match='another model'): load_state(tmp_path/'c', dict(other=other.module), other.opt)
-    save_state(tmp_path/'d', dict(net=nn.ParameterList([nn.Parameter(torch.ones(n)) for n in (1, 2)])), other.opt, [])
-    with pytest.raises(UserError, match=r'another model \(size mismatch for 1: .*\); remove it'): # the last of several
-        load_state(tmp_path/'d', dict(net=nn.ParameterList([nn.Parameter(torch.ones(3)) for n in (1, 2)])), other.opt)
-
-def test_without_a_checkpoint_a_run_starts_anew(tmp_path):
+    # without a checkpoint a run starts anew
+    (tmp_path := tmp_path/'1').mkdir()
     run = Run()
-    for path in None, tmp_path/'none': assert load_state(path, dict(net=run.module), run.opt) == []
+    for where in None, tmp_path/'none': assert load_state(where, dict(net=run.module), run.opt) == []
     assert run.p.tolist() == START
 
-def test_several_modules_and_moments_come_back_to_their_own(tmp_path):
+    # several modules and moments come back to their own
+    (tmp_path := tmp_path/'2').mkdir()
     a, b = nn.Linear(1, 2), nn.Linear(1, 2)
     opt = torch.optim.Adam([*a.parameters(), *b.parameters()], .1)
     for i, p in enumerate(opt.param_groups[0]['params']): p.grad = torch.full_like(p, i + 1.)
@@ -297,7 +253,69 @@ def test_several_modules_and_moments_come_back_to_their_own(tmp_path):
     )
     assert fresh.param_groups[0]['lr'] == .3 # settings are the new run's
 
-def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(tmp_path):
+def kept(monkeypatch):
+    steps, inner = [], training.save_state
+    def save(path, state, opt, log):
+        steps.append(log[-1]['step'])
+        inner(path, state, opt, log)
+    monkeypatch.setattr(training, 'save_state', save)
+    return steps
+
+def test_when_checkpoints_come(tmp_path, monkeypatch):
+    # checkpoints come every so many steps and at the end
+    steps = kept(monkeypatch)
+    Run()(5, tmp_path/'a', every=2)
+    assert steps == [1, 3, 4]
+    steps.clear()
+    Run(slopes=[torch.ones(2)*.01]*301)(301, tmp_path/'b')
+    assert steps == [99, 199, 299, 300] # every 100 unless said otherwise
+    steps.clear()
+    Run()(2)
+    assert steps == []
+    monkeypatch.undo()
+
+    # checkpoints come after minutes too
+    (tmp_path := tmp_path/'1').mkdir()
+    steps, now = kept(monkeypatch), [0.]
+    monkeypatch.setattr(training.time, 'monotonic', lambda: now[0])
+    def ticks(seconds):
+        def after(): now[0] += seconds
+        return after
+    Run()(5, tmp_path/'a', after=ticks(50), minutes=1) # 50, 100, then 50, 100 after the last
+    assert steps == [1, 3, 4]
+    steps.clear()
+    Run()(5, tmp_path/'b', after=ticks(151)) # every 5 minutes unless said otherwise; 300 s are not yet more
+    assert steps == [1, 3, 4]
+    steps.clear()
+    Run()(5, tmp_path/'c', after=ticks(150))
+    assert steps == [2, 4]
+    monkeypatch.undo()
+
+    # another rank keeps nothing
+    (tmp_path := tmp_path/'2').mkdir()
+    steps, bars = kept(monkeypatch), []
+    class Second(training.Accelerator):
+        is_main_process = False
+    monkeypatch.setattr(training, 'Accelerator', Second)
+    inner = training.progress
+    monkeypatch.setattr(training, 'progress', lambda *a, **kw: bars.append(kw['every']) or inner(*a, **kw))
+    Run()(2, tmp_path/'c')
+    assert steps == [] and bars == [float('inf')]
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    Run()(1, tmp_path/'c')
+    other = Run()
+    with pytest.raises(UserError, match=f'{tmp_path/"c"}: a checkpoint of another model'):
+        load_state(tmp_path/'c', dict(net=nn.ParameterList([nn.Parameter(torch.ones(3))])), other.opt)
+    with pytest.raises(UserError, match='another model'): load_state(tmp_path/'c', dict(other=other.module), other.opt)
+    save_state(tmp_path/'d', dict(net=nn.ParameterList([nn.Parameter(torch.ones(n)) for n in (1, 2)])), other.opt, [])
+    with pytest.raises(UserError, match=r'another model \(size mismatch for 1: .*\); remove it'): # the last of several
+        load_state(tmp_path/'d', dict(net=nn.ParameterList([nn.Parameter(torch.ones(3)) for n in (1, 2)])), other.opt)
+
+
+def test_signals(tmp_path):
+    # a signal ends the run after the step with a checkpoint
     run = Run()
     def after():
         if len(run.seen) == 2: os.kill(os.getpid(), signal.SIGTERM)
@@ -308,10 +326,11 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(tmp_path):
     later(5, tmp_path/'c')
     near(later.p, path()[0][-1])
 
-def test_without_a_checkpoint_signals_are_not_touched():
+    # without a checkpoint signals are not touched
     handlers = []
     Run()(1, after=lambda: handlers.append(signal.getsignal(signal.SIGTERM)))
     assert handlers == [signal.getsignal(signal.SIGTERM)]
+
 
 def test_a_scheduler_that_is_wound_forward_does_not_warn(tmp_path, recwarn):
     Run(scheduled=True)(2, tmp_path/'c')
@@ -321,7 +340,8 @@ def test_a_scheduler_that_is_wound_forward_does_not_warn(tmp_path, recwarn):
 
 # ------------------------------------------------------------------ moments by name
 
-def test_flattened_moments_name_nested_moments_and_leave_out_what_is_none():
+def test_moments_by_name():
+    # flattened moments name nested moments and leave out what is none
     table = torch.arange(3.)
     state = dict(step=torch.tensor(2.), exp_avg=torch.ones(2), none=None, quant=dict(code=table, deep=dict(n=7)))
     out = dict(flatten_moments(state))
@@ -332,13 +352,13 @@ def test_flattened_moments_name_nested_moments_and_leave_out_what_is_none():
     )  # below: a copy, for tables are shared
     assert out['quant.deep.n'].item() == 7
 
-def test_moments_of_tensors_of_another_kind_are_dequantized():
+    # moments of tensors of another kind are dequantized
     class Eight(torch.Tensor):
         def dequantize(self): return self.as_subclass(torch.Tensor)*2
     out = dict(flatten_moments(dict(m=torch.ones(2).as_subclass(Eight), plain=torch.ones(2), number=3)))
     assert out['m'].tolist() == [2., 2.] and out['plain'].tolist() == [1., 1.] and out['number'].item() == 3
 
-def test_unflatten_undoes_flatten():
+    # unflatten undoes flatten
     state = dict(
         step=torch.tensor(2.0),
         exp_avg=torch.ones(2),
@@ -364,35 +384,37 @@ def rank(index, count, reduce=None):
     )
     return ranks
 
-def test_alone_every_term_is_mine_and_nothing_is_exchanged():
+def test_ranks(monkeypatch):
+    # alone every term is mine and nothing is exchanged
     ranks, tensors, row = Ranks(), [torch.ones(2)], dict(a=1)
     assert ranks.is_first and all(ranks.owns(j) for j in range(4))
     out = ranks.reduce(tensors, row)
     assert out[0] is tensors and out[1] is row
 
-def test_terms_go_round_the_ranks():
+    # terms go round the ranks
     assert [[j for j in range(7) if rank(i, 3).owns(j)] for i in range(3)] == [[0, 3, 6], [1, 4], [2, 5]]
     assert [rank(i, 3).is_first for i in range(3)] == [True, False, False]
 
-def test_what_all_have_computed_is_counted_on_the_first_alone():
+    # what all have computed is counted on the first alone
     tensors, row = [torch.ones(2), torch.ones(1, 3)], dict(a=1)
     assert rank(0, 2).on_first(tensors, row) == (tensors, row)
     zeros, empty = rank(1, 2).on_first(tensors, row)
     assert empty == {} and [z.shape for z in zeros] == [t.shape for t in tensors] and not any(z.any() for z in zeros)
 
-def test_reduced_tensors_are_summed_and_rows_joined(monkeypatch):
+    # reduced tensors are summed and rows joined
     monkeypatch.setattr(training, 'gather_object', lambda rows: rows + [dict(b=2)])
     other, how = torch.tensor([10., 20., 30., 40., 50.]), []
     ranks = rank(0, 2, lambda flat, kind: how.append(kind) or flat + other)
     (a, b), row = ranks.reduce([torch.tensor([1., 2.]), torch.tensor([[3.], [4.], [5.]])], dict(a=1))
     assert a.tolist() == [11., 22.] and b.tolist() == [[33.], [44.], [55.]] and row == dict(a=1, b=2) and how == ['sum']
 
-def test_a_rank_that_has_died_is_said_in_one_line():
+    # a rank that has died is said in one line
     def reduce(flat, kind): raise RuntimeError('Connection closed ' + 'x'*200 + '\nmore')
 
     with pytest.raises(UserError, match='another process of this run has died') as e:
         rank(0, 2, reduce).reduce([torch.ones(1)], {})
     assert ('Connection closed ' + 'x'*102 + ')') in str(e.value)
+
 
 def test_the_first_ranks_result_is_written_and_the_others_thrown_away(tmp_path):
     for name in 'c', 'c.prev': (tmp_path/name).write_text('kept')

@@ -6,6 +6,7 @@ from resalign.baselines.parts import layers
 from resalign.baselines.uce import (RECEConfig, UCEConfig, distance, edit, edit_embeddings, embeddings, rece, rece_embeddings,
                                     uce)
 from tests.fast.toys import BEFORE, BENIGN, UNSAFE, check_settings, close, given, ledger, said
+from each import each
 
 KEYS = 'block.attn2.to_k.weight', 'block.attn2.to_v.weight'
 
@@ -22,7 +23,8 @@ def numbers(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_the_edit_minimises_its_objective_and_is_what_dense_least_squares_finds():
+def test_closed_forms():
+    # the edit minimises its objective and is what dense least squares finds
     W0, erase, values, keep = numbers(3, 4), numbers(5, 4, seed=1), numbers(5, 3, seed=2), numbers(6, 4, seed=3)
     for s_e, s_p, ridge in (1., 1., .5), (10., .3, .5), (2., 0., .1):
         found = edit(W0, erase, values, keep, UCEConfig(erase_scale=s_e, preserve_scale=s_p, ridge=ridge))
@@ -34,8 +36,7 @@ def test_the_edit_minimises_its_objective_and_is_what_dense_least_squares_finds(
         wanted = torch.cat([s_e**.5*values, s_p**.5*keep @ W0.T, ridge**.5*W0.T])
         close(found, torch.linalg.lstsq(tall, wanted).solution.T, rtol=1e-9)
 
-
-def test_what_is_still_there_minimises_its_objective():
+    # what is still there minimises its objective
     now, then, c = [numbers(3, 4, seed=k) for k in (1, 2)], [numbers(3, 4, seed=k) for k in (3, 4)], numbers(5, 4)
     for ridge in .1, 2.:
         found = rece_embeddings(now, then, c, ridge)
@@ -44,8 +45,7 @@ def test_what_is_still_there_minimises_its_objective():
                                                  for W, W0 in zip(now, then) for a, b in zip(x, c))
         assert torch.autograd.grad(objective, x)[0].abs().max() < 1e-9
 
-
-def test_the_distance_is_the_mean_square_over_maps():
+    # the distance is the mean square over maps
     now, then, c, guide = [numbers(3, 4, seed=k) for k in (1, 2)], [numbers(3, 4, seed=k) for k in (3, 4)], numbers(5,
             4), numbers(5, 4, seed=9)
     far = [(W @ a - W0 @ g).square().sum()/3 for W, W0 in zip(now, then) for a, g in zip(c, guide)]
@@ -72,7 +72,7 @@ def places(pipe, tokens, unsafe=UNSAFE, before=BEFORE, whole=None, benign=BENIGN
 WHOLE = ['a red robot bare wires', 'a blue robot open chest', 'a green robot bare wires', 'old robot open chest']
 
 
-@pytest.mark.parametrize('tokens', ['last', 'rest'])
+@each('tokens', ['last', 'rest'])
 def test_embeddings_stand_at_the_right_places(tokens):
     pipe, _ = given()
     cuts = [(b, w[len(b):], '') for b, w in zip(BEFORE, WHOLE)]
@@ -84,12 +84,20 @@ def test_embeddings_stand_at_the_right_places(tokens):
     assert [len(v) for v in found[:3]] == [many]*3 and all(v.dtype == torch.float64 for v in found)
 
 
-def test_a_guide_without_words_is_the_start_token():
+def test_starts_and_precision():
+    # a guide without words is the start token
     pipe, _ = given()
     found, at = embeddings(pipe, ['', 'a red car'])
     assert at.tolist() == [0, 3] and found.shape == (2, 9, 4)
     pipe.text_encoder.requires_grad_(True)
     assert not embeddings(pipe, ['a'])[0].requires_grad
+
+    # low precision maps are edited in float32
+    pipe, data = given()
+    full, other = pipe.unet.get_parameter(KEYS[0]), pipe.unet.get_parameter('block.attn1.to_k.weight')
+    full.data, other.data = full.data.half(), other.data.half()
+    uce(pipe, data, UCEConfig())
+    assert full.dtype == torch.float32 and other.dtype == torch.float16
 
 
 def whole(pipe, config, rounds, W0s):
@@ -113,7 +121,7 @@ def whole(pipe, config, rounds, W0s):
 
 
 @ledger('uce/tokens', 'rece/tokens', 'rece/rounds')
-@pytest.mark.parametrize('method, changes', [
+@each('method, changes', [
     ('uce', {}), ('uce', dict(tokens='rest', erase_scale=4., preserve_scale=.2, ridge=.3)), ('rece', {}),
     ('rece', dict(tokens='rest', rounds=3, rece_ridge=.4, erase_scale=2.))])
 def test_keys_and_values_are_edited_and_nothing_else(method, changes):
@@ -132,9 +140,3 @@ def test_keys_and_values_are_edited_and_nothing_else(method, changes):
     assert not any(p.requires_grad for p in pipe.unet.parameters())
 
 
-def test_low_precision_maps_are_edited_in_float32():
-    pipe, data = given()
-    full, other = pipe.unet.get_parameter(KEYS[0]), pipe.unet.get_parameter('block.attn1.to_k.weight')
-    full.data, other.data = full.data.half(), other.data.half()
-    uce(pipe, data, UCEConfig())
-    assert full.dtype == torch.float32 and other.dtype == torch.float16
