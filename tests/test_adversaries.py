@@ -9,6 +9,7 @@ from resalign.model.data import encode
 from resalign.method.finetune import FinetuneConfig, finetune
 from resalign.model.pipelines import PretrainConfig, build_pipeline, generate, save_pipeline
 from resalign.studies.models import Course, along, course_pictures, read_courses
+from each import each
 
 WORD = 'text_encoder.embeddings.token_embedding.weight'
 MOVES = {
@@ -32,7 +33,7 @@ def tuned(given, checkpoint=None, **settings):
     finetune(p, bank, FinetuneConfig(lr=.01, **settings), captions=captions, checkpoint=checkpoint)
     return p
 
-@pytest.mark.parametrize('algorithm', MOVES)
+@each('algorithm', MOVES)
 def test_exactly_the_said_parameters_move(given, algorithm):
     before, after = weights(given[0]), weights(tuned(given, algorithm=algorithm, steps=2))
     moved = {k for k in before if before[k].shape != after[k].shape or not torch.equal(before[k], after[k])}
@@ -47,7 +48,7 @@ def test_goes_on_with_the_same_bits(given, tmp_path):
     assert any(tmp_path.iterdir())
     assert same(weights(tuned(given, tmp_path/'c', **settings, steps=4)), weights(tuned(given, **settings, steps=4)))
 
-@pytest.mark.parametrize('algorithm', ['svdiff', 'custom-diffusion', 'textual-inversion'])
+@each('algorithm', ['svdiff', 'custom-diffusion', 'textual-inversion'])
 def test_result_loads_in_diffusers(given, tmp_path, algorithm):
     save_pipeline(given[0], tmp_path/'base'); world.write_set(tmp_path/'images', world.scenes('varied', 4))
     resalign.finetune(tmp_path/'base', tmp_path/'images', tmp_path/'out', dict(algorithm=algorithm, steps=2, lr=.01))
@@ -60,7 +61,7 @@ def test_result_loads_in_diffusers(given, tmp_path, algorithm):
         assert (generate(base, [prompt], [0], steps=2) == pictures).all()
     assert not (pictures == generate(given[0], [prompt], [0], steps=2)).all()
 
-@pytest.mark.parametrize('bad, says', [(dict(algorithm='dreamboth'), 'algorithm'), (dict(ema=1.), 'ema'), (dict(accumulation=0), 'accumulation'), (dict(unsafe=1.5), 'unsafe'), (dict(dat='varied'), 'dat')])
+@each('bad, says', [(dict(algorithm='dreamboth'), 'algorithm'), (dict(ema=1.), 'ema'), (dict(accumulation=0), 'accumulation'), (dict(unsafe=1.5), 'unsafe'), (dict(dat='varied'), 'dat')])
 def test_a_course_is_checked_before_anything_runs(bad, says):
     with pytest.raises(UserError, match=f'params.yaml: studies.x.courses.a: .*{says}'): read_courses(dict(courses=dict(a=bad)), 0, 'params.yaml: studies.x.courses')
 

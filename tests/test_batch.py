@@ -33,8 +33,9 @@ def outputs(notebook):
 # ------------------------------------------------------------------ which cells
 
 
-def test_every_combination_in_order():
-    "The product's last name varies fastest, then what is zipped, then rows, which have the last word"
+def test_combinations_and_names(tmp_path):
+    # every combination in order: The product's last name varies fastest, then what is zipped, then rows, which have the
+    # last word
     grid = Grid(
         common=dict(a=0, s='params:methods.uce'),
         product=dict(p=[1, 2], q=['x', 'y']),
@@ -51,8 +52,7 @@ def test_every_combination_in_order():
     assert combinations(grid) == want and combinations(Grid()) == [{}]
     assert combinations(Grid(rows=[dict(x=1), dict(x=1)])) == [dict(x=1)] * 2
 
-
-def test_names_stay_inside_the_folder_and_differ(tmp_path):
+    # names stay inside the folder and differ
     assert [name_of(c) for c in (dict(method='ga', seed=0), {}, dict(x=0.5))] == ['method=ga,seed=0', 'plain', 'x=0.5']
     assert name_of(dict(x='a' * 98)) == 'x=' + 'a' * 98 and len(name_of(dict(x='a' * 99))) == 80 + 9
     page, odd = write_page(tmp_path / 'page.ipynb', 'x'), [

@@ -21,8 +21,8 @@ G = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
 # ------------------------------------------------------------------ references
 
 
-def test_the_published_solve_is_a_sum_of_the_series():
-    "x ← g − γHx, five times from zero: Σ (−γH)^k g, k < 5"
+def test_references():
+    # the published solve is a sum of the series: x ← g − γHx, five times from zero: Σ (−γH)^k g, k < 5
     H, p, loss = quadratic()
     for gamma, products in ((1.0, 5), (0.5, 3)):
         (x,) = bench.published_solve(loss, [G], [p], gamma, products)
@@ -31,9 +31,7 @@ def test_the_published_solve_is_a_sum_of_the_series():
         bench.published_solve(loss, [G], [p])[0], bench.published_solve(loss, [G], [p], 1.0, 5)[0]
     )
 
-
-def test_relative_error_is_that_of_the_solution():
-    "‖x − x*‖/‖x*‖; none is claimed where I + γH isn't positive"
+    # relative error is that of the solution: ‖x − x*‖/‖x*‖; none is claimed where I + γH isn't positive
     H, p, loss = quadratic()
     V, T = bench.krylov_basis(loss, [p], [G])
     for gamma in (0.5, 1.0, 4.9):
@@ -43,8 +41,7 @@ def test_relative_error_is_that_of_the_solution():
         assert bench.relative_error([0.5 * x], [G], gamma, V, T) == pytest.approx(0.5)
     assert all(np.isnan(bench.relative_error([G], [G], gamma, V, T)) for gamma in (5.01, 6.0))
 
-
-def test_agreement_is_relative_to_the_second():
+    # agreement is relative to the second
     x, y = [torch.tensor([2.0]), torch.tensor([0.0])], [torch.tensor([3.0]), torch.tensor([4.0])]
     assert bench.agreement(x, y) == pytest.approx(dict(cosine=0.6, error=17**0.5 / 5))
 
@@ -52,7 +49,8 @@ def test_agreement_is_relative_to_the_second():
 # ------------------------------------------------------------------ clock
 
 
-def test_every_candidate_is_timed_in_turn_after_a_round_that_does_not_count(monkeypatch):
+def test_times(monkeypatch):
+    # every candidate is timed in turn after a round that does not count
     now, calls = [0.0], []
     monkeypatch.setattr(bench.time, 'perf_counter', lambda: now[0])
 
@@ -72,9 +70,7 @@ def test_every_candidate_is_timed_in_turn_after_a_round_that_does_not_count(monk
         name=['a', 'b'], repeat=[0, 0], seconds=[30.0, 50.0]
     ) and calls == ['a', 'b']
 
-
-def test_ratios_are_taken_within_a_repeat():
-    "Median of (1, 5, 2), not the ratio of the medians, which is 3"
+    # ratios are taken within a repeat: Median of (1, 5, 2), not the ratio of the medians, which is 3
     t = pd.DataFrame(
         [
             dict(name=n, repeat=r, seconds=s)
@@ -94,8 +90,8 @@ def test_ratios_are_taken_within_a_repeat():
 # ------------------------------------------------------------------ accounting
 
 
-def test_flops_and_peak_of_a_matrix_product_and_of_attention():
-    "2nmk, and 4bhnmd forward; five products for two backward"
+def test_flops_and_peaks():
+    # flops and peak of a matrix product and of attention: 2nmk, and 4bhnmd forward; five products for two backward
     m = torch.nn.Linear(64, 32, bias=False)
     got = sd14.flops_and_memory(lambda: m(torch.zeros(16, 64)), m)
     assert got['tflop'] * 1e12 == pytest.approx(2 * 16 * 64 * 32) and got['gb'] * 1e9 == pytest.approx(
@@ -106,9 +102,8 @@ def test_flops_and_peak_of_a_matrix_product_and_of_attention():
     assert sd14.flops_and_memory(attend)['tflop'] * 1e12 == pytest.approx(forward)
     assert sd14.flops_and_memory(lambda: attend().sum().backward())['tflop'] * 1e12 == pytest.approx(3.5 * forward)
 
-
-def test_peak_counts_what_is_held_at_once():
-    "Bytes: one tensor after another, all at once, a view of one, and weights from the start"
+    # peak counts what is held at once: Bytes: one tensor after another, all at once, a view of one, and weights from
+    # the start
     after = lambda: [torch.zeros(1000) is None for _ in range(8)]
     once = lambda: [torch.zeros(1000) for _ in range(8)]
 
@@ -129,7 +124,8 @@ def test_peak_counts_what_is_held_at_once():
     )
 
 
-def test_a_recipe_is_the_sum_of_its_pieces():
+def test_recipes():
+    # a recipe is the sum of its pieces
     rows = pd.DataFrame(
         [('b', 'inner', 3, 2.0, 5.0), ('b', 'harm', 0.5, 4.0, 9.0), ('a', 'inner', 1, 1.0, 1.0)],
         columns='recipe piece times tflop gb'.split(),
@@ -138,9 +134,7 @@ def test_a_recipe_is_the_sum_of_its_pieces():
     assert list(got.index) == ['b', 'a'] and list(got.tflop) == [8.0, 1.0] and list(got.gb) == [9.0, 1.0]
     assert list(sd14.totals(rows.rename(columns=dict(tflop='seconds')), 'seconds').seconds) == [8.0, 1.0]
 
-
-def test_pieces_run_as_often_as_the_committed_table_says():
-    "Golden: results/tables/bench_pieces.csv"
+    # pieces run as often as the committed table says: Golden: results/tables/bench_pieces.csv
     table = pd.read_csv(ROOT / 'results/tables/bench_pieces.csv')
     want = {(r.recipe, r.piece): r.times for r in table.itertuples()}
     assert {

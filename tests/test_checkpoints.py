@@ -18,6 +18,7 @@ from resalign.real.profiles import Profile
 from resalign.real.sources import open_base
 from tests.compvis import single_file, small, unet_name, write_single_file
 from refusals import said
+from each import each
 
 pytestmark = pytest.mark.usefixtures('offline')
 
@@ -95,8 +96,8 @@ def refused(words, f, *args, **kw):
 # ------------------------------------------------------------------ names
 
 
-def test_published_names():
-    "As they stand in v1-5-pruned-emaonly.safetensors"
+def test_names():
+    # published names: As they stand in v1-5-pruned-emaonly.safetensors
     with torch.device('meta'):
         unet = UNet2DConditionModel(cross_attention_dim=768)
     published = {
@@ -124,28 +125,8 @@ def test_published_names():
     assert found.keys() == published.keys() and not unknown and all(found[k] is own[k] for k in published)
     assert {k: unet_name(k, unet) for k in published} == published
 
-
-XL = dict(
-    cross_attention_dim=2048,
-    use_linear_projection=True,
-    block_out_channels=(320, 640, 1280),
-    down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D', 'CrossAttnDownBlock2D'),
-    up_block_types=('CrossAttnUpBlock2D', 'CrossAttnUpBlock2D', 'UpBlock2D'),
-    transformer_layers_per_block=(1, 2, 10),
-    addition_embed_type='text_time',
-    addition_time_embed_dim=256,
-    projection_class_embeddings_input_dim=2816,
-)
-REAL = {
-    'v1': (dict(cross_attention_dim=768), 686, 859_520_964),
-    'v2': (dict(cross_attention_dim=1024, use_linear_projection=True), 686, 865_910_724),
-    'xl': (XL, 1680, 2_567_463_684),
-}
-
-
-def test_the_names_of_the_real_sizes():
-    """Published numbers of weights and parameters, each weight under its own name, on tensors without data; with
-    the prefix, without it, and below a trainer's"""
+    # the names of the real sizes: Published numbers of weights and parameters, each weight under its own name, on
+    # tensors without data; with the prefix, without it, and below a trainer's
     for kind, (settings, keys, parameters) in REAL.items():
         with torch.device('meta'):
             unet = UNet2DConditionModel(sample_size=64, layers_per_block=2, **settings)
@@ -165,8 +146,7 @@ def test_the_names_of_the_real_sizes():
             )
             assert not [k for k in own if found[k] is not own[k]]
 
-
-def test_whose_weight_a_key_is():
+    # whose weight a key is
     own = {'text_model.a', 'b'}
     names = {
         'text_encoder': dict.fromkeys(
@@ -195,10 +175,28 @@ def test_whose_weight_a_key_is():
     assert list(got) == ['x', 'opt.y'] and got['x'] is a and got['opt.y'] is b
 
 
+XL = dict(
+    cross_attention_dim=2048,
+    use_linear_projection=True,
+    block_out_channels=(320, 640, 1280),
+    down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D', 'CrossAttnDownBlock2D'),
+    up_block_types=('CrossAttnUpBlock2D', 'CrossAttnUpBlock2D', 'UpBlock2D'),
+    transformer_layers_per_block=(1, 2, 10),
+    addition_embed_type='text_time',
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816,
+)
+REAL = {
+    'v1': (dict(cross_attention_dim=768), 686, 859_520_964),
+    'v2': (dict(cross_attention_dim=1024, use_linear_projection=True), 686, 865_910_724),
+    'xl': (XL, 1680, 2_567_463_684),
+}
+
+
 # ------------------------------------------------------------------ whole pipelines
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@each('kind', KINDS)
 def test_folder_and_single_file_hold_the_same(made, kind):
     """The same bits; the same answers but for rounding, for weights lie differently in memory; the target that the
     configuration names"""
@@ -233,7 +231,8 @@ def test_folder_and_single_file_hold_the_same(made, kind):
     ]
 
 
-def test_half_precision_becomes_float32(made, tmp_path):
+def test_what_is_read_of_a_file(made, tmp_path):
+    # half precision becomes float32
     pipe, _, config, file = made['v1']
     save_file(
         {k: v.half() if v.is_floating_point() else v for k, v in load_file(file).items()}, tmp_path / 'half.safetensors'
@@ -243,6 +242,20 @@ def test_half_precision_becomes_float32(made, tmp_path):
         holds(m, {k: v.half().float() if v.is_floating_point() else v for k, v in parts(pipe)[n].state_dict().items()})
         assert {p.dtype for p in m.parameters()} == {torch.float32}
     assert [r.dtype for r in reports] == ['float16'] * 3
+
+    # what is left out is counted: An average of the weights, the last layer of OpenCLIP, which SD v2 doesn't read, and
+    # what others have put into the file
+    (tmp_path := tmp_path/'1').mkdir()
+    pipe, _, config, file = made['v2']
+    more = {f'model_ema.diffusion_model{k}': torch.zeros(1) for k in range(120)} | {
+        'embedding_manager.a': torch.zeros(2)
+    }
+    save_file(load_file(file) | more, tmp_path / 'more.safetensors')
+    got, reports = load_single_file(tmp_path / 'more.safetensors', config)
+    same(got, pipe)
+    assert reports[0].other == dict(
+        model_ema=120, embedding_manager=1, buffers=1, schedule=2, cond_stage_model=13
+    ) and '120 of model_ema' in str(reports[0])
 
 
 def test_hub_ids(made, tmp_path, monkeypatch):
@@ -322,7 +335,8 @@ def test_what_is_not_in_a_single_file(made, tmp_path):
     )  # even where the folder has weights that diffusers would take
 
 
-def test_configurations_that_do_not_fit(made, tmp_path):
+def test_files_that_do_not_fit(made, tmp_path):
+    # configurations that do not fit
     config, file = made['v1'][2:]
     shutil.copytree(config, tmp_path / 'config')
     shutil.rmtree(tmp_path / 'config/tokenizer')
@@ -336,23 +350,8 @@ def test_configurations_that_do_not_fit(made, tmp_path):
         ('v_pred', 'scheduler_config.json says epsilon'), load_single_file, tmp_path / 'v.safetensors', made['xl'][2]
     )
 
-
-def test_what_is_left_out_is_counted(made, tmp_path):
-    """An average of the weights, the last layer of OpenCLIP, which SD v2 doesn't read, and what others have put
-    into the file"""
-    pipe, _, config, file = made['v2']
-    more = {f'model_ema.diffusion_model{k}': torch.zeros(1) for k in range(120)} | {
-        'embedding_manager.a': torch.zeros(2)
-    }
-    save_file(load_file(file) | more, tmp_path / 'more.safetensors')
-    got, reports = load_single_file(tmp_path / 'more.safetensors', config)
-    same(got, pipe)
-    assert reports[0].other == dict(
-        model_ema=120, embedding_manager=1, buffers=1, schedule=2, cond_stage_model=13
-    ) and '120 of model_ema' in str(reports[0])
-
-
-def test_a_torn_or_foreign_single_file(made, tmp_path):
+    # a torn or foreign single file
+    (tmp_path := tmp_path/'1').mkdir()
     config, file = made['v1'][2:]
     (tmp_path / 'cut.safetensors').write_bytes(file.read_bytes()[:5000])
     torch.save(dict(a=torch.zeros(1)), tmp_path / 'a.ckpt')
@@ -399,8 +398,8 @@ def test_esd_holds_the_trained_modules_alone(v1, tmp_path):
         ) and 'missing: 604' in str(report)
 
 
-def test_advunlearn_holds_a_text_encoder(v1, tmp_path):
-    "Under any of the names in use; the UNet stays as it was"
+def test_text_encoders(v1, tmp_path, made):
+    # advunlearn holds a text encoder: Under any of the names in use; the UNet stays as it was
     text, unet = moved(v1.text_encoder), copy.deepcopy(v1.unet.state_dict())
     for prefix in (
         'text_encoder.text_model.',
@@ -421,8 +420,8 @@ def test_advunlearn_holds_a_text_encoder(v1, tmp_path):
         assert (report.part, report.share, report.other) == ('text_encoder', 1.0, dict(buffers=1)), prefix
     holds(v1.unet, unet)
 
-
-def test_the_second_text_encoder_of_sdxl(made, tmp_path):
+    # the second text encoder of sdxl
+    (tmp_path := tmp_path/'1').mkdir()
     pipe = copy.deepcopy(made['xl'][0])
     text = moved(pipe.text_encoder_2)
     save_file(

@@ -130,8 +130,8 @@ def test_the_entry_points(made):
     )
 
 
-def test_help_teaches(call):
-    "What goes in, what comes out, an example; the methods and profiles there are"
+def test_help_teaches_and_a_slip_is_named(call):
+    # help teaches: What goes in, what comes out, an example; the methods and profiles there are
     wrong = []
     for name in COMMANDS:
         status, out, _ = call(name, '--help')
@@ -143,6 +143,10 @@ def test_help_teaches(call):
         if status or not all(w in out for w in words):
             wrong.append((name, status, [w for w in words if w not in out]))
     assert not wrong
+
+    # a profile that is none
+    status, out, err = call('doctor', 'yours')
+    assert status == 2 and not out and "unknown 'yours'" in err and err.count('\n') == 1
 
 
 def test_exit_statuses(made, call, monkeypatch, tmp_path):
@@ -186,11 +190,6 @@ def test_exit_statuses(made, call, monkeypatch, tmp_path):
             ('mine', state != 'note')
         ]
     monkeypatch.undo()
-
-
-def test_a_profile_that_is_none(call):
-    status, out, err = call('doctor', 'yours')
-    assert status == 2 and not out and "unknown 'yours'" in err and err.count('\n') == 1
 
 
 # ------------------------------------------------------------------ settings
@@ -258,8 +257,9 @@ def safe(made, tmp_path_factory):
     return tmp / 'safe', lines
 
 
-def test_unlearned_folder(safe, made):
-    "The pipeline's parts, the record of what was asked, a card, a row for each step; nothing else beside it"
+def test_the_unlearned_folder(safe, made):
+    # unlearned folder: The pipeline's parts, the record of what was asked, a card, a row for each step; nothing else
+    # beside it
     folder, lines = safe
     record = told(folder / 'record.json')
     assert [l.split()[0] for l in lines] == [
@@ -298,10 +298,8 @@ def test_unlearned_folder(safe, made):
         and len(pd.read_csv(folder / 'log.csv')) == 2
     )
 
-
-def test_diffusers_alone_reads_it(safe, made):
-    """No class but those of diffusers and transformers is named; the pipeline draws; the adapter goes onto the
-    original and makes the same UNet"""
+    # diffusers alone reads it: No class but those of diffusers and transformers is named; the pipeline draws; the
+    # adapter goes onto the original and makes the same UNet
     folder, _ = safe
     libraries = {v[0] for v in told(folder / 'model_index.json').values() if isinstance(v, list)}
     assert libraries <= {'diffusers', 'transformers', None} and not [

@@ -26,6 +26,7 @@ from resalign.model.pipelines import load_pipeline, save_pipeline
 from tests.compvis import narrow_xl
 from tests.far import Far, FarTensor, LeftBehind
 from refusals import said
+from each import each
 
 ROOT = Path(__file__).resolve().parent.parent
 LOW = dict(dtype='bfloat16', gradient_checkpointing=True)
@@ -67,7 +68,8 @@ class Net(torch.nn.Module):
         return (h,)
 
 
-def test_passes_are_low_and_answers_are_wide():
+def test_passes_and_attention(given, monkeypatch):
+    # passes are low and answers are wide
     x, net = torch.randn(3, 5, generator=generator(2)), Net()
     with torch.no_grad():
         exact = net.lin(x)
@@ -76,6 +78,15 @@ def test_passes_are_low_and_answers_are_wide():
             out = call_model(net, x)
             assert (net.multiplied, out.dtype) == (getattr(torch, dtype), torch.float32)
             torch.testing.assert_close(out, exact, rtol=0, atol=far * float(exact.abs().max()))
+
+    # attention is fused
+    calls, inner = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, 'scaled_dot_product_attention', lambda *a, **kw: calls.append(1) or inner(*a, **kw)
+    )
+    pipe = ready(given, **LOW)
+    Denoiser(pipe).loss(draw_sample(given[1].retain, 2, generator(0)))
+    assert len(calls) == len(pipe.unet.attn_processors)
 
 
 def test_float32_on_the_cpu_has_the_same_bits(given):
@@ -91,17 +102,8 @@ def test_float32_on_the_cpu_has_the_same_bits(given):
         assert not changed(weights(plain), weights(other)) and changed(weights(plain), weights(given[0]))
 
 
-def test_attention_is_fused(given, monkeypatch):
-    calls, inner = [], torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(
-        torch.nn.functional, 'scaled_dot_product_attention', lambda *a, **kw: calls.append(1) or inner(*a, **kw)
-    )
-    pipe = ready(given, **LOW)
-    Denoiser(pipe).loss(draw_sample(given[1].retain, 2, generator(0)))
-    assert len(calls) == len(pipe.unet.attn_processors)
-
-
-def test_what_is_frozen_is_low_and_what_is_trained_is_wide(given):
+def test_low_weights_and_gradients(given):
+    # what is frozen is low and what is trained is wide
     loaded, pipe = weights(given[0]), ready(given, dtype='bfloat16')
     params = add_lora(pipe.unet, 'a', up_std=0.01)
     inside = {id(p) for p in params}
@@ -126,10 +128,7 @@ def test_what_is_frozen_is_low_and_what_is_trained_is_wide(given):
             torch.testing.assert_close(now[k].double(), v.double() + d, rtol=0, atol=1e-7)
     assert not hasattr(pipe.unet, 'compute') and not pipe.unet.is_gradient_checkpointing
 
-
-def test_gradients_agree_with_float32(given):
-    "To the format's precision, several products deep; checkpointing changes no bit"
-
+    # gradients agree with float32: To the format's precision, several products deep; checkpointing changes no bit
     def gradient(**settings):
         pipe = ready(given, **settings)
         params = add_lora(pipe.unet, 'a', up_std=0.02, down_std=0.02)
@@ -144,7 +143,8 @@ def test_gradients_agree_with_float32(given):
         assert torch.equal(low, gradient(dtype=dtype, gradient_checkpointing=True)), dtype
 
 
-def test_a_simulated_fine_tuning_of_low_weights_moves_in_float32_and_is_taken_back(given):
+def test_simulations_and_hypergradients_of_low_passes(given):
+    # a simulated fine tuning of low weights moves in float32 and is taken back
     for algorithm in 'lora', 'full':
         pipe = ready(given, dtype='bfloat16')
         params = add_lora(pipe.unet, 'theta', up_std=0.02)
@@ -158,10 +158,7 @@ def test_a_simulated_fine_tuning_of_low_weights_moves_in_float32_and_is_taken_ba
             )  # steps that bfloat16 would round away
         assert [p.dtype for p in inner] == kinds and all(map(torch.equal, inner, before)), algorithm
 
-
-def test_hypergradients_of_low_passes_point_the_same_way(given):
-    "And products that underflow in float16 are refused"
-
+    # hypergradients of low passes point the same way: And products that underflow in float16 are refused
     def answer(product, **settings):
         pipe = ready(given, **settings)
         model = Denoiser(pipe)
@@ -190,8 +187,8 @@ def test_hypergradients_of_low_passes_point_the_same_way(given):
     assert all(f"product '{p}' in float16" in said(run, p) for p in ('exact', 'gauss-newton'))
 
 
-def test_methods_and_fine_tunings_in_low_precision(given):
-    "The same parameters move, and by nearly as much; all ends in float32"
+def test_methods_in_low_precision(given, tmp_path, monkeypatch):
+    # methods and fine tunings in low precision: The same parameters move, and by nearly as much; all ends in float32
     first = weights(given[0])
 
     def both(run):
@@ -211,8 +208,7 @@ def test_methods_and_fine_tunings_in_low_precision(given):
             low[-1]['loss'] == pytest.approx(log[-1]['loss'], rel=0.02) and low[-1]['loss'] != log[-1]['loss']
         ), algorithm
 
-
-def test_a_killed_run_in_low_precision_goes_on_with_the_same_bits(given, tmp_path, monkeypatch):
+    # a killed run in low precision goes on with the same bits
     import resalign.baselines.parts as parts
 
     often, made = lambda *a, **kw: training.optimise(*a, **dict(kw, every=1)), []
@@ -257,7 +253,7 @@ def test_the_far_device_notices_what_is_left_behind():
                 bad()
 
 
-@pytest.mark.parametrize('what', ['resalign', 'uce', 'safegen', 'finetune full'])
+@each('what', ['resalign', 'uce', 'safegen', 'finetune full'])
 def test_nothing_stays_behind(given, what):
     "Everything of a pipeline on another device, data and random numbers here: the same result"
     far, near = copy.deepcopy(given[0]), copy.deepcopy(given[0])
@@ -449,7 +445,7 @@ def test_eight_bit_adam_is_used_where_it_was_asked_for_and_its_state_survives(gi
     assert torch.equal(run(6, tmp_path / 'c'), whole)
 
 
-@pytest.mark.parametrize('library', compute.EIGHT_BIT)
+@each('library', compute.EIGHT_BIT)
 def test_eight_bit_adam_for_real(tmp_path, monkeypatch, library):
     pytest.importorskip(library)
     monkeypatch.setattr(compute, 'EIGHT_BIT', {library: compute.EIGHT_BIT[library]})
@@ -485,27 +481,6 @@ def test_eight_bit_adam_for_real(tmp_path, monkeypatch, library):
 # ------------------------------------------------------------------ SD v1.4
 
 
-def test_two_outer_steps_in_sd14s_layout(tmp_path):
-    "In each precision"
-    if torch.cuda.is_available():
-        pytest.skip('there is a GPU: the test below')
-    sd14.real_steps('cpu', reduced=True, out=str(tmp_path / 'real_steps.csv'))
-    table = pd.read_csv(tmp_path / 'real_steps.csv')
-    assert (
-        list(table.run) == list(sd14.PRECISIONS)
-        and list(table.weights) == ['float32', 'bfloat16', 'bfloat16']
-        and table.finite.all()
-        and set(table.steps) == {2}
-        and (table.residual < 0.5).all()
-    )
-    assert (
-        (table.seconds_per_step > 0).all()
-        and (table.peak_gb > 0.1).all()
-        and table.device.str.endswith(' cpu').all()
-        and set(table.peak_of) == {'resident set of the process'}
-    )
-
-
 @pytest.mark.gpu
 def test_two_outer_steps_at_sd14s_size(tmp_path):
     table = sd14.real_steps(out=str(tmp_path / 'real_steps.csv'))
@@ -527,7 +502,7 @@ def sdxl(given, tmp_path_factory):
     return tmp
 
 
-@pytest.mark.parametrize(
+@each(
     'kind, method, settings',
     [('v_prediction', 'resalign', dict(steps=2, up_std=0.1)), ('epsilon', 'esd-x', dict(steps=2, lr=1e-2))],
 )
@@ -579,7 +554,8 @@ EVIL = (
 )
 
 
-def test_other_peoples_words_do_nothing():
+def test_the_model_card(given, tmp_path, monkeypatch):
+    # other peoples words do nothing
     text = as_text(EVIL)
     assert (
         not any(c in text for c in '<>\n\r\x1b\u202e"\'')
@@ -590,8 +566,7 @@ def test_other_peoples_words_do_nothing():
     assert not re.search(r'(?<!\\)[`*\[\]|$]|(?<![\\&])#', text) and len(as_text('x' * 1000)) == 201
     assert as_text('outs/base') == 'outs/base' and as_text('\ud800') == ''
 
-
-def test_the_card_of_a_run_with_scores(given, tmp_path, monkeypatch):
+    # the card of a run with scores
     monkeypatch.chdir(tmp_path)
     save_pipeline(given[0], tmp_path / '<b>base')
     world.write_set(tmp_path / 'pics', world.scenes('varied', 3))
@@ -641,3 +616,5 @@ def test_the_card_of_a_run_with_scores(given, tmp_path, monkeypatch):
         == 'owner/name'
     )
     assert 'scores/record.json' in said(resalign.write_card, scores)
+
+

@@ -112,7 +112,8 @@ def says(file):
 # ------------------------------------------------------------------ a profile
 
 
-def test_a_whole_profile_passes_and_its_figures_are_those_of_the_files(made, mine):
+def test_whole_profiles(made, mine):
+    # a whole profile passes and its figures are those of the files
     tmp, file = made[0], mine()
     found = check_profile('mine', file=file)
     assert {f.state for f in found} == {'ok'}, format_findings(found)
@@ -139,6 +140,28 @@ def test_a_whole_profile_passes_and_its_figures_are_those_of_the_files(made, min
     )
     require_profile('mine', file)
     require_profile(file=file)
+
+    # what is still to fetch is the sum of what is missing: Sizes of what is here, or unknown, don't count
+    tmp = made[0]
+    file = mine(
+        base=dict(path='./nowhere/a', size_gb=2.5),
+        data=dict(unsafe=dict(path=f'{tmp}/unsafe', size_gb=100), retain=dict(path='./nowhere/b')),
+        evaluators=dict(c=dict(path='./nowhere/c', size_gb=1.5)),
+    )
+    assert next(f.message for f in check_profile('mine', file=file) if f.what == 'disk').endswith('about 4.0 GB still to fetch')
+
+    # every profile of the repository can be looked at
+    wrong = []
+    for name in profile_names():
+        found = check_profile(name, hashes=False)
+        settings = next(f for f in found if f.what == 'settings')
+        if (
+            settings.state != 'ok'
+            or any('\n' in f.message + f.fetch for f in found)
+            or any(f.state == 'missing' for f in found) != ('To get what is missing:' in format_findings(found))
+        ):
+            wrong.append((name, settings.message))
+    assert not wrong
 
 
 def test_whatever_is_taken_away_is_named(made, mine):
@@ -228,8 +251,8 @@ def test_single_file_checkpoints_are_looked_into(made, mine):
 # ------------------------------------------------------------------ the machine
 
 
-def test_memory_decides_at_what_is_asked(monkeypatch):
-    "A CPU's pages, a GPU's bytes, in GB of 10⁹; as much as is asked is enough"
+def test_the_machine(monkeypatch, tmp_path):
+    # memory decides at what is asked: A CPU's pages, a GPU's bytes, in GB of 10⁹; as much as is asked is enough
     state = lambda **kw: check_device(Profile(**kw))[0].state
     monkeypatch.setattr(doctor.os, 'sysconf', lambda name: dict(SC_PAGE_SIZE=4096, SC_PHYS_PAGES=4_000_000)[name])
     monkeypatch.setattr(doctor, 'device', lambda: torch.device('cpu'))
@@ -252,9 +275,8 @@ def test_memory_decides_at_what_is_asked(monkeypatch):
             f.state for f in check_device(Profile(memory_gb=16, precision='float16'))
         ] == ['ok']
 
-
-def test_the_fewest_free_bytes_decide(monkeypatch, tmp_path):
-    "Of the working tree's disk and the cache's, whichever is smaller; as much as is still to fetch is too little"
+    # the fewest free bytes decide: Of the working tree's disk and the cache's, whichever is smaller; as much as is
+    # still to fetch is too little
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hub/below'))
     free = {}
     monkeypatch.setattr(doctor.shutil, 'disk_usage', lambda p: SimpleNamespace(total=10**15, used=0, free=free[str(p)]))
@@ -273,17 +295,6 @@ def test_the_fewest_free_bytes_decide(monkeypatch, tmp_path):
     (tmp_path / 'hub').mkdir()
     free[str(tmp_path / 'hub')] = 1e9
     assert check_disk(2.0)[0].state == 'missing', 'the nearest folder of the cache that is there'
-
-
-def test_what_is_still_to_fetch_is_the_sum_of_what_is_missing(made, mine):
-    "Sizes of what is here, or unknown, don't count"
-    tmp = made[0]
-    file = mine(
-        base=dict(path='./nowhere/a', size_gb=2.5),
-        data=dict(unsafe=dict(path=f'{tmp}/unsafe', size_gb=100), retain=dict(path='./nowhere/b')),
-        evaluators=dict(c=dict(path='./nowhere/c', size_gb=1.5)),
-    )
-    assert next(f.message for f in check_profile('mine', file=file) if f.what == 'disk').endswith('about 4.0 GB still to fetch')
 
 
 def test_libraries(monkeypatch):
@@ -327,7 +338,8 @@ def test_hub_ids(made, mine, tmp_path, monkeypatch):
     assert '.safetensors' in lost.message and 'hf download somebody/small' in lost.fetch
 
 
-def test_commands_and_licences():
+def test_what_is_said(tmp_path):
+    # commands and licences
     model, data = Source(path='somebody/gated', revision='abc', license='openrail', size_gb=4.3), Source(
         path='somebody/dogs', inside='retain', license='cc0'
     )
@@ -350,9 +362,7 @@ def test_commands_and_licences():
         'cc0 (https://huggingface.co/datasets/somebody/dogs)',
     )
 
-
-def test_the_table_ends_with_what_to_do():
-    "ok, notes, missing; each command once"
+    # the table ends with what to do: ok, notes, missing; each command once
     lines = format_findings(
         [
             Finding('b', 'missing', 'gone', 'bring b'),
@@ -372,24 +382,11 @@ def test_the_table_ends_with_what_to_do():
     ]
     assert 'To get' not in format_findings([Finding('a', 'ok', 'here')])
 
-
-def test_every_profile_of_the_repository_can_be_looked_at():
-    wrong = []
-    for name in profile_names():
-        found = check_profile(name, hashes=False)
-        settings = next(f for f in found if f.what == 'settings')
-        if (
-            settings.state != 'ok'
-            or any('\n' in f.message + f.fetch for f in found)
-            or any(f.state == 'missing' for f in found) != ('To get what is missing:' in format_findings(found))
-        ):
-            wrong.append((name, settings.message))
-    assert not wrong
-
-
-def test_the_sizes_of_files_and_folders(tmp_path):
+    # the sizes of files and folders
     (tmp_path / 'f.bin').write_bytes(b'x' * 1_234_567)
     assert (
         describe_source('prompts.IP', tmp_path / 'f.bin', Profile()) == '1.2 MB'
         and describe_source('evaluators.x', tmp_path, Profile()) == 'a folder'
     )
+
+

@@ -141,16 +141,17 @@ def folder_with(tmp, files) -> Path:
     return f
 
 
-def test_captions(tmp_path):
+def test_captions_good_and_bad(tmp_path):
+    # captions
     def check(case, tmp):
         files, words = case
         bad('captions', read_captions, folder_with(tmp, files), words=words)
 
     every(CAPTIONS, check, tmp_path)
 
-
-def test_captions_that_are_right(tmp_path):
-    "Numbers, quotes, markup and other scripts are captions like others; names of digits stay names"
+    # captions that are right: Numbers, quotes, markup and other scripts are captions like others; names of digits stay
+    # names
+    (tmp_path := tmp_path/'1').mkdir()
     f = folder_with(tmp_path,
                     {J: '{"file_name": "a.png", "text": "007"}\n{"file_name": "0010", "text": "<b>ロボット</b>"}\n'})
     (f/'0010').write_bytes(PNG)
@@ -213,15 +214,16 @@ IMAGES = {
 }
 
 
-def test_images(tmp_path):
+def test_images_good_and_bad(tmp_path, monkeypatch):
+    # images
     def check(data, tmp):
         (tmp/'x').write_bytes(data)
         bad('images', read_image, tmp/'x', 64, words=str(tmp/'x'))
 
     every(IMAGES, check, tmp_path)
 
-
-def test_a_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    # a bomb is refused before it is decoded
+    (tmp_path := tmp_path/'1').mkdir()
     decoded = []
     load = ImageFile.ImageFile.load
     monkeypatch.setattr(ImageFile.ImageFile, 'load', lambda image: decoded.append(image.size) or load(image))
@@ -305,7 +307,8 @@ PROMPTS = {
 }
 
 
-def test_prompts(tmp_path):
+def test_prompts_good_and_bad(tmp_path):
+    # prompts
     def check(case, tmp):
         text, words = case
         (tmp/'p.csv').write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -318,8 +321,8 @@ def test_prompts(tmp_path):
 
     every(PROMPTS, check, tmp_path)
 
-
-def test_prompts_elsewhere(tmp_path):
+    # prompts elsewhere
+    (tmp_path := tmp_path/'1').mkdir()
     for p in (tmp_path, tmp_path/'no.csv'):
         bad('prompts', read_prompts, p, words=str(p))
     f = tmp_path/'p.csv'
@@ -472,8 +475,8 @@ ARGS = {
 NEEDS = dict(unlearn=4, finetune=3, evaluate=4, pretrain=2, batch=3)
 
 
-def test_commands(tmp_path, monkeypatch, capsys):
-    "Exit status 2, one line at the end, nothing written"
+def test_commands_good_and_bad(tmp_path, monkeypatch, capsys):
+    # commands: Exit status 2, one line at the end, nothing written
     def check(case, tmp):
         command, args = case
         if len(args) > 2: args = args[:NEEDS[command]] + args[4:]
@@ -490,8 +493,8 @@ def test_commands(tmp_path, monkeypatch, capsys):
 
     every({f'{command}, {name}': (command, args) for command in NEEDS for name, args in ARGS.items()}, check, tmp_path)
 
-
-def test_a_message_cannot_drive_the_terminal(tmp_path, monkeypatch, capsys):
+    # a message cannot drive the terminal
+    (tmp_path := tmp_path/'1').mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, 'argv', ['resalign-finetune', 'no\x1b[2J\nsecond', 'b', 'c'])
     with TALLY.case('bad input', 'resalign-finetune'):
@@ -603,7 +606,8 @@ PIPELINES = {
 }
 
 
-def test_pipelines(base, tmp_path):
+def test_pipelines_good_and_bad(base, tmp_path):
+    # pipelines
     def check(spoil, tmp):
         p = tmp/'base'
         shutil.copytree(base, p)
@@ -614,8 +618,8 @@ def test_pipelines(base, tmp_path):
 
     every(dict(some(PIPELINES.items())), check, tmp_path)
 
-
-def test_pickles_beside_safetensors_do_nothing(base, tmp_path):
+    # pickles beside safetensors do nothing
+    (tmp_path := tmp_path/'1').mkdir()
     p = tmp_path/'base'
     shutil.copytree(base, p)
     with TALLY.case('hostile file', 'a .pt and a .bin with code in them, beside whole weights'):
@@ -624,8 +628,8 @@ def test_pickles_beside_safetensors_do_nothing(base, tmp_path):
         load_pipeline(p)
         assert not (tmp_path/'ran').exists()
 
-
-def test_weights_that_cannot_be_saved(base, tmp_path):
+    # weights that cannot be saved
+    (tmp_path := tmp_path/'2').mkdir()
     pipe = load_pipeline(base)
     pipe.unet.conv_in.weight.data[0, 0, 0, 0] = 1e6 # too large for float16
     bad('pipelines', save_pipeline, pipe, tmp_path/'x', words='conv_in.weight')
@@ -664,8 +668,8 @@ DAMAGES = {
 }
 
 
-def test_checkpoints(tmp_path, capsys):
-    "The one before is used and said; with both damaged none is, and that is said"
+def test_checkpoints_and_albums(tmp_path, capsys):
+    # checkpoints: The one before is used and said; with both damaged none is, and that is said
     def newest(damage, tmp):
         with TALLY.case('checkpoint damaged', 'file by hand, the newest'):
             p, *_ = saved(tmp)
@@ -685,32 +689,14 @@ def test_checkpoints(tmp_path, capsys):
         (tmp_path/check.__name__).mkdir()
         every(DAMAGES, check, tmp_path/check.__name__)
 
-
-def test_checkpoint_of_another_model(tmp_path):
+    # checkpoint of another model
+    (tmp_path := tmp_path/'1').mkdir()
     p, net, opt = saved(tmp_path)
     bad('checkpoints', load_state, p, dict(net=torch.nn.Linear(9, 2)), opt, words=str(p))
     bad('checkpoints', load_state, p, dict(other=net), opt, words=str(p))
 
-
-INDEX = 'index.json'
-ALBUMS = { # how one of nine pictures in three batches is spoiled, by what question it is opened; how many are kept
-    'cut': (lambda a: cut(a/'pictures', -1), 'q', 6), 'flipped': (lambda a: flip(a/'pictures', 200), 'q', 0),
-    'longer': (lambda a: (a/'pictures').write_bytes((a/'pictures').read_bytes() + b'x'), 'q', 9),
-    'index gone': (lambda a: (a/INDEX).unlink(), 'q', 0), 'index broken': (lambda a: (a/INDEX).write_text('{'), 'q', 0),
-    'index a list': (lambda a: (a/INDEX).write_text('[]'), 'q', 0), 'other question': (lambda a: None, 'r', 0),
-}
-
-
-def cut(path, n):
-    path.write_bytes(path.read_bytes()[:n])
-
-
-def flip(path, n):
-    path.write_bytes((raw := path.read_bytes())[:n] + bytes([raw[n] ^ 1]) + raw[n + 1:])
-
-
-def test_albums(tmp_path):
-    "What is whole is kept, the rest is drawn again"
+    # albums: What is whole is kept, the rest is drawn again
+    (tmp_path := tmp_path/'2').mkdir()
     x = np.random.default_rng(0).integers(0, 255, (3, 8, 8, 3)).astype(np.uint8)
     batches = [x + np.uint8(k) for k in range(3)]
 
@@ -731,6 +717,23 @@ def test_albums(tmp_path):
             check(case, tmp)
 
     every({name: (name, case) for name, case in ALBUMS.items()}, lambda c, tmp: counted(*c, tmp), tmp_path)
+
+
+INDEX = 'index.json'
+ALBUMS = { # how one of nine pictures in three batches is spoiled, by what question it is opened; how many are kept
+    'cut': (lambda a: cut(a/'pictures', -1), 'q', 6), 'flipped': (lambda a: flip(a/'pictures', 200), 'q', 0),
+    'longer': (lambda a: (a/'pictures').write_bytes((a/'pictures').read_bytes() + b'x'), 'q', 9),
+    'index gone': (lambda a: (a/INDEX).unlink(), 'q', 0), 'index broken': (lambda a: (a/INDEX).write_text('{'), 'q', 0),
+    'index a list': (lambda a: (a/INDEX).write_text('[]'), 'q', 0), 'other question': (lambda a: None, 'r', 0),
+}
+
+
+def cut(path, n):
+    path.write_bytes(path.read_bytes()[:n])
+
+
+def flip(path, n):
+    path.write_bytes((raw := path.read_bytes())[:n] + bytes([raw[n] ^ 1]) + raw[n + 1:])
 
 
 # ------------------------------------------------------------------ adapters, detectors, scores
@@ -830,8 +833,21 @@ SCORES = {
 }
 
 
-def test_scores(tmp_path):
+def test_tables_of_scores(tmp_path):
+    # scores
     every(SCORES, lambda case, tmp: bad('scores', case[0], words=case[1]), tmp_path)
+
+    # cells
+    (tmp_path := tmp_path/'1').mkdir()
+    def check(text, tmp):
+        (tmp/'ga-0').mkdir()
+        f = tmp/'ga-0/summary.csv'
+        f.write_bytes(text if isinstance(text, bytes) else text.encode())
+        bad('scores', table.collect, ['ga'], [0], tmp, words='summary.csv')
+        shutil.copy(f, tmp/'ga-0/scores.csv')
+        bad('scores', table.collect_scores, ['ga'], [0], tmp, words='scores.csv')
+
+    every(CELLS, check, tmp_path)
 
 
 CELLS = {
@@ -842,18 +858,6 @@ CELLS = {
     'another method': ','.join(table.COLUMNS) + '\nuce,0' + ',x'*8 + '\n',
     'another seed': ','.join(table.COLUMNS) + '\nga,7' + ',x'*8 + '\n'
 }
-
-
-def test_cells(tmp_path):
-    def check(text, tmp):
-        (tmp/'ga-0').mkdir()
-        f = tmp/'ga-0/summary.csv'
-        f.write_bytes(text if isinstance(text, bytes) else text.encode())
-        bad('scores', table.collect, ['ga'], [0], tmp, words='summary.csv')
-        shutil.copy(f, tmp/'ga-0/scores.csv')
-        bad('scores', table.collect_scores, ['ga'], [0], tmp, words='scores.csv')
-
-    every(CELLS, check, tmp_path)
 
 
 # ------------------------------------------------------------------ stages, pages, batches
@@ -874,17 +878,15 @@ def test_studies(tmp_path):
     every(STUDIES, lambda case, tmp: bad('papermill parameters', case[0], words=case[1]), tmp_path)
 
 
-@pytest.mark.parametrize(
-    'given, words', some([('-p method resaling', "'resaling'")]))
-def test_papermill(given, words, tmp_path):
+def test_papermill(tmp_path):
     "The page stops with the line, and no result is written"
     with TALLY.case('bad input', 'papermill parameters'):
         done = subprocess.run([
             sys.executable, '-m', 'papermill', '-k', 'python3', '--no-progress-bar', '--log-level', 'ERROR',
             'nbs/8_use/40_cell.ipynb',
-            str(tmp_path/'out.ipynb'), *given.split()
+            str(tmp_path/'out.ipynb'), *'-p method resaling'.split()
         ], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=str(ROOT)))
-        assert done.returncode and 'UserError: ' in done.stderr and words in done.stderr, done.stderr[-800:]
+        assert done.returncode and 'UserError: ' in done.stderr and "'resaling'" in done.stderr, done.stderr[-800:]
 
 
 def notebook(path, *cells, tags=('parameters', )):
@@ -917,7 +919,8 @@ GRIDS = {
 }
 
 
-def test_grids(tmp_path):
+def test_grids_and_pages(tmp_path):
+    # grids
     def check(case, tmp):
         grid, words = case
         page = notebook(tmp/'page.ipynb', 'x, y, alpha = 1, 2, 3', 'x')
@@ -926,8 +929,8 @@ def test_grids(tmp_path):
 
     every(GRIDS, check, tmp_path)
 
-
-def test_pages_that_are_none(tmp_path):
+    # pages that are none
+    (tmp_path := tmp_path/'1').mkdir()
     for n, text in dict(empty='', text='hello', list='[]', mapping='{}').items():
         (tmp_path/f'{n}.ipynb').write_text(text)
         bad('grids', batches.batch, tmp_path/f'{n}.ipynb', {}, tmp_path/'out')
@@ -968,8 +971,8 @@ NASTY = [
 ]
 
 
-def test_reports_escape(tmp_path):
-    "Model card, batch page and Markdown table show the words and nothing else"
+def test_what_reports_show(tmp_path):
+    # reports escape: Model card, batch page and Markdown table show the words and nothing else
     def card(w):
         return model_card(
             dict(pipeline=w, method=w, unsafe=w, benign=w, pool=[w], seed=0, settings={w: w}, versions={}))
@@ -987,7 +990,8 @@ def test_reports_escape(tmp_path):
 
     every({repr(text): text for text in NASTY}, check, tmp_path)
 
-
-def test_words_stay_words():
+    # words stay words
     assert one_line('a\x1b[2Jb\nc') == 'a [2Jb c' and html.unescape(re.sub(
         r'\\(.)', r'\1', escape_markdown('a<b>|`*[]&\\'))) == 'a<b>|`*[]&\\'
+
+

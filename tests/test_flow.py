@@ -23,6 +23,7 @@ from resalign.method.resalign import UnlearnData
 from resalign.baselines.methods import run_method
 from resalign.model.pipelines import check_pipeline, generate, load_pipeline, save_pipeline
 from tests.far import Far, FarTensor
+from each import each
 
 
 # without the empty rows of the T5 that isn't there
@@ -56,7 +57,7 @@ def test_latents_and_captions_are_what_the_pipeline_says(given):
     assert torch.equal(out[:, :-1], rows) and torch.equal(out[:, -1, :48], pooled) and not out[:, -1, 48:].any()
 
 
-@pytest.mark.parametrize('product, far', [('exact', 1e-7), ('lora-bilinear', None)])
+@each('product, far', [('exact', 1e-7), ('lora-bilinear', None)])
 def test_hypergradients_against_the_dense_inverse(given, product, far):
     pipe = build_sd3(['a robot'], layers=1)
     pipe.transformer.double()
@@ -82,7 +83,7 @@ def test_hypergradients_against_the_dense_inverse(given, product, far):
     else: assert error(flat(x)) < far < .01 < error(g)
 
 
-@pytest.mark.parametrize('method, compute',
+@each('method, compute',
                          [('resalign', None), ('ga', dict(device='cpu', dtype='bfloat16',
                                                           gradient_checkpointing=True))])
 def test_from_folder_to_folder(folder, tmp_path, method, compute):

@@ -25,6 +25,7 @@ from resalign.baselines.methods import METHODS, config_of, run_method
 from resalign.model.pipelines import PretrainConfig, build_pipeline, build_vae, generate, load_pipeline
 from resalign.studies.base import narrow, train_denoiser, train_vae
 from resalign.world.scenes import scenes
+from each import each
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent/'golden'
@@ -84,7 +85,7 @@ def run_page(page, wanted):
         if all(w.exists() for w in wanted): return
 
 
-@pytest.mark.parametrize('page', TABLES)
+@each('page', TABLES)
 def test_a_table_comes_out_of_the_committed_scores_to_the_last_digit(page, checkout):
     wanted = [checkout/f for f in TABLES[page]]
     for w in wanted: w.unlink()

@@ -28,11 +28,11 @@ STUDIES = sorted(m.rpartition('.')[2] for m in MODULES if m.startswith('resalign
 
 # ------------------------------------------------------------------ pages
 
-def test_not_too_many_pages(): assert 40 < len(PAGES) <= 60
+def test_pages_and_their_modules():
+    # not too many pages
+    assert 40 < len(PAGES) <= 60
 
-
-def test_modules_stand_where_their_pages_do():
-    "nbs/4_method/30_resalign.ipynb makes resalign/method/resalign.py"
+    # modules stand where their pages do: nbs/4_method/30_resalign.ipynb makes resalign/method/resalign.py
     wrong = []
     for module, k in MODULES.items():
         folder, stem = PAGES[k].parent.name, PAGES[k].stem
@@ -72,11 +72,22 @@ def test_packages_are_layers_without_circles():
 
 # ------------------------------------------------------------------ plain code
 
-def test_ruff():
-    "Width, one statement a line, unused and undefined names: pyproject.toml has the rules"
+def test_plain_code():
+    # ruff: Width, one statement a line, unused and undefined names: pyproject.toml has the rules
     done = subprocess.run([sys.executable, '-m', 'ruff', 'check', '--output-format', 'concise', '--no-cache'], cwd=ROOT,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+    # cells are short and plain: Exported cells: 25 lines at most, 10 in the mean; nowhere a conditional expression
+    # inside another
+    wrong, length = [], []
+    for page in PAGES:
+        for cell in exported(page):
+            length.append(lines(cell))
+            if length[-1] > 25: wrong.append(f'{name(page)}: a cell of {length[-1]} lines: {cell.splitlines()[1][:60]}')
+        wrong += [f'{name(page)}: {what}' for cell in cells(page) for what in nested_conditionals(cell)]
+    agree(wrong, 'split:')
+    assert sum(length)/len(length) <= 10
 
 
 def nested_conditionals(code):
@@ -89,35 +100,23 @@ def exported(page): return [c for c in cells(page) if re.match(r'#\|\s*export\b'
 def lines(cell): return sum(bool(l.strip()) for l in cell.splitlines()[1:])
 
 
-def test_cells_are_short_and_plain():
-    "Exported cells: 25 lines at most, 10 in the mean; nowhere a conditional expression inside another"
-    wrong, length = [], []
-    for page in PAGES:
-        for cell in exported(page):
-            length.append(lines(cell))
-            if length[-1] > 25: wrong.append(f'{name(page)}: a cell of {length[-1]} lines: {cell.splitlines()[1][:60]}')
-        wrong += [f'{name(page)}: {what}' for cell in cells(page) for what in nested_conditionals(cell)]
-    agree(wrong, 'split:')
-    assert sum(length)/len(length) <= 10
-
-
 # ------------------------------------------------------------------ stages
 
 DVC = yaml.safe_load((ROOT/'dvc.yaml').read_text())['stages']
 
 
-def test_a_reader_can_hold_the_stages_in_mind():
+def test_stages():
+    # a reader can hold the stages in mind
     assert len(DVC) <= 40 and len((ROOT/'dvc.yaml').read_text().splitlines()) <= 250
     assert (ROOT/'dvc.lock').stat().st_size <= 100_000
 
-
-NO_STAGE = {'models', 'sd14', 'tests'} # pages that other studies use, or that other commands make
-
-
-def test_every_study_is_a_stage():
+    # every study is a stage
     assert set(DVC) - {'code'} == set(STUDIES) - NO_STAGE
     agree([s for s in DVC if s != 'code' and f'outs/code/{s}.json' not in DVC[s]['deps']], 'depends not on its code:')
     agree([f'{s}: {DVC[s]["cmd"]}' for s in DVC if s != 'code' and DVC[s]['cmd'] != f'${{run}} {s}'], 'command:')
+
+
+NO_STAGE = {'models', 'sd14', 'tests'} # pages that other studies use, or that other commands make
 
 
 @pytest.fixture(scope='module')
@@ -138,21 +137,24 @@ def meanings(there): # study -> what its code means
     return {p.stem: p.read_text() for p in (there/'outs/code').glob('*.json')}
 
 
-def changed(there, before): return {s for s, text in meanings(there).items() if text != before[s]}
-
-
 def edited(path, old, new):
     text = path.read_text()
     assert old in text, (path, old)
     path.write_text(text.replace(old, new, 1))
 
 
-def test_words_make_nothing_stale(clone):
-    "A comment, a docstring, a page's prose, the name of a page"
+CONSTANTS = [ # file, a line and another one, studies that must be stale, studies that must not
+    ('use/evaluate.py', 'WORLD_SIZE = 64', 'WORLD_SIZE = 65', {'table'}, {'resurgence', 'ablation', 'moreau'}),
+    ('method/hypergrad.py', 'MARGIN = 0.01', 'MARGIN = 0.02', {'table', 'resurgence', 'landscape'}, {'base', 'evaluators'}),
+    ('use/batch.py', 'LONGEST = 100', 'LONGEST = 99', set(), set(STUDIES))]
+
+
+def test_what_makes_a_study_stale(clone):
+    "Not a comment, a docstring, a page's prose or its name; a constant what uses it, a figure's code its study"
     before = meanings(clone)
     assert set(before) == set(STUDIES)
-    module = clone/'resalign/method/finetune.py'
-    edited(module, 'import', '# a comment\nimport')
+    def changed(): return {s for s, text in meanings(clone).items() if text != before[s]}
+    edited(clone/'resalign/method/finetune.py', 'import', '# a comment\nimport')
     docstring = "The start of the SHA-256 of a picture's pixels"
     edited(clone/'resalign/measure/metrics.py', docstring, 'A picture by its pixels')
     page = next((clone/'nbs/9_studies').glob('*_resurgence.ipynb'))
@@ -160,26 +162,16 @@ def test_words_make_nothing_stale(clone):
     nb['cells'][1]['source'] = ['# Resurgence\n', '\n', '> Other words.']
     (page.parent/'99_other_name.ipynb').write_text(json.dumps(nb))
     page.unlink()
-    assert changed(clone, before) == set()
-
-
-@pytest.mark.parametrize('file, old, new, stale, fresh', [
-    ('use/evaluate.py', 'WORLD_SIZE = 64', 'WORLD_SIZE = 65', {'table'}, {'resurgence', 'ablation', 'moreau'}),
-    ('method/hypergrad.py', 'MARGIN = 0.01', 'MARGIN = 0.02', {'table', 'resurgence', 'landscape'}, {'base', 'evaluators'}),
-    ('use/batch.py', 'LONGEST = 100', 'LONGEST = 99', set(), set(STUDIES))])
-def test_a_constant_makes_stale_what_uses_it(clone, file, old, new, stale, fresh):
-    before = meanings(clone)
-    edited(clone/'resalign'/file, old, new)
-    got = changed(clone, before)
-    edited(clone/'resalign'/file, new, old)
-    assert stale <= got and not fresh & got
-
-
-def test_a_figure_depends_on_its_page(clone):
-    before = meanings(clone)
-    page = next((clone/'nbs/9_studies').glob('*_landscape.ipynb'))
-    edited(page, "figsize=(10, 3)", "figsize=(9, 3)")
-    assert changed(clone, before) == {'landscape'}
+    assert changed() == set()
+    wrong = []
+    for file, old, new, stale, fresh in CONSTANTS:
+        edited(clone/'resalign'/file, old, new)
+        got = changed()
+        edited(clone/'resalign'/file, new, old)
+        if not stale <= got or fresh & got: wrong.append((file, got))
+    agree(wrong, 'stale:')
+    edited(next((clone/'nbs/9_studies').glob('*_landscape.ipynb')), 'figsize=(10, 3)', 'figsize=(9, 3)')
+    assert changed() == {'landscape'}
 
 
 # ------------------------------------------------------------------ methods

@@ -6,6 +6,7 @@ from hypothesis import given, settings, strategies as st
 from resalign.method.hypergrad import *
 from resalign.method.hypergrad import flat, unflat
 from systems import *
+from each import each
 
 
 # ------------------------------------------------------------------ properties
@@ -104,7 +105,7 @@ def through_the_argmin(gamma, **options):
         def backward(ctx, up): return up * flat(ctx.x)
     return End.apply
 
-@pytest.mark.parametrize('method', ITERATIVE)
+@each('method', ITERATIVE)
 def test_gradcheck_through_the_argmin(method):
     "The start is moved, the proximal problem solved again: torch's own gradcheck, float64"
     theta = (.4 * randn(N, seed=8)).requires_grad_()

@@ -22,6 +22,7 @@ from resalign.model.losses import Denoiser
 from resalign.baselines.methods import METHODS, run_method
 from resalign.model.pipelines import load_pipeline, save_pipeline
 from tests.compvis import eightfold_vae, narrow_xl, two_layers
+from each import each
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -98,7 +99,7 @@ def check_what_moves(shaped, what, method):
     return pipe
 
 
-@pytest.mark.parametrize('what', CLASSES)
+@each('what', CLASSES)
 def test_exactly_the_said_parameters_move_on_the_layout_of_sd14(sd14_shaped, what):
     for method in CLASSES[what][1]: check_what_moves(sd14_shaped, what, method)
 
@@ -126,7 +127,7 @@ def test_sdxl_is_told_what_the_pipeline_tells_it(sdxl_shaped):
     torch.testing.assert_close(Denoiser(pipe)(z, t, torch.cat([empty, said])), out)
 
 
-@pytest.mark.parametrize('tokens', ['last', 'rest'])
+@each('tokens', ['last', 'rest'])
 def test_uce_reads_a_real_encoders_embeddings_at_the_right_places(given, tokens):
     pipe, _ = given
     cuts = [('a red robot', ' with exposed wiring', '')]*2 + [('a red robot', ' with exposed wiring', ' in a garden')]
@@ -156,7 +157,7 @@ RESUMED = { # what a run has beside weights and moments
     'advunlearn': dict(warm_up=1)}  # the text encoder
 
 
-@pytest.mark.parametrize('method', RESUMED)
+@each('method', RESUMED)
 def test_an_interrupted_run_goes_on_with_the_same_bits(world_of_demo, method, tmp_path):
     base, data = world_of_demo
     settings = dict(steps=4, lr=2e-3) | RESUMED[method]

@@ -5,6 +5,7 @@ import pytest
 
 import pages
 from pages import ROOT, literate, study
+from each import each
 
 # A page's bound is a minute on a quiet machine; this only stops one that hangs
 LIMIT = int(os.environ.get('PAGE_SECONDS', 300))
@@ -30,8 +31,24 @@ def runs(how, page, tmp_path, record_property):
     if status: pytest.fail(f'{page}: exit status {status}\n{said[-6000:]}', pytrace=False)
 
 
-def test_there_are_pages():
+def test_pages_and_what_they_find(server, tmp_path):
+    # there are pages
     assert PAGES and STUDIES and (ROOT/BY_PAPERMILL).is_file(), 'no pages under nbs/'
+
+    # what a page finds
+    status, _, said = pages.run(pages.surroundings, '', tmp_path/'log', LIMIT)
+    assert not status, said
+    want = dict(ours=[], absent=[], threads=1, backend='agg', offline='1', cwd=str(ROOT), group=True)
+    assert said.splitlines()[0] == str(want), said
+
+    # a page that ends well: Cells flagged slow are left out of literate pages; a cell that is meant to raise may, in a
+    # study
+    (tmp_path := tmp_path/'2').mkdir()
+    write_page(tmp_path/'literate.ipynb', '#| slow\n1/0', '#| eval: false\n1/0', 'x = 1')
+    write_page(tmp_path/'study.ipynb', '1/0', 'x = 1', tags=['raises-exception'])
+    for how in (literate, study):
+        status, _, said = pages.run(how, str(tmp_path/f'{how.__name__}.ipynb'), tmp_path/'log', LIMIT)
+        assert status == 0, said
 
 
 @pytest.mark.page
@@ -64,12 +81,6 @@ def test_papermill_passes_parameters(tmp_path):
 
 # ------------------------------------------------------------------ the server itself
 
-def test_what_a_page_finds(server, tmp_path):
-    status, _, said = pages.run(pages.surroundings, '', tmp_path/'log', LIMIT)
-    assert not status, said
-    want = dict(ours=[], absent=[], threads=1, backend='agg', offline='1', cwd=str(ROOT), group=True)
-    assert said.splitlines()[0] == str(want), said
-
 
 BROKEN = { # what the second cell does: exit status (None: killed), a word of what is said
     'raises': ('print("before"); 1/0', 1, 'ZeroDivisionError'),
@@ -80,7 +91,7 @@ BROKEN = { # what the second cell does: exit status (None: killed), a word of wh
 }
 
 
-@pytest.mark.parametrize('how', [literate, study])
+@each('how', [literate, study])
 def test_a_broken_page_fails(how, server, tmp_path):
     "Each kind of failure is seen, and said; the cell after it is never run"
     wrong = []
@@ -92,16 +103,7 @@ def test_a_broken_page_fails(how, server, tmp_path):
     assert not wrong, wrong
 
 
-def test_a_page_that_ends_well(server, tmp_path):
-    "Cells flagged slow are left out of literate pages; a cell that is meant to raise may, in a study"
-    write_page(tmp_path/'literate.ipynb', '#| slow\n1/0', '#| eval: false\n1/0', 'x = 1')
-    write_page(tmp_path/'study.ipynb', '1/0', 'x = 1', tags=['raises-exception'])
-    for how in (literate, study):
-        status, _, said = pages.run(how, str(tmp_path/f'{how.__name__}.ipynb'), tmp_path/'log', LIMIT)
-        assert status == 0, said
-
-
-@pytest.mark.parametrize('stored, fresh', [
+@each('stored, fresh', [
     ("print('a dog')", "print('a cat')"), ("print('loss 0.31')", "print('loss 0.62')"), ('[1, 2]', '[1, 2, 3]'),
     ("'nothing'", 'None'), ('None', "'something'")])
 def test_a_stale_output_is_noticed(server, tmp_path, stored, fresh):

@@ -107,9 +107,9 @@ RELEASED = '''
     d3/1e-5/10/adam d3/1e-5/30/gd d3/1e-6/20/gd d2/1e-5/10/adam d3/1e-6/5/adam/full'''
 
 
-def test_the_paper_verbatim():
-    """160 outer steps, J = 3, K = 5, γ = 1, AdamW 2e-4, rank 4, up .002, down .008, β .8, batch 1 and 4, limit .2;
-    200 steps at 1e-5, 1 by 4; 30 steps, guidance 7.5"""
+def test_the_papers_profiles():
+    # the paper verbatim: 160 outer steps, J = 3, K = 5, γ = 1, AdamW 2e-4, rank 4, up .002, down .008, β .8, batch 1
+    # and 4, limit .2; 200 steps at 1e-5, 1 by 4; 30 steps, guidance 7.5
     c = config_of('resalign', settings('unlearn.resalign', 'sd14-paper'))
     assert (
         c.steps,
@@ -149,8 +149,7 @@ def test_the_paper_verbatim():
         and p.prompts['IP'].category == 'sexual'
     )
 
-
-def test_light_differs_in_solver_pool_and_precision_alone():
+    # light differs in solver pool and precision alone
     a, b = (config_of('resalign', settings('unlearn.resalign', n)).model_dump() for n in ('sd14-paper', 'sd14-light'))
     assert {k for k in a if a[k] != b[k]} == {'solver', 'product', 'tol', 'clamp', 'fallback_share', 'pool'} and (
         b['solver'],
@@ -163,7 +162,8 @@ def test_light_differs_in_solver_pool_and_precision_alone():
 # ------------------------------------------------------------------ which one, and what it says
 
 
-def test_the_environment_wins(tmp_path, monkeypatch):
+def test_which_profile(tmp_path, monkeypatch):
+    # the environment wins
     file = write(tmp_path, dict(mine=dict(size=64), other=dict(size=32)))
     assert active_profile(file)[0] == 'mine' and active_profile(file)[1].size == 64
     monkeypatch.setenv('RESALIGN_PROFILE', 'other')
@@ -173,8 +173,7 @@ def test_the_environment_wins(tmp_path, monkeypatch):
     monkeypatch.delenv('RESALIGN_PROFILE')
     assert said(active_profile, write(tmp_path, dict(mine={}), 'nobody')).startswith("params.yaml: profile: unknown 'nobody'")
 
-
-def test_tiny_is_params_yaml():
+    # tiny is params yaml
     assert active_profile()[0] == params('profile')
     section = params('methods.resalign')
     assert settings('unlearn.resalign', 'tiny') == section['start'] | section['chosen']
@@ -185,8 +184,8 @@ def test_tiny_is_params_yaml():
     }
     assert {n: source_folder(n, 'tiny') for n in places} == {n: root() / p for n, p in places.items()}
 
-
-def test_a_real_profile_never_falls_back_to_tiny(tmp_path):
+    # a real profile never falls back to tiny
+    (tmp_path := tmp_path/'2').mkdir()
     file = write(
         tmp_path,
         dict(mine=dict(unlearn=dict(ga=dict(steps=3)), erase=['x'], sections=dict(attack=dict(prompts=3)))),
@@ -266,7 +265,8 @@ def test_a_slip_is_named_by_its_field(tmp_path):
 # ------------------------------------------------------------------ where things lie
 
 
-def test_kinds_of_source():
+def test_sources():
+    # kinds of source
     kinds = {
         'CompVis/stable-diffusion-v1-4': 'hub',
         './real/unsafe': 'local',
@@ -283,8 +283,7 @@ def test_kinds_of_source():
         and Source(path='/mnt/x', inside='y').local.as_posix() == '/mnt/x/y'
     )
 
-
-def test_every_source_has_a_name():
+    # every source has a name
     at = lambda p: Source(path=p)
     p = Profile(
         base=at('a'),
@@ -303,8 +302,35 @@ def test_every_source_has_a_name():
         'evaluators.nude': 'e',
     }
 
+    # the command that fetches it
+    assert (
+        download_command('a/b', 'abc', 'dataset', 'down1')
+        == 'hf download a/b --type dataset --revision abc --include "down1*"'
+        and download_command('a/b', kind='dataset') == 'hf download a/b --type dataset'
+    )
+    assert (
+        download_command('a/b') == 'hf download a/b --include "*.json" --include "*.txt" --include "*/*.safetensors"'
+        ' --exclude "safety_checker/*" --exclude "*fp16*" --exclude "*non_ema*"'
+    )
+    assert (licence_page('a/b'), licence_page('a/b', 'dataset')) == (
+        'https://huggingface.co/a/b',
+        'https://huggingface.co/datasets/a/b',
+    )
+    text = download_hint('a/b', 'abc', 4.3, 'dataset', 'x')
+    assert all(
+        w in text
+        for w in (
+            licence_page('a/b', 'dataset'),
+            download_command('a/b', 'abc', 'dataset', 'x'),
+            'about 4.3 GB',
+            'hf auth login',
+            str(constants.HF_HUB_CACHE),
+        )
+    )
 
-def test_local_paths_never_ask_the_network(offline, tmp_path):
+
+def test_where_sources_lie(offline, tmp_path, monkeypatch):
+    # local paths never ask the network
     (tmp_path / 'dogs/inner').mkdir(parents=True)
     (tmp_path / 'ev').mkdir()
     (tmp_path / 'head.pt').touch()
@@ -338,8 +364,8 @@ def test_local_paths_never_ask_the_network(offline, tmp_path):
         ]
     )
 
-
-def test_a_hub_id_in_the_cache(offline, tmp_path, monkeypatch):
+    # a hub id in the cache
+    (tmp_path := tmp_path/'1').mkdir()
     repo = tmp_path / 'hub/datasets--somebody--dogs'
     hub = repo / 'snapshots' / COMMIT
     (hub / 'down1').mkdir(parents=True)
@@ -374,8 +400,8 @@ def test_a_hub_id_in_the_cache(offline, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
     assert locate(Source(path='somebody/dogs')) == hub
 
-
-def test_a_hub_id_is_fetched_at_its_revision_and_no_more_than_it(monkeypatch, tmp_path):
+    # a hub id is fetched at its revision and no more than it
+    (tmp_path := tmp_path/'2').mkdir()
     from resalign.real import profiles
 
     asked = []
@@ -399,33 +425,6 @@ def test_a_hub_id_is_fetched_at_its_revision_and_no_more_than_it(monkeypatch, tm
     ]
 
 
-def test_the_command_that_fetches_it():
-    assert (
-        download_command('a/b', 'abc', 'dataset', 'down1')
-        == 'hf download a/b --type dataset --revision abc --include "down1*"'
-        and download_command('a/b', kind='dataset') == 'hf download a/b --type dataset'
-    )
-    assert (
-        download_command('a/b') == 'hf download a/b --include "*.json" --include "*.txt" --include "*/*.safetensors"'
-        ' --exclude "safety_checker/*" --exclude "*fp16*" --exclude "*non_ema*"'
-    )
-    assert (licence_page('a/b'), licence_page('a/b', 'dataset')) == (
-        'https://huggingface.co/a/b',
-        'https://huggingface.co/datasets/a/b',
-    )
-    text = download_hint('a/b', 'abc', 4.3, 'dataset', 'x')
-    assert all(
-        w in text
-        for w in (
-            licence_page('a/b', 'dataset'),
-            download_command('a/b', 'abc', 'dataset', 'x'),
-            'about 4.3 GB',
-            'hf auth login',
-            str(constants.HF_HUB_CACHE),
-        )
-    )
-
-
 # ------------------------------------------------------------------ stages
 
 
@@ -434,18 +433,19 @@ def studies_with_stages():
     return [stage for stage in stages if stage != 'code']
 
 
-def test_a_drawn_study_refuses_a_real_profile(monkeypatch):
-    "Before anything is read or written"
+def test_stages_under_a_real_profile(monkeypatch):
+    # a drawn study refuses a real profile: Before anything is read or written
     monkeypatch.setenv('RESALIGN_PROFILE', 'sd14')
     drawn = [study for study in studies_with_stages() if study not in batch.OF_REAL_PROFILES]
     assert len(drawn) > 10
     for ask in batch.run_study_cells, batch.run_page_of_study:
         assert not unsaid(((f"{study}: profile 'sd14'", 'drawn'), ask, (study,), {}) for study in drawn)
 
-
-def test_the_doctor_comes_first(monkeypatch):
-    "Of a real profile every stage stops at the first thing that is missing, and leaves the profile as it was"
+    # the doctor comes first: Of a real profile every stage stops at the first thing that is missing, and leaves the
+    # profile as it was
     monkeypatch.setenv('RESALIGN_PROFILE', 'sd14')
     words = 'profile sd14: ', 'resalign-doctor sd14'
     assert not unsaid((words, batch.run_study_and_page, (study,), {}) for study in batch.OF_REAL_PROFILES)
     assert active_profile()[0] == 'sd14'
+
+

@@ -52,11 +52,15 @@ STAND = '''README.md LICENSE CITATION.cff DEVELOPERS.md Makefile settings.ini pa
     nbs/index.ipynb requirements.lock .ci/run results/tables/main.csv'''.split()
 
 
-def test_files_stand():
+def test_readme():
+    # files stand
     linked = readme.links((ROOT/'README.md').read_text(encoding='utf-8'))
     assert linked
     agree([f for f in STAND if not (ROOT/f).is_file()], 'missing')
     agree([f for f in linked if not (ROOT/f).exists()], 'README.md points at')
+
+    # readme is the index
+    assert (ROOT/'README.md').read_text(encoding='utf-8') == readme.convert(), 'run make readme'
 
 
 # ------------------------------------------------------------------ pages and modules
@@ -133,17 +137,6 @@ def stages(): return yaml.safe_load(DVC_YAML.read_text())['stages']
 def page_of(stage): return next((p for p in STUDIES if p.stem.partition('_')[2] == stage), NBS/'9_studies'/stage)
 
 
-def test_a_stage_is_a_study():
-    "It runs the study's page; what the page's code means is asked of `code`"
-    wrong = []
-    for stage, body in stages().items():
-        if stage == 'code': continue
-        if not page_of(stage).is_file(): wrong.append(f'{stage}: no page nbs/9_studies/NN_{stage}.ipynb')
-        if body['cmd'] != f'${{run}} {stage}': wrong.append(f"{stage} runs {body['cmd']}")
-        if f'outs/code/{stage}.json' not in body['deps']: wrong.append(f'{stage} does not depend on its code')
-    agree(wrong, 'dvc.yaml:')
-
-
 def test_stages_take_the_profile_of_params(tmp_path):
     "DVC watches params.yaml: another profile in the shell would change results behind its back"
     run_line = next(group['run'] for group in yaml.safe_load(DVC_YAML.read_text())['vars'] if 'run' in group)
@@ -217,8 +210,9 @@ STORE = ROOT/'.dvc/store/files/md5'
 def stored(md5): return STORE/md5[:2]/md5[2:]
 
 
-def test_store_is_small_and_whole():
-    "Each file of the store is what its name says, and git has it; nothing large stands in git beside it"
+def test_store():
+    # store is small and whole: Each file of the store is what its name says, and git has it; nothing large stands in
+    # git beside it
     files, ours = [p for p in (ROOT/'.dvc/store').rglob('*') if p.is_file()], tracked()
     assert (size := sum(p.stat().st_size for p in files)) <= 20*MB, f'the store holds {size/MB:.1f} MB, of at most 20'
     blobs = [p for p in files if p.is_relative_to(STORE)]
@@ -228,9 +222,8 @@ def test_store_is_small_and_whole():
     beside = [ROOT/f for f in ours if (ROOT/f).is_file() and not f.startswith('.dvc/store/')]
     agree([f'{name(f)}: {f.stat().st_size/MB:.1f} MB' for f in beside if f.stat().st_size > 2*MB], 'keep with DVC:')
 
-
-def test_store_restores():
-    "What `make reproduce` restores is there: cached outputs of the stages in RESTORED, and data that no stage makes"
+    # store restores: What `make reproduce` restores is there: cached outputs of the stages in RESTORED, and data that
+    # no stage makes
     restored = re.search(r'^RESTORED\s*:=\s*(.*)$', (ROOT/'Makefile').read_text(), re.M)[1].split()
     declared = yaml.safe_load(DVC_YAML.read_text())['stages']
     locked = yaml.load((ROOT/'dvc.lock').read_text(), Loader=yaml.CSafeLoader)['stages'] # a megabyte
@@ -283,10 +276,6 @@ def test_the_table_uses_what_tuning_chose():
     agree(wrong, 'params.yaml:')
 
 
-def test_readme_is_the_index():
-    assert (ROOT/'README.md').read_text(encoding='utf-8') == readme.convert(), 'run make readme'
-
-
 # ------------------------------------------------------------------ safety
 
 PICKLE = {'pickle', 'cPickle', 'dill', 'cloudpickle', 'joblib', 'shelve', 'marshal'}
@@ -330,8 +319,8 @@ def test_nothing_is_unpickled():
 
 # ------------------------------------------------------------------ the package
 
-def test_lock_covers_what_is_asked():
-    "Each name of requirements.in and settings.ini is pinned"
+def test_environment():
+    # lock covers what is asked: Each name of requirements.in and settings.ini is pinned
     def lines(text): return [l for l in text.split('\n') if l.strip() and l[0] != '#']
     def names(text): return {re.match(r'[\w.-]+', l)[0].lower().replace('_', '-') for l in lines(text)}
     ini = ConfigParser()
@@ -343,12 +332,7 @@ def test_lock_covers_what_is_asked():
     agree([l for l in lines(lock) if '==' not in l or '+' in l], 'pin versions, without local suffixes:')
     agree([n for n in names(lock) if n.startswith('nvidia') or n in ('torchvision', 'torchaudio', 'triton')])
 
-
-COMMANDS = 'unlearn finetune evaluate pretrain batch doctor'.split()
-
-
-def test_environment_is_the_lock():
-    "Versions, commands and the kernel"
+    # environment is the lock: Versions, commands and the kernel
     def have(n):
         try: return version(n).partition('+')[0]
         except PackageNotFoundError: return None
@@ -360,13 +344,15 @@ def test_environment_is_the_lock():
     agree([c for c in COMMANDS if f'resalign-{c}' not in installed], 'make env: commands not installed:')
     agree([c for c in COMMANDS if not callable(installed[f'resalign-{c}'].load())])
 
-
-def test_kernel_is_the_environments():
+    # kernel is the environments
     from jupyter_client.kernelspec import KernelSpecManager
     from jupyter_client.manager import KernelManager
     spec = KernelSpecManager().get_kernel_spec('python3')
     assert Path(spec.resource_dir).is_relative_to(sys.prefix), 'another python3 kernel comes first'
     assert Path(KernelManager(kernel_name='python3').format_kernel_cmd()[0]).parent == Path(sys.prefix)/'bin'
+
+
+COMMANDS = 'unlearn finetune evaluate pretrain batch doctor'.split()
 
 
 # ------------------------------------------------------------------ the rules catch what they are for
@@ -401,14 +387,28 @@ def write_page(path, heading, cells, kernel='python3'):
     return path
 
 
-def test_rules_of_pages_bite(tmp_path):
-    "Each broken page has its own complaint and no other; the one that is right, and an error that is meant, have none"
+def test_rules_bite(tmp_path):
+    # rules of pages bite: Each broken page has its own complaint and no other; the one that is right, and an error that
+    # is meant, have none
     fine = [*GOOD, code('1/0', ERROR, tags=['raises-exception'])]
     assert not offenders([write_page(tmp_path/'p.ipynb', HEAD, fine)], *PAGE_RULES)
     for words, (heading, broken) in BROKEN_PAGES.items():
         found = offenders([write_page(tmp_path/'p.ipynb', heading, broken)], *PAGE_RULES)
         assert len(found) == 1 and words in found[0], (words, found)
     assert 'kernel' in offenders([write_page(tmp_path/'p.ipynb', HEAD, GOOD, 'julia')], *PAGE_RULES)[0]
+
+    # rule of pickles bites
+    assert [c for c in UNSAFE if not list(unpickles(c))] == []
+    assert [c for c in SAFE if list(unpickles(c))] == []
+
+    # rule of tables bites
+    (tmp_path := tmp_path/'2').mkdir()
+    path = tmp_path/'t.csv'
+    path.write_text('a,b_2\n1,2\n')
+    assert not list(tidy(path))
+    for text, words in UNTIDY.items():
+        path.write_text(text)
+        assert any(words in complaint for complaint in tidy(path)), text
 
 
 UNSAFE = ['import pickle', 'from dill import load', 'import joblib.memory', 'torch.load(f)',
@@ -417,19 +417,7 @@ UNSAFE = ['import pickle', 'from dill import load', 'import joblib.memory', 'tor
 SAFE = ['torch.load(f, weights_only=True)', 'np.load(f)', 'np.load(f, allow_pickle=False)', 'import json']
 
 
-def test_rule_of_pickles_bites():
-    assert [c for c in UNSAFE if not list(unpickles(c))] == []
-    assert [c for c in SAFE if list(unpickles(c))] == []
-
-
 UNTIDY = {'a,a\n1,2\n': 'header', 'A b,c\n1,2\n': 'header', 'a,b\n': 'no rows', '': 'no rows',
           'a\n1\na\n': 'twice', 'a,b\n1\n': 'lengths'}
 
 
-def test_rule_of_tables_bites(tmp_path):
-    path = tmp_path/'t.csv'
-    path.write_text('a,b_2\n1,2\n')
-    assert not list(tidy(path))
-    for text, words in UNTIDY.items():
-        path.write_text(text)
-        assert any(words in complaint for complaint in tidy(path)), text

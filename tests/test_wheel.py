@@ -34,28 +34,30 @@ def installed(tmp_path_factory):
     return there/'env/bin'
 
 
-def test_the_wheel_is_not_this_clone(installed, tmp_path):
+def test_the_wheel(installed, tmp_path):
+    # the wheel is not this clone
     place = lines_of(installed/'python', '-c', 'import resalign; print(resalign.__file__)', cwd=tmp_path)
     assert Path(place.strip()).is_relative_to(installed.parent)
 
-
-def test_every_command_helps(installed, tmp_path):
+    # every command helps
+    (tmp_path := tmp_path/'1').mkdir()
     settings = ConfigParser()
     settings.read(ROOT/'settings.ini', encoding='utf-8')
     commands = [c.partition('=')[0] for c in settings['DEFAULT']['console_scripts'].split()]
     assert len(commands) == 6
     for command in commands: assert lines_of(installed/command, '--help', cwd=tmp_path).lstrip().startswith('usage:'), command
 
-
-def test_methods_and_profiles_travel_with_it(installed, tmp_path):
-    "The doctor knows SD v1.4 and says what is missing; a method's published settings are found"
+    # methods and profiles travel with it: The doctor knows SD v1.4 and says what is missing; a method's published
+    # settings are found
+    (tmp_path := tmp_path/'2').mkdir()
     said = lines_of(installed/'resalign-doctor', 'sd14', cwd=tmp_path, fine=(1,))
     assert 'CompVis/stable-diffusion-v1-4' in said and 'Traceback' not in said
     code = 'from resalign.studies.models import settings_of; print(settings_of("resalign")["steps"])'
     assert int(lines_of(installed/'python', '-c', code, cwd=tmp_path)) > 2
 
 
-def test_a_clones_parameters_come_first(installed, tmp_path):
+def test_the_wheel_and_a_clone(installed, tmp_path):
+    # a clones parameters come first
     text = (ROOT/'params.yaml').read_text()
     assert '\nprofile: tiny' in text
     (tmp_path/'settings.ini').write_text((ROOT/'settings.ini').read_text()) # by which a clone is known
@@ -63,7 +65,9 @@ def test_a_clones_parameters_come_first(installed, tmp_path):
     code = 'from resalign.real.profiles import active_profile; print(active_profile()[0])'
     assert lines_of(installed/'python', '-c', code, cwd=tmp_path).strip() == 'sdxl'
 
-
-def test_a_study_needs_a_clone(installed, tmp_path):
+    # a study needs a clone
+    (tmp_path := tmp_path/'1').mkdir()
     said = lines_of(installed/'resalign-batch', 'table', '--dry', cwd=tmp_path, fine=(1, 2))
     assert said.count('\n') == 1 and 'clone' in said, said
+
+
