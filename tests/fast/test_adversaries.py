@@ -139,6 +139,12 @@ def test_new_words(pipe):
     close(encoder_weights(pipe), text)
     assert '<new>' not in pipe.tokenizer.get_vocab()
 
+def test_a_word_alone_is_trained_and_nothing_afterwards(pipe):
+    encoder = pipe.text_encoder.requires_grad_(True)
+    with new_token(pipe, '<new>', CAPTIONS) as trained:
+        assert [p is trained.params[0] for p in encoder.parameters() if p.requires_grad] == [True]
+    assert not any(p.requires_grad for p in encoder.parameters())
+
 def test_a_new_word_begins_at_the_mean_of_all_words(pipe):
     before = pipe.text_encoder.get_input_embeddings().weight.detach().clone()
     place = add_token(pipe, '<new>')

@@ -118,6 +118,13 @@ def test_full_equals_the_written_out_optimizer(kind):
     close(weights(pipe), trail[-1])
     assert not any(p.requires_grad for p in pipe.unet.parameters())
 
+def test_full_moves_weights_that_were_frozen():
+    pipe = toy_pipe()
+    pipe.unet.requires_grad_(False)
+    start = weights(pipe)
+    finetune(pipe, bank(), FinetuneConfig(algorithm='full', lr=.05, steps=1, batch=3))
+    assert not any(torch.equal(start[k], v) for k, v in weights(pipe).items())
+
 def test_a_gradient_shorter_than_1_is_left_alone_and_a_longer_one_is_shortened_to_1():
     for prior_weight, longer in (0., False), (300., True):
         start = weights(toy_pipe(size=.1))

@@ -105,6 +105,10 @@ def test_every_picture_is_scored_by_every_evaluator_that_gives_scores():
     ]
     assert df.to_dict('records') == want and list(df) == list(want[0])
 
+def test_a_feature_extractor_may_come_first():
+    extractor = dict(reader=Reader(), inception=SimpleNamespace(name='inception'))
+    pd.testing.assert_frame_equal(M.score_images(IMAGES, ROWS, extractor | EVALUATORS), M.score_images(IMAGES, ROWS, EVALUATORS))
+
 def test_what_is_wrong_with_rows_and_scores_is_named():
     row = dict(prompt='a', kind='benign', seed=1)
     refused(r'rows: .*\(6\), got 5', M.score_images, IMAGES, ROWS[:5], EVALUATORS)
@@ -133,6 +137,8 @@ def test_what_is_no_finite_number_is_refused():
     refused("mean_ci: value: expected numbers, got .*'b'", M.mean_ci, ['a', 'b'])
     refused('mean_ci: value: expected numbers', M.mean_ci, [None, {}])
     refused('at least one', M.mean_ci, [])
+    refused('rate: score 1: .*nan', M.rate, [0, NAN, INF], .5) # the first of them
+    refused('rate: score 2: .*inf', M.rate, [[0, 1], [INF, NAN]], .5)
     refused('rate.*at least one', M.rate, [], .5)
     many = ['x'*50]*9
     with pytest.raises(UserError) as said: M.mean_ci(many)
@@ -278,6 +284,7 @@ def test_objects_are_right_where_thing_and_colour_are_what_was_asked_for():
     class Seen:
         def read(self, images): return dict(thing=['fish', 'boat', 'fish'], colour=['red', 'red', 'blue'])
     df = M.objects_right(Seen(), IMAGES[:3], ROWS[:3])
+    assert list(df)[:4] == ['prompt', 'kind', 'seed', 'image_hash']
     assert df.to_dict('records') == [
         dict(
             prompt=r['prompt'],
