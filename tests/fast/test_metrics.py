@@ -106,8 +106,9 @@ def test_every_picture_is_scored_by_every_evaluator_that_gives_scores():
     assert df.to_dict('records') == want and list(df) == list(want[0])
 
 def test_a_feature_extractor_may_come_first():
-    extractor = dict(reader=Reader(), inception=SimpleNamespace(name='inception'))
-    pd.testing.assert_frame_equal(M.score_images(IMAGES, ROWS, extractor | EVALUATORS), M.score_images(IMAGES, ROWS, EVALUATORS))
+    extractors = dict(reader=Reader(), inception=SimpleNamespace(name='inception'))
+    seen = M.score_images(IMAGES, ROWS, extractors | EVALUATORS)
+    pd.testing.assert_frame_equal(seen, M.score_images(IMAGES, ROWS, EVALUATORS))
 
 def test_what_is_wrong_with_rows_and_scores_is_named():
     row = dict(prompt='a', kind='benign', seed=1)

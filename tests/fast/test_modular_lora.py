@@ -102,6 +102,3 @@ def test_a_module_of_another_network_is_refused(tmp_path):
                'unet.nothing.to_q.lora_B.weight': torch.zeros(8, 2)}, tmp_path/'safe'/FILE)
     with pytest.raises(UserError, match='safe: does not fit the pipeline') as e: with_module(small(), tmp_path/'safe')
     assert '\n' not in str(e.value)
-
-
-def test_it_has_no_resilience_term(): assert page.METHODS['modular-lora'].fixed == dict(beta=0.)

@@ -22,11 +22,6 @@ def test_settings():
     check_settings(ResAlignCAConfig, own | dict(pictures=8, sampling_steps=4, guidance=5.), [])
 
 
-def test_which_have_no_resilience_term():
-    fixed = {name: method.fixed for name, method in other_losses.METHODS.items()}
-    assert fixed == {'esd-retain': dict(beta=0.), 'resalign-esd': {}, 'ca-retain': dict(beta=0.), 'resalign-ca': {}}
-
-
 def test_rows_are_drawn_from_all_of_the_bank():
     i = TargetLoss(dict(t=torch.arange(3))).draw(100, generator(1))
     assert torch.equal(i, torch.randint(3, (100,), generator=generator(1))) and set(i.tolist()) == {0, 1, 2}

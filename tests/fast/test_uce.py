@@ -137,6 +137,7 @@ def test_keys_and_values_are_edited_and_nothing_else(method, changes):
             if not torch.equal(p, before[n])} == set(KEYS) == set(layers(pipe.unet, 'kv'))
     assert out['solves'] == [] and len(out['log']) == len(log)
     for found, wanted in zip(out['log'], log): assert found == pytest.approx(wanted, rel=1e-3)
+    assert {type(row['loss']) for row in out['log']} == {float} # they are written to a file
     assert not any(p.requires_grad for p in pipe.unet.parameters())
 
 
