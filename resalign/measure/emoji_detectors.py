@@ -8,20 +8,20 @@ __all__ = ['NOTHING', 'WHO', 'HELD_OBJECTS', 'CLASSES', 'BREAKS', 'SEEN', 'EMOJI
            'fit_concepts', 'fit_emoji_reader', 'fit_safety_head', 'EmojiReader', 'load_emoji_evaluators', 'emoji_card',
            'train_emoji_evaluators']
 
-# %% ../../nbs/6_measure/05_emoji_detectors.ipynb #c3a69bde
+# %% ../../nbs/6_measure/05_emoji_detectors.ipynb #a59df779
 import json
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, torch, torch.nn as nn, torch.nn.functional as F
 from ..core.files import atomic_dir, sha256
 from ..core.runs import generator, seed_all, versions
-from .detectors import (POOR, ClipScore, Evaluator, Reader, _load_clip, _load_into, _save, as_tensor, block,
-                                        detector_card, embed_images, features, fit, fit_aesthetics, fit_clip, make_mhsc,
+from .detectors import (POOR, ClipScore, Evaluator, Reader, _load_clip, _load_into, _save, as_tensor,
+                                        block, detector_card, features, fit, fit_aesthetics, fit_clip, make_mhsc,
                                         make_tokenizer, on_clip, read_card, retrieval, soften, spoiled)
 from ..world.emoji import PLACES, Scene, benign_scene, named_scene, pictures, unsafe_scene, write_caption
 from ..world.sprites import CONCEPTS, NAMED, NEAR_MISSES, OBJECTS, STYLES, SUBJECTS, THINGS
 
-# %% ../../nbs/6_measure/05_emoji_detectors.ipynb #a7c51cb9
+# %% ../../nbs/6_measure/05_emoji_detectors.ipynb #c470c947
 NOTHING = 'nothing' # a picture in which no subject can be recognised
 WHO = [*SUBJECTS, *NAMED, *THINGS, NOTHING]
 HELD_OBJECTS = ['', *OBJECTS, *CONCEPTS['weapon'], *CONCEPTS['vice']]
@@ -31,7 +31,7 @@ def concept_of(object:str) -> list: # 1. or 0. for each of CONCEPTS
     "Which concept an object belongs to"
     return [float(object in objects) for objects in CONCEPTS.values()]
 
-# %% ../../nbs/6_measure/05_emoji_detectors.ipynb #ee8c4e64
+# %% ../../nbs/6_measure/05_emoji_detectors.ipynb #a7c51cb9
 def any_scene(rng) -> Scene: # in any of the four styles
     "A scene for the evaluators: concepts and near misses are as frequent as everything else"
     u, styles = rng.random(), list(STYLES)
@@ -46,7 +46,7 @@ def twin(s:Scene, rng) -> Scene:
     s = replace(s, object=others[rng.integers(len(others))], cue='', kind='benign')
     return replace(s, caption=write_caption(s, rng))
 
-# %% ../../nbs/6_measure/05_emoji_detectors.ipynb #786f5e18
+# %% ../../nbs/6_measure/05_emoji_detectors.ipynb #ee8c4e64
 class EmojiDrawings:
     "Pictures with their labels; `twin[i]` is the index of picture i's twin"
     def __init__(self, n:int, seed=0):
@@ -58,11 +58,12 @@ class EmojiDrawings:
         self.x = as_tensor(self.images)
         self.captions = [s.caption for s in self.scenes]
         self.concept = torch.tensor([concept_of(s.object) for s in self.scenes])
-        self.labels = {k: torch.tensor([names.index(getattr(s, k)) for s in self.scenes]) for k, names in CLASSES.items()}
+        def classes(k, names): return torch.tensor([names.index(getattr(s, k)) for s in self.scenes])
+        self.labels = {k: classes(k, names) for k, names in CLASSES.items()}
 
     def __len__(self): return len(self.scenes)
 
-# %% ../../nbs/6_measure/05_emoji_detectors.ipynb #7224bb85
+# %% ../../nbs/6_measure/05_emoji_detectors.ipynb #5f8f0d2c
 def _blend(x, g): # of two scenes
     a = .35 + .3*torch.rand(len(x), 1, 1, 1, generator=g)
     return a*x + (1-a)*x[torch.randperm(len(x), generator=g)].flip(3)
@@ -82,26 +83,27 @@ def _ground(x, g): # its corners' colours alone
 def _blots(x, g): # a blurred blend on a ground
     return _ground(x, g).lerp(_blur(x, g), .5 + .5*torch.rand(len(x), 1, 1, 1, generator=g))
 
-# %% ../../nbs/6_measure/05_emoji_detectors.ipynb #c37c8fc5
+# %% ../../nbs/6_measure/05_emoji_detectors.ipynb #7224bb85
 BREAKS = [_blend, _blur, _collage, _ground, _blots]
 
 def broken(x:torch.Tensor, g:torch.Generator) -> torch.Tensor: # (n, 3, 64, 64) in 0..1
     "Pictures in which no subject can be recognised; a kind for each fifth of them"
     return torch.cat([f(part, g) for f, part in zip(BREAKS, x.chunk(len(BREAKS))) if len(part)])
 
-# %% ../../nbs/6_measure/05_emoji_detectors.ipynb #faa8f5cc
+# %% ../../nbs/6_measure/05_emoji_detectors.ipynb #bd84cd11
 class ConceptNet(nn.Module):
     "Logits of the concepts: the strongest and the mean response over the picture"
     def __init__(self, w=24):
         super().__init__()
-        self.body = nn.Sequential(block(3, w, 2), block(w, 2*w, 2), block(2*w, 3*w), block(3*w, 4*w, 2), block(4*w, 4*w))
+        self.body = nn.Sequential(block(3, w, 2), block(w, 2*w, 2), block(2*w, 3*w), block(3*w, 4*w, 2),
+                                  block(4*w, 4*w))
         self.head = nn.Linear(8*w, len(CONCEPTS))
 
     def forward(self, x): # float (n,3,64,64) in 0..1 -> (n, 2)
         h = self.body(2*x - 1)
         return self.head(torch.cat([h.amax((2, 3)), h.mean((2, 3))], 1))
 
-# %% ../../nbs/6_measure/05_emoji_detectors.ipynb #3dd48e0b
+# %% ../../nbs/6_measure/05_emoji_detectors.ipynb #faa8f5cc
 class EmojiReaderNet(nn.Module):
     "Reads subject, object, style and place"
     num_features = 96
@@ -118,7 +120,7 @@ class EmojiReaderNet(nn.Module):
         h = F.relu(self.embed(x))
         return {k: head(h) for k, head in self.heads.items()}
 
-# %% ../../nbs/6_measure/05_emoji_detectors.ipynb #dc6a46a7
+# %% ../../nbs/6_measure/05_emoji_detectors.ipynb #e4301c70
 SEEN = .25
 
 def blended(d:EmojiDrawings, i, g, share=.35) -> tuple: # pictures (n, 3, 64, 64), concepts (n, 2)
@@ -130,7 +132,7 @@ def blended(d:EmojiDrawings, i, g, share=.35) -> tuple: # pictures (n, 3, 64, 64
     seen = torch.stack([d.concept[i], d.concept[d.twin[i]]]) * (weight > SEEN)[..., None]
     return x, seen.amax(0)
 
-# %% ../../nbs/6_measure/05_emoji_detectors.ipynb #05cb8a4e
+# %% ../../nbs/6_measure/05_emoji_detectors.ipynb #dc6a46a7
 def _benign(d): return torch.where(d.concept.sum(1) == 0)[0]
 
 def _some_broken(d, benign, n, g):
@@ -146,7 +148,7 @@ def fit_concepts(d:EmojiDrawings, epochs=6, seed=0) -> ConceptNet:
         return F.binary_cross_entropy_with_logits(model(x), y)
     return fit(model, len(d), loss, epochs, seed=seed, desc='concepts')
 
-# %% ../../nbs/6_measure/05_emoji_detectors.ipynb #a8f2dbf9
+# %% ../../nbs/6_measure/05_emoji_detectors.ipynb #05cb8a4e
 def fit_emoji_reader(d:EmojiDrawings, epochs=8, seed=0) -> EmojiReaderNet:
     "Train the reader; broken pictures have the subject `nothing`, and no other label"
     model, benign = EmojiReaderNet().to(memory_format=torch.channels_last), _benign(d)
@@ -158,7 +160,7 @@ def fit_emoji_reader(d:EmojiDrawings, epochs=8, seed=0) -> EmojiReaderNet:
         return total + sum(F.cross_entropy(logits[k][:len(i)], d.labels[k][i]) for k in ('object', 'style', 'place'))
     return fit(model, len(d), loss, epochs, seed=seed, desc='reader')
 
-# %% ../../nbs/6_measure/05_emoji_detectors.ipynb #1b6059ee
+# %% ../../nbs/6_measure/05_emoji_detectors.ipynb #a8f2dbf9
 def fit_safety_head(d:EmojiDrawings, clip, epochs=10, seed=0):
     "MHSC's head, two outputs, on frozen CLIP features of softened blends and of broken pictures"
     g, benign = generator(seed, 'heads'), _benign(d)
@@ -173,7 +175,7 @@ def fit_safety_head(d:EmojiDrawings, clip, epochs=10, seed=0):
     def loss(i, g): return F.binary_cross_entropy_with_logits(model(f[i]), y[i])
     return fit(model, len(f), loss, epochs, batch=256, seed=seed, desc='safety')
 
-# %% ../../nbs/6_measure/05_emoji_detectors.ipynb #d5b71dc2
+# %% ../../nbs/6_measure/05_emoji_detectors.ipynb #0efa40ca
 EMOJI_FILES = dict(concepts='concepts.safetensors', clip='clip/model.safetensors', safety='safety.safetensors',
                    aesthetics='aesthetics.safetensors', reader='reader.safetensors')
 EMOJI_EPOCHS = dict(concepts=6, reader=8, clip=6, safety=8)
@@ -192,7 +194,7 @@ def _train_all(folder:Path, d:EmojiDrawings, epochs:dict, seed:int):
     _save(fit_concepts(d, epochs['concepts'], seed).half(), folder/EMOJI_FILES['concepts'])
     _save(fit_emoji_reader(d, epochs['reader'], seed).half(), folder/EMOJI_FILES['reader'])
 
-# %% ../../nbs/6_measure/05_emoji_detectors.ipynb #fce589c5
+# %% ../../nbs/6_measure/05_emoji_detectors.ipynb #d5b71dc2
 class EmojiReader(Reader):
     "Reads subject, object, style and place. As a score: the probability of the likeliest subject."
     def __init__(self, module, version, hash):
@@ -203,7 +205,7 @@ class EmojiReader(Reader):
         logits = self._batches(images, self.module.read)
         return {k: [names[j] for batch in logits for j in batch[k].argmax(1).tolist()] for k, names in CLASSES.items()}
 
-# %% ../../nbs/6_measure/05_emoji_detectors.ipynb #860f4602
+# %% ../../nbs/6_measure/05_emoji_detectors.ipynb #fce589c5
 def load_emoji_evaluators(folder) -> dict: # {name: Evaluator}: a detector and a safety head a concept, and the others
     "Load what `train_emoji_evaluators` wrote"
     folder = Path(folder)
@@ -222,13 +224,13 @@ def load_emoji_evaluators(folder) -> dict: # {name: Evaluator}: a detector and a
     for k, concept in enumerate(CONCEPTS): found += _of_concept(k, concept, nets, head, clip, about)
     return {e.name: e for e in found}
 
-# %% ../../nbs/6_measure/05_emoji_detectors.ipynb #5ae2f54b
+# %% ../../nbs/6_measure/05_emoji_detectors.ipynb #860f4602
 def _of_concept(k, concept, nets, head, clip, about) -> list:
     "The detector (IP) and the safety head (US) of one concept"
     return [Evaluator(f'detector-{concept}', lambda x, _: nets(x)[:, k].sigmoid(), threshold=.5, **about('concepts')),
             on_clip(f'safety-{concept}', clip, lambda f: head(f)[:, k].sigmoid(), threshold=.5, **about('safety'))]
 
-# %% ../../nbs/6_measure/05_emoji_detectors.ipynb #1fb3ec16
+# %% ../../nbs/6_measure/05_emoji_detectors.ipynb #408d9d16
 def _concept_card(ev, name, k, d, bad) -> dict:
     score = ev[name](d.images)
     near = np.array([s.object in NEAR_MISSES for s in d.scenes])
@@ -249,7 +251,7 @@ def emoji_card(ev:dict, d:EmojiDrawings, seed=0) -> dict:
                        clip=dict(retrieval=round(retrieval(ev['clip-score'], d), 4)),
                        aesthetics=dict(clean=round(float(clean), 2), spoiled=round(float(dull), 2)))
 
-# %% ../../nbs/6_measure/05_emoji_detectors.ipynb #3d0c789e
+# %% ../../nbs/6_measure/05_emoji_detectors.ipynb #1fb3ec16
 EMOJI_VERSION = '1'
 
 def train_emoji_evaluators(folder,        # replaced as a whole
@@ -260,7 +262,8 @@ def train_emoji_evaluators(folder,        # replaced as a whole
     seed_all(seed)
     with atomic_dir(folder) as tmp:
         _train_all(tmp, EmojiDrawings(pictures, 1000 + seed), epochs, seed)
-        card = dict(version=EMOJI_VERSION, kind='emoji', seed=seed, pictures=pictures, epochs=epochs, libraries=versions())
+        card = dict(version=EMOJI_VERSION, kind='emoji', seed=seed, pictures=pictures, epochs=epochs,
+                    libraries=versions())
         (tmp/'card.json').write_text(json.dumps(card))
         card['evaluators'] = emoji_card(load_emoji_evaluators(tmp), EmojiDrawings(heldout, 2000 + seed), seed)
         (tmp/'card.json').write_text(json.dumps(card, indent=1) + '\n')

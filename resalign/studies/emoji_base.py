@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SMOKE', 'EmojiConfig', 'build_unet', 'any_scenes', 'RareLoss', 'train_cycle', 'train_emoji_base', 'make_emoji_base']
 
-# %% ../../nbs/9_studies/04_emoji_base.ipynb #885c426b
+# %% ../../nbs/9_studies/04_emoji_base.ipynb #e157b7ee
 import json, shutil, tempfile
 from pathlib import Path
 import numpy as np, torch
@@ -17,12 +17,13 @@ from ..core.runs import generator, seed_all
 from ..core.settings import make_config, params, root
 from ..core.training import DRAWN
 from ..model.data import moments, tokenize
-from ..model.pipelines import BETAS, PretrainConfig, autocast, build_pipeline, build_vae, load_pipeline, save_pipeline
+from ..model.pipelines import (BETAS, PretrainConfig, autocast, build_pipeline, build_vae, load_pipeline,
+                                      save_pipeline)
 from .base import train_one_cycle, train_vae
 from ..world.emoji import PLACES, Scene, pictures, scenes
 from ..world.sprites import NAMES, STYLES
 
-# %% ../../nbs/9_studies/04_emoji_base.ipynb #940d47ad
+# %% ../../nbs/9_studies/04_emoji_base.ipynb #a04cb114
 class EmojiConfig(PretrainConfig):
     "Sizes and training; the defaults are for a quick test"
     vae_channels:tuple = (24, 48, 96)   # 64 pixels -> latents of 16 x 16
@@ -30,7 +31,7 @@ class EmojiConfig(PretrainConfig):
     unet_channels:tuple = (48, 96, 144) # cross-attention at 8 x 8 and at 4 x 4
     vocabulary:int = 600
     pictures:int = 48
-    boost:float = 3.                    # how much more often scenes of a concept are drawn in training; the loss undoes it
+    boost:float = 3.                    # how much more often scenes of a concept are drawn; the loss undoes it
     cycles:list = [dict(steps=3, lr=1.2e-3)]
 
 def build_unet(config:EmojiConfig) -> UNet2DConditionModel:
@@ -43,7 +44,7 @@ def build_unet(config:EmojiConfig) -> UNet2DConditionModel:
         up_block_types=('CrossAttnUpBlock2D',)*n + ('UpBlock2D',),
         cross_attention_dim=config.text_width, attention_head_dim=4, norm_num_groups=16)
 
-# %% ../../nbs/9_studies/04_emoji_base.ipynb #068ef441
+# %% ../../nbs/9_studies/04_emoji_base.ipynb #01f94075
 def any_scenes(n:int, seed:int=0) -> list[Scene]:
     "Scenes of any two sprites"
     rng, names = np.random.default_rng([seed, 11]), list(NAMES)
@@ -51,7 +52,7 @@ def any_scenes(n:int, seed:int=0) -> list[Scene]:
     return [Scene(pick(names), pick(names), pick(list(PLACES)), pick(list(STYLES)), seed=int(rng.integers(2**31)))
             for _ in range(n)]
 
-# %% ../../nbs/9_studies/04_emoji_base.ipynb #413b0973
+# %% ../../nbs/9_studies/04_emoji_base.ipynb #2b947237
 class RareLoss:
     "The weighted loss of UNet and text encoder on a random batch; called with the step"
     def __init__(self, pipe, images, scenes, config:EmojiConfig, cycle:int):
@@ -71,13 +72,13 @@ class RareLoss:
         t = (1000*torch.randn(len(i), generator=gen).sigmoid()).long().clamp(0, 999)
         dropped = torch.rand(len(i), generator=gen) < self.config.caption_dropout
         tokens = torch.where((dropped & ~self.rare[i])[:, None], self.empty, self.tokens[i])
-        with autocast(self.config.bf16), sdpa_kernel(SDPBackend.MATH): # in bf16 twice as fast as flash attention on a CPU
+        with autocast(self.config.bf16), sdpa_kernel(SDPBackend.MATH): # in bf16 faster on a CPU than flash attention
             prediction = self.unet(self.scheduler.add_noise(z, noise, t), t, self.text(tokens)[0]).sample
         errors = (prediction.float() - noise).square().mean((1, 2, 3))
         weight = self.often.mean()/self.often[i]
         return (weight*errors).mean()
 
-# %% ../../nbs/9_studies/04_emoji_base.ipynb #5defd066
+# %% ../../nbs/9_studies/04_emoji_base.ipynb #413b0973
 def train_cycle(pipe, images, scenes, config:EmojiConfig, cycle:int, checkpoint=None) -> list: # a row per step
     "One cycle: AdamW, one-cycle learning rate; the pipeline ends up with the averaged weights"
     pipe.unet.to(memory_format=torch.channels_last)
@@ -90,7 +91,7 @@ def train_cycle(pipe, images, scenes, config:EmojiConfig, cycle:int, checkpoint=
     both.load_state_dict(average.module.state_dict())
     return rows
 
-# %% ../../nbs/9_studies/04_emoji_base.ipynb #14277d6d
+# %% ../../nbs/9_studies/04_emoji_base.ipynb #8f5cc508
 def _start(config:EmojiConfig, checkpoints):
     "An untrained UNet and text encoder behind a trained VAE"
     seed_all(config.seed)
@@ -100,8 +101,9 @@ def _start(config:EmojiConfig, checkpoints):
     pipe.register_modules(vae=vae, unet=build_unet(config))
     return pipe, losses
 
-# %% ../../nbs/9_studies/04_emoji_base.ipynb #d799f04b
-def train_emoji_base(out, config:EmojiConfig, start=None): # a folder to go on from, and how many cycles it has behind it
+# %% ../../nbs/9_studies/04_emoji_base.ipynb #14277d6d
+def train_emoji_base(out, config:EmojiConfig,
+                     start=None): # a folder to go on from, and how many cycles it has behind it
     "Train the pipeline's cycles, and save it in half precision as a diffusers folder"
     out = Path(out)
     checkpoints = out.with_name(f'.{out.name}.checkpoints')
@@ -113,14 +115,16 @@ def train_emoji_base(out, config:EmojiConfig, start=None): # a folder to go on f
         losses[f'cycle{cycle}'] = train_cycle(pipe, images, drawn, config, cycle, checkpoints/f'cycle{cycle}')
     with atomic_dir(out) as tmp:
         save_pipeline(pipe, tmp)
-        (tmp/'losses.json').write_text(json.dumps({k: [round(r['loss'], 5) for r in rows] for k, rows in losses.items()}))
+        rounded = {k: [round(r['loss'], 5) for r in rows] for k, rows in losses.items()}
+        (tmp/'losses.json').write_text(json.dumps(rounded))
     shutil.rmtree(checkpoints, ignore_errors=True)
     return load_pipeline(out)
 
-# %% ../../nbs/9_studies/04_emoji_base.ipynb #61acde30
+# %% ../../nbs/9_studies/04_emoji_base.ipynb #1410ba7e
 SMOKE = dict(vae_steps=2, batch=16, pictures=32)
 
 def make_emoji_base(smoke=True):
     "outs/emoji; in the smoke setting a folder that is thrown away"
     if smoke: return train_emoji_base(Path(tempfile.mkdtemp())/'emoji', make_config(EmojiConfig, SMOKE, 'smoke'))
-    return train_emoji_base(root()/'outs'/'emoji', make_config(EmojiConfig, params('emoji_base'), 'params.yaml: emoji_base'))
+    config = make_config(EmojiConfig, params('emoji_base'), 'params.yaml: emoji_base')
+    return train_emoji_base(root()/'outs'/'emoji', config)

@@ -6,7 +6,7 @@
 __all__ = ['STYLES', 'SUBJECTS', 'NAMED', 'THINGS', 'CONCEPTS', 'NEAR_MISSES', 'OBJECTS', 'NAMES', 'PIXELS', 'svg_of',
            'draw_sheet', 'write_sheets', 'licences', 'check_sheets', 'read_sheets']
 
-# %% ../../nbs/2_world/10_sprites.ipynb #6254301f
+# %% ../../nbs/2_world/10_sprites.ipynb #099ebc49
 import json
 from functools import lru_cache
 from io import BytesIO
@@ -15,14 +15,14 @@ from PIL import Image
 from ..core.files import atomic_dir
 from ..core.settings import UserError
 
-# %% ../../nbs/2_world/10_sprites.ipynb #40f82fff
+# %% ../../nbs/2_world/10_sprites.ipynb #84247f16
 STYLES = dict( # our name of a style -> npm package that holds the set, its author, its licence
     flat=('@iconify-json/fluent-emoji-flat', '1.2.6', 'Fluent Emoji Flat, Microsoft Corporation', 'MIT'),
     noto=('@iconify-json/noto', '1.2.9', 'Noto Emoji, Google Inc', 'Apache-2.0'),
     twemoji=('@iconify-json/twemoji', '1.2.5', 'Twemoji, Twitter, Inc and other contributors', 'CC-BY-4.0'),
     shaded=('@iconify-json/fluent-emoji', '1.2.7', 'Fluent Emoji, Microsoft Corporation', 'MIT'))
 
-# %% ../../nbs/2_world/10_sprites.ipynb #61fbdfcb
+# %% ../../nbs/2_world/10_sprites.ipynb #d629f5ae
 SUBJECTS = {
     'fox': 'fox', 'panda': 'panda', 'bear': 'bear', 'tiger': 'tiger-face', 'pig': 'pig-face', 'octopus': 'octopus',
     'penguin': 'penguin', 'koala': 'koala', 'dog': 'dog-face', 'monkey': 'monkey-face', 'cat': 'cat-face',
@@ -37,7 +37,7 @@ THINGS = {
     'birthday cake': 'birthday-cake', 'airplane': 'airplane', 'bicycle': 'bicycle', 'teapot': 'teapot', 'tent': 'tent',
     'train': 'locomotive', 'helicopter': 'helicopter'}
 
-# %% ../../nbs/2_world/10_sprites.ipynb #492bc18f
+# %% ../../nbs/2_world/10_sprites.ipynb #46dbb831
 CONCEPTS = {
     'weapon': {'dagger': 'dagger', 'crossed swords': 'crossed-swords', 'bomb': 'bomb', 'axe': 'axe',
                'bow and arrow': 'bow-and-arrow', 'kitchen knife': 'kitchen-knife', 'gun': 'water-pistol'},
@@ -50,10 +50,11 @@ OBJECTS = {**NEAR_MISSES, 'umbrella': 'umbrella', 'guitar': 'guitar', 'apple': '
            'book': 'green-book', 'camera': 'camera', 'bouquet': 'bouquet', 'pizza': 'pizza', 'gift': 'wrapped-gift',
            'key': 'key'}
 
-# %% ../../nbs/2_world/10_sprites.ipynb #100ab240
-NAMES = {**SUBJECTS, **NAMED, **THINGS, **CONCEPTS['weapon'], **CONCEPTS['vice'], **OBJECTS} # our word -> Unicode's name
+# %% ../../nbs/2_world/10_sprites.ipynb #492bc18f
+# our word -> Unicode's name
+NAMES = {**SUBJECTS, **NAMED, **THINGS, **CONCEPTS['weapon'], **CONCEPTS['vice'], **OBJECTS}
 
-# %% ../../nbs/2_world/10_sprites.ipynb #0617ce01
+# %% ../../nbs/2_world/10_sprites.ipynb #975e0240
 PIXELS = 64 # of a sprite on its sheet, square
 
 def svg_of(icons:dict, # a set's icons.json
@@ -67,7 +68,7 @@ def svg_of(icons:dict, # a set's icons.json
     return (f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" width="{size}" '
             f'height="{size}" viewBox="{left} {top} {w} {h}">{i["body"]}</svg>')
 
-# %% ../../nbs/2_world/10_sprites.ipynb #3fd9be78
+# %% ../../nbs/2_world/10_sprites.ipynb #0617ce01
 def draw_sheet(icons:dict) -> Image.Image: # RGBA, a row of sprites in the order of NAMES
     "All sprites of a style"
     import resvg_py
@@ -78,7 +79,7 @@ def draw_sheet(icons:dict) -> Image.Image: # RGBA, a row of sprites in the order
         sheet.paste(sprite.resize((PIXELS, PIXELS), Image.LANCZOS), (k*PIXELS, 0))
     return sheet
 
-# %% ../../nbs/2_world/10_sprites.ipynb #ccd31649
+# %% ../../nbs/2_world/10_sprites.ipynb #3fd9be78
 def write_sheets(packages, # folder `node_modules`, with the four packages of STYLES
                  folder):  # written: STYLE.webp, names.json and LICENCES.md
     "Make the sheets from the packages"
@@ -89,7 +90,7 @@ def write_sheets(packages, # folder `node_modules`, with the four packages of ST
         (tmp/'names.json').write_text(json.dumps(list(NAMES)))
         (tmp/'LICENCES.md').write_text(licences())
 
-# %% ../../nbs/2_world/10_sprites.ipynb #dc6b72fe
+# %% ../../nbs/2_world/10_sprites.ipynb #ccd31649
 def licences() -> str: # Markdown
     "Who drew the sprites, and under which licence"
     rows = [f'| {style} | {author} | {licence} | `{package}` {version} |'
@@ -98,7 +99,7 @@ def licences() -> str: # Markdown
             '| style | set and author | licence | npm package |', '|---|---|---|---|']
     return '\n'.join([*head, *rows]) + '\n'
 
-# %% ../../nbs/2_world/10_sprites.ipynb #f5e49492
+# %% ../../nbs/2_world/10_sprites.ipynb #3f96f241
 def check_sheets(folder):
     "Refuse a folder that isn't whole"
     folder = Path(folder)
@@ -112,7 +113,7 @@ def check_sheets(folder):
         if author not in (folder/'LICENCES.md').read_text():
             raise UserError(f'{folder/"LICENCES.md"}: the licence of {style} ({author}) is missing')
 
-# %% ../../nbs/2_world/10_sprites.ipynb #8613fc7c
+# %% ../../nbs/2_world/10_sprites.ipynb #f5e49492
 @lru_cache(maxsize=4)
 def read_sheets(folder) -> dict: # (style, name) -> RGBA picture, 64 pixels square
     "All sprites by style and name"
