@@ -569,7 +569,7 @@ def solve(
     *,
     check=None, # report the residual where x does not depend on it; default: yes, but not for identity
     clamp=None, # use at most γ = clamp/‖H‖; 0.5 is the safeguard's value
-    power=4, # richardson with `clamp`: products at least, each of them a power step
+    power=5, # richardson with `clamp`: products at least, each of them a power step
     halvings=10, # how often γ may be halved while 1 + γλ_min ≤ `MARGIN`; 0 leaves γ alone
     bound=0.5, # a larger relative residual returns x = g, flagged; math.inf: only divergence does
 ): # x as a list of tensors like g, and its `SolveReport`
@@ -603,7 +603,8 @@ class Fallbacks:
 
     def add(self, reports): # pairs (fallback, reason)
         "Bring the totals up to date, and raise above the share."
-        self.solves, self.fallbacks, self.new = self.solves + len(reports), self.fallbacks + sum(f for f, _ in reports), []
+        self.solves, self.new = self.solves + len(reports), []
+        self.fallbacks += sum(fallback for fallback, _ in reports)
         if self.solves < self.least or self.fallbacks <= self.share * self.solves: return
         raise TooManyFallbacks(f'{self.fallbacks} of {self.solves} solves fell back to x = g, more than '
                                f'{self.share:.0%} of them; the latest report says: {reports[-1][1]}')
