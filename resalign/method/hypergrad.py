@@ -13,8 +13,8 @@ __all__ = ['TAU', 'FARTHEST', 'PRODUCTS', 'SOLVERS', 'MARGIN', 'RULES', 'flat', 
            'in_group', 'Fallbacks', 'FallbackBudget', 'hypergradient', 'stationarity', 'unrolled', 'root', 'sgd_step',
            'adam_step', 'mean_gradient', 'FrozenLosses', 'kept_settings', 'kept_state', 'Step', 'check_trajectory',
            'Recording', 'Trajectory', 'trajectory_bytes', 'clip_scale', 'clip_pullback', 'tensor_pullback',
-           'step_pullback', 'check_replay', 'AdjointReport', 'step_product', 'through_optimizer', 'note_product',
-           'accept_adjoint', 'adjoint']
+           'step_pullback', 'check_loss', 'check_replay', 'AdjointReport', 'StepDifference', 'step_product',
+           'through_optimizer', 'note_product', 'accept_adjoint', 'adjoint']
 
 # %% ../../nbs/4_method/00_hypergrad.ipynb #4a75e764
 import math
@@ -716,10 +716,11 @@ def mean_gradient(losses, params, **options):
     return total, grads
 
 class FrozenLosses(FrozenLoss):
-    "The mean of several losses on one frozen sample each."
+    "The mean of several losses on one frozen sample each; `value` is the latest."
     def gradient(self, inputs=None, **options):
         self.evaluations += 1
-        with self.replayed(): return mean_gradient(self.loss, inputs or self.params, **options)[1]
+        with self.replayed(): self.value, grads = mean_gradient(self.loss, inputs or self.params, **options)
+        return grads
 
 # %% ../../nbs/4_method/00_hypergrad.ipynb #adj00004
 def kept_settings(group):
@@ -738,6 +739,7 @@ def kept_state(state, copy):
 class Step(NamedTuple):
     "What a step of the optimizer started from; lists have an entry for each parameter."
     loss: FrozenLosses
+    value: torch.Tensor # Lₖ(θₖ)
     theta: list
     grads: list # ∇Lₖ(θₖ), before clipping
     states: list # dicts
@@ -762,12 +764,12 @@ class Recording:
         self.params = [p for group in optimizer.param_groups for p in group['params']]
         self.steps, self.made = deque(maxlen=None if depth == 'all' else depth), 0
 
-    def keep(self, loss, max_norm):
+    def keep(self, loss, value, max_norm):
         copy = lambda t: t.detach().to(self.device or t.device, copy=True)
         states = [kept_state(self.optimizer.state.get(p, {}), copy) for p in self.params]
         settings = [kept_settings(group) for group in self.groups]
-        self.steps.append(Step(loss, [copy(p) for p in self.params], [copy(p.grad) for p in self.params], states,
-                               settings, max_norm))
+        theta, grads = [copy(p) for p in self.params], [copy(p.grad) for p in self.params]
+        self.steps.append(Step(loss, value, theta, grads, states, settings, max_norm))
 
     @property
     def nbytes(self): # of all that is kept
@@ -793,7 +795,7 @@ class Trajectory(Recording):
         frozen = FrozenLosses(losses, self.params) # the random state from here on
         with torch.enable_grad(): value, grads = mean_gradient(losses, self.params)
         for p, g in zip(self.params, grads): p.grad = g
-        if self.depth: self.keep(frozen, max_norm)
+        if self.depth: self.keep(frozen, value, max_norm)
         if max_norm: torch.nn.utils.clip_grad_norm_(self.params, max_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -846,6 +848,13 @@ def step_pullback(path, step, lam, mu, frozen_v): # θₖ₊₁; cotangents: of 
     return after, of_theta, clip_pullback(grads, of_grad, step.max_norm), of_state
 
 # %% ../../nbs/4_method/00_hypergrad.ipynb #adj00010
+def check_loss(k, step, length):
+    "Refuse a loss that is not the one of the step: over a way `length` it changes by no more than its slope allows."
+    far, value = length * flat(step.grads).norm().item(), step.value.item()
+    if abs(step.loss.value.item() - value) <= 3 * far + .01 * abs(value): return
+    raise ValueError(f'step {k}: its loss is {step.loss.value.item():.4g} now and was {value:.4g}; expected the same batch '
+                     '(a lambda in a loop looks up its variables late: `lambda k=k: …`)')
+
 def check_replay(k, after, now, before):
     "Refuse a step that the optimizer's rule does not reproduce."
     size = lambda ts: math.sqrt(sum(t.double().square().sum().item() for t in ts))
@@ -866,14 +875,21 @@ class AdjointReport(SolveReport):
     growth: float = math.nan # ‖x‖/‖g‖
     noise: float = 0. # relative error of a product whose finite difference missed its aim
 
-def step_product(path, step, u, product, tau, last): # Hₖu; the product that made it
+class StepDifference(FiniteDifference):
+    "A product at a step's θₖ. It starts from the gradient of that step, and from the length of the last product."
+    def __init__(self, step, params, central, tau, last):
+        super().__init__(step.loss, params, central, tau)
+        self.base, self.slack = flat(g.to(p.device) for g, p in zip(step.grads, params)), 10.
+        self.better = self.length = min(max(last.better, self.shortest), self.longest) if last else self.shortest
+
+def step_product(k, path, step, u, product, tau, last): # Hₖu; the product that made it
     "Hₖu at θₖ, on the sample of that step."
     with placed(path.params, step.theta):
-        H = make_product(product, step.loss, path.params, False, tau, None)
-        if product != 'exact':
-            H.base, H.slack = flat(g.to(p.device) for g, p in zip(step.grads, path.params)), 10.
-            if last: H.length = min(max(last.better, H.shortest), H.longest)
-        return H(widened(u)), H
+        if product == 'exact': H = Exact(step.loss, path.params, retain=False)
+        else: H = StepDifference(step, path.params, product == 'fd-central', tau, last)
+        Hu = H(widened(u))
+    if step.loss.evaluations: check_loss(k, step, getattr(H, 'length', 0.))
+    return Hu, H
 
 # %% ../../nbs/4_method/00_hypergrad.ipynb #adj00012
 def through_optimizer(
@@ -884,12 +900,13 @@ def through_optimizer(
     frozen_v=False, # Adam: take its second moments as constants
 ): # λ₀ as a list of tensors like g, its `AdjointReport`
     "Go back through the recorded steps: (dθ_T/dθ₀)ᵀ g."
+    if product not in PRODUCTS[:3]: raise ValueError(f'product {product!r}: expected one of {PRODUCTS[:3]}')
     report = AdjointReport('adjoint', product, math.nan, math.nan, steps=path.made, depth=len(path.steps))
     lam, mu, now, H = widened(g), [{} for _ in g], [p.detach().clone() for p in path.params], None
     for k, step in zip(range(path.made - 1, -1, -1), reversed(path.steps)):
         after, direct, u, mu = step_pullback(path, step, lam, mu, frozen_v)
         check_replay(k, after, now, step.theta)
-        Hu, H = step_product(path, step, u, product, tau, H)
+        Hu, H = step_product(k, path, step, u, product, tau, H)
         note_product(report, H, u, Hu, step)
         lam, now = [a + b.to(a) for a, b in zip(direct, Hu)], step.theta
     x = accept_adjoint(report, flat(lam), flat(g))
@@ -906,7 +923,7 @@ def note_product(report, H, u, Hu, step):
 def accept_adjoint(report, x, g):
     "x, or g where x is not finite."
     report.growth = (x.norm() / g.norm()).item() if g.any() else math.nan
-    if report.noise: report.note(f'finite differences too short: a product is off by {report.noise:.1g}')
+    if report.noise > .01: report.note(f'a finite difference is off by {report.noise:.1g}')
     if x.isfinite().all(): return x
     report.note('the solution is not finite')
     report.fallback = True
