@@ -5,6 +5,7 @@
 θ are LoRA factors of three linear layers of a toy denoiser with 42 weights. Everything is float64. Hessians are dense
 matrices, optimizers are written out, a fine-tuning is a loop. What is shared with the package: which random numbers
 belong to which name (`generator`, `draw_sample`), for the engine promises the same draws to a run that goes on."""
+import math
 from types import SimpleNamespace
 
 import torch
@@ -241,8 +242,108 @@ class Reference:
         for step in range(self.c.steps):
             grads = self.gradient(step)
             length = norm_of(grads)
-            if length > 1: grads = [g/(length + 1e-6) for g in grads] # as torch's clip_grad_norm_ does
+            if self.c.clip and length > self.c.clip: grads = [g*self.c.clip/(length + 1e-6) for g in grads] # as torch does
             row = SimpleNamespace(theta=self.theta, grads=grads, grad_norm=length.item(), notes=self.notes)
             self.rows.append(row)
             self.theta = self.outer.step(self.theta, grads)
         return self
+
+
+# ------------------------------------------------------------------ the outer step of the paper's release
+
+class Released(Reference):
+    """Facts of the release, in our words: an outer and a retain batch of its own for each configuration; the gradient of
+    L_harm(θ) + β[L_harm(θ*) − L_harm(θ)] + αR(θ) over (θ*, θ); one step of gradient descent of length s on the fine-tuning
+    loss plus ½‖θ* − θ‖², whose Jacobians are J = ∂/∂θ* and s = ∂/∂θ; K times v ← Jv + ∂θ* from zero; then s·v + ∂θ. Where
+    J lengthens v in the mean over tensors, or the sum is longer than the limit, s is halved and a new batch is drawn, up to
+    five times; after that ∂θ stands alone. The mean over the configurations goes to AdamW, unclipped."""
+    def alpha(self, step):
+        n, c = self.c.steps, self.c
+        if step + 1 < n/2: return c.alpha
+        x = (step + 1 - n/2)/(n/2)
+        return c.alpha + (c.alpha_end - c.alpha)/(1 + math.exp(-10*(x - .5)))
+
+    def merged(self):
+        "W + BA, all of it"
+        return adapted(self.net.weights, self.theta)
+
+    def end(self, step, j):
+        "θ*: factors"
+        ft, names = self.configs[step][j], self.net.names
+        opt = Plain(ft['optimizer'], ft['lr'], len(names) if ft['algorithm'] == 'full' else len(self.theta))
+        if ft['algorithm'] == 'lora':
+            inner, at = self.theta, lambda x: adapted(self.net.weights, x)
+        else:
+            w = self.merged()
+            inner, at = [w[n] for n in names], lambda x: dict(zip(names, x))
+        for k in range(ft['steps']):
+            loss = self.ft_loss(ft, step, j, [k])
+            inner = opt.step(inner, grads_of(lambda x: loss(at(x)), inner))
+        if ft['algorithm'] == 'lora': return inner
+        out, rank = [], len(self.theta[0])
+        for layer in LAYERS:
+            change = at(inner)[f'{layer}.weight'] - self.net.weights[f'{layer}.weight']
+            u, sigma, v = torch.linalg.svd(change, full_matrices=False) # the same routine: its signs are arbitrary
+            out += [v[:rank], u[:, :rank]*sigma[:rank]]
+        return out
+
+    def gradient(self, step):
+        c, K = self.c, self.c.products + 1
+        total, self.notes, alpha = [torch.zeros_like(p) for p in self.theta], {}, self.alpha(step)
+        for j in range(c.J):
+            gen = generator(c.seed, 'outer', step, j)
+            i = torch.randint(c.unsafe_bank, (c.unsafe_batch,), generator=gen)
+            r = torch.randint(c.retain_bank, (c.retain_batch,), generator=gen)
+            at = lambda x: adapted(self.net.weights, x)
+            own = lambda x: (1 - c.beta)*self.harm(at(x), i, c.margin) + alpha*self.retain(at(x), r)
+            over_theta, star = grads_of(own, self.theta), self.end(step, j)
+            over_star = grads_of(lambda x: c.beta*self.harm(at(x), i, c.margin_after), star)
+            grads, what = over_theta, 'left out'
+            for k in range(6):
+                s, ft = .5**k, self.configs[step][j]
+                loss = self.ft_loss(ft, step, j, [ft['steps'] + k])
+                J = torch.eye(len(vector(star)), dtype=torch.float64)*(1 - s) - s*hessian(lambda x: loss(at(x)), star)
+                v, grows = torch.zeros(len(J), dtype=torch.float64), False
+                for _ in range(K):
+                    old, new = like(v, star), like(J @ v, star)
+                    ratios = [b.norm().item()/a.norm().item() for a, b in zip(old, new) if a.norm() > 0]
+                    grows = grows or bool(ratios) and sum(ratios)/len(ratios) > 1
+                    v = J @ v + vector(over_star)
+                both = [s*a + b for a, b in zip(like(v, star), over_theta)]
+                if grows or norm_of(both) > c.max_norm:
+                    self.notes[f'{j}/{"growth" if grows else "long"}'] = k
+                    continue
+                grads, what = both, k
+                break
+            self.notes[f'{j}/halvings'] = what
+            total = [t + g/c.J for t, g in zip(total, grads)]
+        return total
+
+
+# ------------------------------------------------------------------ a fresh adapter beside θ
+
+class Fresh(Reference):
+    "The simulated fine-tuning trains an adapter φ of its own; ∂θ L_harm − γ·H_θφ·(I + γH_φφ)⁻¹·∂φ L_harm"
+    def hypergradient(self, i, step, j):
+        c, ft, theta = self.c, self.configs[step][j], self.theta
+        gen, phi = generator(c.seed, 'lora', f'inner_{step}_{j}'), []
+        for layer in LAYERS:
+            out, into = self.net.weights[f'{layer}.weight'].shape
+            phi.append(torch.randn(ft['rank'], into, generator=gen, dtype=torch.float64)/ft['rank'])
+            phi.append(0*torch.randn(out, ft['rank'], generator=gen, dtype=torch.float64))
+        start, opt, n = phi, Plain(ft['optimizer'], ft['lr'], len(phi)), len(theta)
+        at = lambda x: adapted(adapted(self.net.weights, x[:n]), x[n:])
+        for k in range(ft['steps']):
+            loss = self.ft_loss(ft, step, j, [k])
+            phi = opt.step(phi, grads_of(lambda x: loss(at(theta + x)), phi))
+        gamma, loss, both = c.gamma, self.ft_loss(ft, step, j, [ft['steps']]), theta + phi
+        g = grads_of(lambda x: self.harm(at(x), i, c.margin_after), both)
+        over_theta, over_phi = vector(g[:n]), vector(g[n:])
+        self.notes[f'{j}/depth_after'] = -self.harm(at(both), i, c.margin_after).item()
+        if c.solver == 'identity': return like(over_theta, theta)
+        H, m = hessian(lambda x: loss(at(x)), both), len(over_theta)
+        y = solved(H[m:, m:], over_phi, gamma, c)
+        moved = vector(phi) - vector(start)
+        ft_grad = vector(grads_of(lambda x: loss(at(x)), both))[m:]
+        self.notes[f'{j}/stationarity'] = (ft_grad + moved/gamma).norm().item()
+        return like(over_theta - gamma*H[:m, m:] @ y, theta)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from reference import LAYERS, Reference, bank, norm_of, pipeline
+from reference import LAYERS, Fresh, Reference, Released, bank, norm_of, pipeline
 from resalign.core.runs import generator
 from resalign.core.settings import UserError
 from resalign.method import resalign as meta
@@ -59,12 +59,12 @@ def drawn(out, config):
     table = {(r['step'], r['j']): r for r in out['solves']}
     return [[table[step, j] for j in range(config.J)] if config.beta else [] for step in range(config.steps)]
 
-def agree(data, config, prediction='epsilon', tol=1e-9):
+def agree(data, config, prediction='epsilon', tol=1e-9, by=Reference):
     "Engine and reference: gradients, parameters, log, weights in the end"
     pipe = pipeline(prediction)
     out, seen = engine(pipe, data, config)
     start = pipeline(prediction)
-    ref = Reference(start, data, config, seen[0][0], drawn(out, config)).run()
+    ref = by(start, data, config, seen[0][0], drawn(out, config)).run()
     assert len(seen) == config.steps
     for k, ((theta, grads), row) in enumerate(zip(seen, ref.rows)):
         for a, b in zip(theta, row.theta):
@@ -75,7 +75,7 @@ def agree(data, config, prediction='epsilon', tol=1e-9):
         said = out['log'][k] | {f'{r["j"]}/{key}': r[key] for r in out['solves'] if r['step'] == k for key in r}
         assert said['grad_norm'] == pytest.approx(row.grad_norm, rel=1e-8)
         for key, value in row.notes.items():
-            if not key.endswith('/length'): assert said[key] == pytest.approx(value, rel=1e-7, abs=1e-12), key
+            if key in said: assert said[key] == pytest.approx(value, rel=1e-7, abs=1e-12), key
     for k, layer in enumerate(LAYERS): # the adapter is merged
         weight = start.unet.get_parameter(f'{layer}.weight') + ref.theta[2*k + 1] @ ref.theta[2*k]
         torch.testing.assert_close(pipe.unet.get_parameter(f'{layer}.weight'), weight, rtol=tol, atol=tol)
@@ -114,6 +114,55 @@ def test_every_setting(data, listed, changes):
     "A model that predicts the velocity too"
     changes = dict(changes)
     agree(data, prediction=changes.pop('prediction', 'epsilon'), config=setting(*listed, **changes))
+
+def released(*listed, **changes):
+    "The switches of the release, and nothing of ours"
+    listed = listed or (simulation(), simulation(folder='dogs', optimizer='adam', lr=.02, prior_weight=1.),
+                        simulation(folder='pans', algorithm='full', optimizer='adamw', lr=.01))
+    own = dict(J=3, gamma=1., alpha_end=2., alpha_curve='released', longer='halve', clip=None, batches='simulation',
+               full_as='factors', products=4, pool=Pool(listed=listed, distinct=True))
+    return setting(**own | changes)
+
+def test_the_outer_step_of_the_release(data):
+    """Against its arithmetic in plain loops: accepted at once, after halvings because the iteration grows or because the
+    sum is too long, and left out; over four steps, so that α rises and AdamW's moments count"""
+    met = Counter()
+    for changes in dict(max_norm=1e9), dict(max_norm=.4), dict(max_norm=.05), dict(max_norm=1e9, down_std=2., up_std=2.):
+        ref = agree(data, released(steps=4, **changes), tol=1e-8, by=Released)
+        for row in ref.rows:
+            met.update(f'{j} {row.notes[f"{j}/halvings"]}' for j in range(3))
+            met.update(k.partition('/')[2] for k in row.notes if 'halvings' not in k)
+            assert len({r for r in row.notes if r.endswith('halvings')}) == 3
+    assert met['growth'] > 3 and met['long'] > 3, met # each reason to halve occurs,
+    assert {f'{j} 0' for j in range(3)} <= set(met), met # each simulation is accepted at once,
+    assert any(f'{j} left out' in met for j in range(3)) and any(met[f'{j} {k}'] for j in range(3) for k in range(1, 6)), met
+
+def test_the_release_draws_no_simulation_twice(data):
+    out, _ = engine(pipeline(), data, released(steps=6, J=2))
+    pairs = [{r['folder'] for r in out['solves'] if r['step'] == step} for step in range(6)]
+    assert all(len(p) == 2 for p in pairs) and len(set(map(frozenset, pairs))) > 1
+    with pytest.raises(ValueError, match='J: expected at most 3'): released(J=4)
+    with pytest.raises(ValueError, match='distinct: expected with listed'): Pool(distinct=True)
+    with pytest.raises(ValueError, match="longer: 'halve'"): released(solver='cg')
+
+@each('solver, rank', [('identity', 2), ('richardson', 1), ('cg', 2)])
+def test_a_fresh_adapter_is_trained_in_place_of_its_own(data, solver, rank):
+    "What a user trains: the cross term of the implicit function theorem, and nothing of it is left afterwards"
+    exactly = dict(products=40) if solver == 'cg' else {}
+    listed = simulation(rank=rank), simulation(folder='dogs', optimizer='adam', lr=.02, rank=rank, steps=3)
+    config = setting(*listed, inner='fresh', solver=solver, **exactly)
+    agree(data, config, tol=1e-8, by=Fresh)
+    if solver == 'richardson':
+        own, fresh = (engine(pipeline(), data, config.model_copy(update=dict(inner=k)))[1] for k in ('own', 'fresh'))
+        assert not torch.equal(own[0][1][0], fresh[0][1][0])
+
+@each('product', ['fd-central', 'gauss-newton', 'lora-bilinear'])
+def test_other_products_with_a_fresh_adapter(data, product):
+    "Finite differences agree with exact products; the others give the direction"
+    config = setting(simulation(), inner='fresh', steps=1, J=1)
+    exact, other = (engine(pipeline(), data, config.model_copy(update=dict(product=p)))[1][0][1] for p in ('exact', product))
+    gap = norm_of([a - b for a, b in zip(exact, other)])/norm_of(exact)
+    assert gap < 1e-6 if product == 'fd-central' else gap < .3
 
 @each('longer', ['shorten', 'skip'])
 def test_long_hypergradients(data, longer):
@@ -382,10 +431,11 @@ def test_defaults_and_edges():
         steps=2, lr=2e-3, rank=4, up_std=.002, down_std=.008, unsafe_batch=8, retain_batch=8, retain_bank=16, alpha=8.,
         alpha_end=None, beta=.8, margin=.1, margin_after=.15, unsafe_bank=16, J=1, gamma=1., solver='cg',
         product='fd-forward', samples=1, products=4, tol=.03, clamp=.5, check_every=10, max_norm=.2, longer='shorten',
-        fallback_share=.5, seed=0)
+        fallback_share=.5, seed=0, alpha_curve='stretched', clip=1., batches='step', inner='own', full_as='weights',
+        anchor=0., found_steps=0, found_radius=.1)
     assert Pool().model_dump() == dict(
         algorithm=('lora', 'full'), optimizer=('adam', 'sgd'), steps=(2, 3), batch=2, prior_weight=(0., 1.),
-        folders=(), lr=dict(lora=(1e-3,), full=(1e-4,)), listed=(), still=0.)
+        folders=(), lr=dict(lora=(1e-3,), full=(1e-4,)), listed=(), still=0., distinct=False, unsafe=(0.,))
     for field in 'steps', 'margin', 'margin_after', 'max_norm', 'samples':
         with pytest.raises(ValueError, match=field): ResAlignConfig(**{field: 0})
     assert UnlearnData(None, None, {}, []).retain_captions == () == UnlearnData(None, None, {}, []).erase
