@@ -407,8 +407,9 @@ def clipped(x:list, max_norm:float, longer='shorten') -> list:
 def without_words(caption:str, erase) -> str:
     "A caption without some words, whatever their case"
     words = sorted((w.strip() for w in erase if w.strip()), key=len, reverse=True)
-    if not words: return caption
-    return ' '.join(re.sub(rf'\b({"|".join(map(re.escape, words))})\b', ' ', caption, flags=re.I).split())
+    if not words: return ' '.join(caption.split())
+    rest = re.sub(rf'[\s,;]*(?<![\w-])({"|".join(map(re.escape, words))})(?![\w-])', ' ', caption, flags=re.I)
+    return ' '.join(rest.replace(' ,', ',').split()).strip(' ,;')
 
 def safe_counterparts(data:UnlearnData) -> list: # of strings
     "A safe caption for each unsafe one: those that are given, else the captions without the words to erase"
@@ -417,7 +418,7 @@ def safe_counterparts(data:UnlearnData) -> list: # of strings
         raise UserError(f'safe_captions: expected one for each of {len(data.unsafe)} unsafe pictures, '
                         f'got {len(data.safe_captions)}')
     safe = [without_words(c, data.erase) for c in data.unsafe_captions]
-    if safe and all(safe) and safe != [' '.join(c.split()) for c in data.unsafe_captions]: return safe
+    if all(safe) and safe != [without_words(c, ()) for c in data.unsafe_captions]: return safe
     raise UserError('anchor: expected the column `safe`, or words to erase that unsafe captions contain and that leave '
                     'something of each')
 

@@ -163,6 +163,8 @@ class Reference:
         self.outer = Plain('adamw', config.lr, len(theta))
         self.rows = []
 
+    def draw(self, gen): return torch.randint(self.c.unsafe_bank, (self.c.unsafe_batch,), generator=gen)
+
     def harm(self, w, i, margin):
         "L_harm: minus how far the loss on unsafe pairs has risen above the original's, at most `margin` each"
         total = 0.
@@ -179,10 +181,12 @@ class Reference:
         samples = []
         for k in batches:
             streams = [generator(self.c.seed, step, j, what, k) for what in ('finetune', 'prior')]
-            banks = self.data.pool[ft['folder']], self.data.retain
+            banks = self.pictures(ft, step, j), self.data.retain
             samples.append([draw_sample(b, ft['batch'], gen, TIMESTEPS) for b, gen in zip(banks, streams)])
         one = lambda w, own, prior: self.net.loss(w, own) + ft['prior_weight']*self.net.loss(w, prior)
         return lambda w: sum(one(w, *pair) for pair in samples)/len(samples)
+
+    def pictures(self, ft, step, j): return self.data.pool[ft['folder']]
 
     def hypergradient(self, i, step, j):
         "Lines 4 to 6: fine-tune from θ, then the gradient of L_harm(θ*) with respect to θ"
@@ -220,7 +224,7 @@ class Reference:
         "∇[(1−β)·L_harm(θ) + α·R(θ)] + (β/J)·Σⱼ, each hypergradient at most `max_norm` long"
         c = self.c
         gen = generator(c.seed, 'outer', step)
-        i = torch.randint(c.unsafe_bank, (c.unsafe_batch,), generator=gen)
+        i = self.draw(gen)
         r = torch.randint(c.retain_bank, (c.retain_batch,), generator=gen)
         alpha = alpha_at(c, step)
         harm = lambda x: self.harm(adapted(self.net.weights, x), i, c.margin)
@@ -347,3 +351,55 @@ class Fresh(Reference):
         ft_grad = vector(grads_of(lambda x: loss(at(x)), both))[m:]
         self.notes[f'{j}/stationarity'] = (ft_grad + moved/gamma).norm().item()
         return like(over_theta - gamma*H[:m, m:] @ y, theta)
+
+
+# ------------------------------------------------------------------ the remedies
+
+class Remedied(Reference):
+    """L_harm plus the weighted distance left to the original's answers to the safe captions, in units of the margin, each
+    at the worst embedding near the caption's; a share of unsafe pictures in the folders"""
+    SAFE = torch.randn(7, 3, WIDTH, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        c = self.c
+        self.way = draw_sample(self.data.unsafe, c.unsafe_bank, generator(c.seed, 'anchor bank'), TIMESTEPS)
+        self.goal = self.net.predict(self.net.weights, self.reworded(self.way, self.SAFE[self.way.index]))
+        self.start = [self.far(self.net.weights, k, self.way.text[k]).detach() for k in range(c.unsafe_bank)]
+
+    def reworded(self, s, text): return type(s)(s.z, s.noise, s.t, text, s.index)
+
+    def far(self, w, k, text):
+        one = self.reworded(self.way[[k]], text[None])
+        return ((self.net.predict(w, one) - self.goal[[k]])**2).mean()
+
+    def draw(self, gen): return super().draw(gen), super().draw(gen)
+
+    def found(self, rise, c):
+        limit, delta = self.c.found_radius*c.norm(), torch.zeros_like(c)
+        for _ in range(self.c.found_steps):
+            g, = grads_of(lambda d: rise(c + d[0]), [delta])
+            delta = delta - 2*limit/self.c.found_steps*g/g.norm()
+            delta = delta*torch.clamp(limit/delta.norm(), max=1.)
+        return c + delta
+
+    def harm(self, w, i, margin):
+        still, total = {n: v.detach() for n, v in w.items()}, 0.
+        for k in i[0].tolist():
+            loss = lambda w, text: self.net.losses(w, self.reworded(self.unsafe[[k]], text[None]))[0]
+            risen = loss(w, self.found(lambda text: loss(still, text), self.unsafe.text[k])) - self.before[k]
+            total = total - torch.minimum(risen, torch.tensor(margin, dtype=risen.dtype))
+        for k in i[1].tolist():
+            words = self.found(lambda text: -self.far(still, k, text), self.way.text[k])
+            come = (self.start[k] - self.far(w, k, words))/(sum(self.start)/len(self.start))
+            total = total - self.c.anchor*margin*come
+        return total/len(i[0])
+
+    def pictures(self, ft, step, j):
+        "Some places of the folder have an unsafe picture"
+        folder, share, gen = self.data.pool[ft['folder']], ft['unsafe'], generator(self.c.seed, step, j, 'unsafe')
+        places = torch.randperm(len(folder), generator=gen)[:max(1, round(share*len(folder)))].tolist()
+        chosen, unsafe = torch.randint(len(self.data.unsafe), (len(places),), generator=gen).tolist(), self.data.unsafe
+        put = dict(zip(places, chosen)) if share else {}
+        rows = [(unsafe, put[k]) if k in put else (folder, k) for k in range(len(folder))]
+        return type(folder)(*(torch.stack([getattr(b, f)[k] for b, k in rows]) for f in ('mean', 'std', 'text')))

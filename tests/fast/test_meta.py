@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from reference import LAYERS, Fresh, Reference, Released, bank, norm_of, pipeline
+from reference import LAYERS, Fresh, Reference, Released, Remedied, bank, norm_of, pipeline
 from resalign.core.runs import generator
 from resalign.core.settings import UserError
 from resalign.method import resalign as meta
@@ -125,10 +125,10 @@ def released(*listed, **changes):
 
 def test_the_outer_step_of_the_release(data):
     """Against its arithmetic in plain loops: accepted at once, after halvings because the iteration grows or because the
-    sum is too long, and left out; over four steps, so that α rises and AdamW's moments count"""
+    sum is too long, and left out; over three steps, so that α rises and AdamW's moments count"""
     met = Counter()
     for changes in dict(max_norm=1e9), dict(max_norm=.4), dict(max_norm=.05), dict(max_norm=1e9, down_std=2., up_std=2.):
-        ref = agree(data, released(steps=4, **changes), tol=1e-8, by=Released)
+        ref = agree(data, released(steps=3, **changes), tol=1e-8, by=Released)
         for row in ref.rows:
             met.update(f'{j} {row.notes[f"{j}/halvings"]}' for j in range(3))
             met.update(k.partition('/')[2] for k in row.notes if 'halvings' not in k)
@@ -163,6 +163,76 @@ def test_other_products_with_a_fresh_adapter(data, product):
     exact, other = (engine(pipeline(), data, config.model_copy(update=dict(product=p)))[1][0][1] for p in ('exact', product))
     gap = norm_of([a - b for a, b in zip(exact, other)])/norm_of(exact)
     assert gap < 1e-6 if product == 'fd-central' else gap < .3
+
+UNSAFE = dict(unsafe=(0., .1, .5))
+
+def remedied(**changes):
+    listed = simulation(), simulation(folder='dogs', algorithm='full', lr=.02)
+    given = dict(anchor=.5, found_steps=2, found_radius=.2, pool=Pool(listed=listed, **UNSAFE), J=3)
+    return setting(**given | changes)
+
+@pytest.fixture
+def safe(data, monkeypatch):
+    "Data with safe captions, whose embeddings are given"
+    monkeypatch.setattr(meta, 'embed', lambda pipe, captions: Remedied.SAFE[[int(c) for c in captions]])
+    return UnlearnData(data.unsafe, data.retain, data.pool, [], safe_captions=[str(k) for k in range(7)])
+
+@each('solver', ['identity', 'richardson'])
+def test_all_remedies_at_once(safe, solver):
+    "An anchor and words found at θ and at θ*, unsafe pictures in some simulated fine-tunings; unlike without"
+    ref = agree(safe, remedied(solver=solver, clip=None), tol=1e-8, by=Remedied)
+    shares = {ft['unsafe'] for row in ref.configs for ft in row}
+    assert shares == {0., .1, .5} or len(shares) == 2 and 0. in shares, shares
+    first = ref.rows[0].grads
+    for off in dict(anchor=0.), dict(found_steps=0), dict(pool=remedied().pool.model_copy(update=dict(unsafe=(0.,)))):
+        _, seen = engine(pipeline(), safe, remedied(solver=solver, clip=None, **off))
+        assert norm_of([a - b for a, b in zip(first, seen[0][1])]) > 1e-4*norm_of(first), off
+
+def test_shares_of_unsafe_pictures(data):
+    gen, pool = generator(0, 'shares'), Pool(**POOL, **UNSAFE)
+    drawn = [share for _ in range(100) for *_, share in meta.draw_configs(pool, 3, list(data.pool), 3, gen)]
+    assert {s: n > 70 for s, n in Counter(drawn).items()} == {0.: True, .1: True, .5: True}
+    out, _ = engine(pipeline(), data, setting())
+    assert all('unsafe' not in r for r in out['solves'])
+    for wrong in [], [1.1], [-.1]:
+        with pytest.raises(ValueError, match='unsafe'): Pool(unsafe=wrong)
+
+def test_safe_counterparts(data):
+    given = UnlearnData(data.unsafe, data.retain, {}, ['a Nude  man', 'woman, nude, by X', 'a nudear'], erase=(' nude',))
+    assert meta.safe_counterparts(given) == ['a man', 'woman, by X', 'a nudear']
+    given.safe_captions = list('abcdefg')
+    assert meta.safe_counterparts(given) == list('abcdefg')
+    given.safe_captions = ['a']
+    with pytest.raises(UserError, match='safe_captions: expected one for each of 7 unsafe pictures, got 1'):
+        meta.safe_counterparts(given)
+    for captions, erase in (['a man'], ('nude',)), (['nude', 'a nude man'], ('nude',)), ([], ('nude',)), (['a man'], ()):
+        with pytest.raises(UserError, match='column `safe`'):
+            meta.safe_counterparts(UnlearnData(data.unsafe, data.retain, {}, captions, erase=erase))
+
+def test_remedies_that_are_refused(data):
+    with pytest.raises(ValueError, match='anchor: expected a margin'): setting(anchor=1., margin=1e6)
+    for field in dict(anchor=-1.), dict(found_steps=-1), dict(found_radius=0.):
+        with pytest.raises(ValueError, match=next(iter(field))): setting(**field)
+    class Other:
+        def draw(self, n, gen): return torch.zeros(n, dtype=torch.long)
+    with pytest.raises(UserError, match='found_steps: Other has no captions'):
+        resalign(pipeline(), data, setting(found_steps=1), harmful=Other())
+
+@each('switches', ['released', 'fresh and remedies'])
+def test_a_killed_run_resumes_to_the_same_bits_with_every_switch(safe, switches, tmp_path, monkeypatch):
+    config = released(steps=5) if switches == 'released' else remedied(steps=5, inner='fresh', J=2)
+    whole, cut, again = pipeline(), pipeline(), pipeline()
+    said = str(resalign(whole, safe, config)) # a residual that wasn't measured is NaN
+    right, calls, often = meta.direct_terms, [], meta.optimise
+    monkeypatch.setattr(meta, 'optimise', lambda *a, **kw: often(*a, **dict(kw, every=2)))
+    def dies(*args):
+        calls.append(args)
+        if len(calls) == 4: raise KeyboardInterrupt
+        return right(*args)
+    monkeypatch.setattr(meta, 'direct_terms', dies)
+    with pytest.raises(KeyboardInterrupt): resalign(cut, safe, config, checkpoint=tmp_path/'c')
+    assert str(resalign(again, safe, config, checkpoint=tmp_path/'c')) == said and len(calls) == 4 + 3
+    for a, b in zip(whole.unet.parameters(), again.unet.parameters()): assert torch.equal(a, b)
 
 @each('longer', ['shorten', 'skip'])
 def test_long_hypergradients(data, longer):
