@@ -24,17 +24,17 @@ class SPEEDConfig(Config):
     "Settings of SPEED"
     tokens:Literal['last', 'end', 'rest'] = 'last' # which embeddings are edited, as for UCE
     ridge:float = Field(1., gt=0)          # λ
-    null:float = Field(1e-2, gt=0, lt=1)   # eigenvalues of C₀C₀ᵀ up to this share of the largest count as zero
+    threshold:float = Field(1e-2, gt=0, lt=1) # eigenvalues of C₀C₀ᵀ up to this share of the largest count as zero
     filtered:bool = True                   # keep only the embeddings that the edit would move most
     copies:int = Field(10, ge=0)           # of each kept embedding, with noise; 0: none
     directions:int = Field(1, ge=1)        # of the noise: W's smallest singular values
     seed:int = 0
 
 # %% ../../nbs/5_baselines/25_speed.ipynb #7bc83f8f
-def null_projection(kept, null:float) -> torch.Tensor: # P: (d, d), symmetric
+def null_projection(kept, threshold:float) -> torch.Tensor: # P: (d, d), symmetric
     "The projection on directions that the rows of `kept` (n, d) hardly use"
     values, vectors = torch.linalg.eigh(kept.T @ kept)
-    free = vectors[:, values <= null*values[-1]]
+    free = vectors[:, values <= threshold*values[-1]]
     return free @ free.T
 
 def without(P, fixed, tol:float=1e-8) -> torch.Tensor: # P₂, like P
@@ -77,7 +77,7 @@ def kept_embeddings(W, erase, guide, preserve, config:SPEEDConfig, gen) -> torch
 def edit_map(W, pairs:tuple, config:SPEEDConfig, gen) -> tuple: # the edited map, how many directions were free
     "SPEED's edit of one map; pairs: erase, guide, preserve, fixed"
     erase, guide, preserve, fixed = pairs
-    P = null_projection(kept_embeddings(W, erase, guide, preserve, config, gen), config.null)
+    P = null_projection(kept_embeddings(W, erase, guide, preserve, config, gen), config.threshold)
     return constrained_edit(W, erase, guide, P, fixed, config.ridge), round(P.trace().item())
 
 def speed(pipe, data:UnlearnData, config:SPEEDConfig=SPEEDConfig(), checkpoint=None, save_adapter=None) -> dict:
@@ -89,7 +89,7 @@ def speed(pipe, data:UnlearnData, config:SPEEDConfig=SPEEDConfig(), checkpoint=N
     original = [p.detach().double().cpu() for p in maps]
     edits = [edit_map(W, pairs, config, generator(config.seed, 'speed', k)) for k, W in enumerate(original)]
     edited, free = zip(*edits)
-    if not any(free): raise UserError(f'speed: null: at {config.null} no direction is free, expected more')
+    if not any(free): raise UserError(f'speed: threshold: at {config.threshold} no direction is free, expected more')
     set_maps(maps, edited)
     pipe.unet.requires_grad_(False)
     row = dict(step=0, loss=distance(edited, original, erase, guide), left=concept_left(edited, original, erase, guide),

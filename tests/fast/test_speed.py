@@ -14,8 +14,8 @@ from each import each
 
 
 def test_settings():
-    check_settings(SPEEDConfig, dict(tokens='last', ridge=1., null=1e-2, filtered=True, copies=10, directions=1, seed=0),
-                   [('ridge', 0., 1e-6), ('null', 0., 1e-9), ('null', 1., .99), ('copies', -1, 0),
+    check_settings(SPEEDConfig, dict(tokens='last', ridge=1., threshold=1e-2, filtered=True, copies=10, directions=1, seed=0),
+                   [('ridge', 0., 1e-6), ('threshold', 0., 1e-9), ('threshold', 1., .99), ('copies', -1, 0),
                     ('directions', 0, 1)])
 
 
@@ -33,7 +33,7 @@ def least_squares(W, erase, guide, free, fixed, ridge):
     return W + (basis @ torch.linalg.lstsq(tall, goal).solution).T
 
 
-@ledger('speed/ridge', 'speed/null')
+@ledger('speed/ridge', 'speed/threshold')
 @each('ridge, many, held', [(1., 5, 2), (.1, 2, 3), (3., 9, 1), (.5, 5, 0)])
 def test_the_edit_is_the_best_that_moves_nothing_kept_or_fixed(ridge, many, held):
     W, erase, guide, kept = numbers(3, 12), numbers(4, 12, seed=1), numbers(4, 12, seed=2), numbers(many, 12, seed=3)
@@ -51,9 +51,9 @@ def test_the_edit_is_the_best_that_moves_nothing_kept_or_fixed(ridge, many, held
 def test_directions_that_are_hardly_used_are_free():
     turn = torch.linalg.qr(numbers(5, 5))[0]
     kept = torch.diag(torch.tensor([3., 1., .3, .1, 0.], dtype=torch.float64)) @ turn.T  # eigenvalues 9, 1, .09, .01, 0
-    for null, many in (.2, 4), (.05, 3), (.005, 2), (1e-4, 1):
+    for threshold, many in (.2, 4), (.05, 3), (.005, 2), (1e-4, 1):
         free = turn[:, 5 - many:]
-        close(null_projection(kept, null), free @ free.T, rtol=1e-9)
+        close(null_projection(kept, threshold), free @ free.T, rtol=1e-9)
 
 
 def moved(W, erase, guide, c, ridge):
@@ -106,7 +106,7 @@ def test_keys_and_values_are_edited_and_nothing_else(monkeypatch):
     pipe, (erase, guide, keep, fixed), asked = wide_pipe(monkeypatch)
     _, data = given()
     data.unsafe_captions[2] = 'green car'
-    config = SPEEDConfig(tokens='rest', copies=2, null=1e-9, ridge=.5, seed=3)
+    config = SPEEDConfig(tokens='rest', copies=2, threshold=1e-9, ridge=.5, seed=3)
     before = copy.deepcopy(pipe.unet)
     pipe.unet.requires_grad_(True)
     with pytest.warns(UserWarning, match='speed: 1 of 4'): out = speed(pipe, data, config)
@@ -133,5 +133,5 @@ def test_keys_and_values_are_edited_and_nothing_else(monkeypatch):
 def test_no_free_direction_is_an_error(monkeypatch):
     pipe, _, _ = wide_pipe(monkeypatch)
     monkeypatch.setattr(page, 'kept_embeddings', lambda *args: numbers(40, 16))
-    with pytest.raises(UserError, match='speed: null: at 1e-09 no direction is free'):
-        speed(pipe, given()[1], SPEEDConfig(null=1e-9))
+    with pytest.raises(UserError, match='speed: threshold: at 1e-09 no direction is free'):
+        speed(pipe, given()[1], SPEEDConfig(threshold=1e-9))
