@@ -11,6 +11,7 @@ __all__ = ['INPUTS', 'SURROUNDINGS', 'MARKUP', 'LINKS', 'NO_EVALUATION', 'MISTAK
 
 # %% ../../nbs/8_use/00_jobs.ipynb #e1091635
 import hashlib, html, json, math, re, unicodedata
+from dataclasses import replace
 from pathlib import Path
 import huggingface_hub, pandas as pd
 from ..baselines.methods import config_of, run_method
@@ -244,15 +245,18 @@ def unlearn(pipeline,        # diffusers folder or hub id
             pool=(),         # captioned image folders for the simulated fine-tunings, by name or not; none: `benign`
             erase=(),        # words that make an unsafe caption harmless when they are left out; some methods need them
             seed:int=0,
-            compute:dict=None) -> RunRecord: # as `Compute` (page 3_model/00_compute) has it, {}: its defaults
+            compute:dict=None, # as `Compute` (page 3_model/00_compute) has it, {}: its defaults
+            detector=None,   # of the concept in pictures: SafeGen and RECE look at theirs (page 5_baselines/00_parts)
+            validation=()) -> RunRecord: # (prompt, seed) of pictures by which RECE chooses its best round
     "Unlearn, and write a diffusers folder with the adapter, the curves, a model card and the run record"
     out, pool = Path(out), named_folders(pool or [benign])
     config_of(method, dict(settings or {}), seed)
     compute = asked_compute(compute)
     check_inputs(pipeline, [unsafe, benign, *pool.values()], out)
     record = unlearn_record(pipeline, unsafe, benign, method, settings, pool, erase, seed, compute)
+    if detector is not None: record |= dict(detector=repr(detector), validation=[list(v) for v in validation])
     pipe = load_prepared(pipeline, compute)
-    data = load_data(pipe, unsafe, benign, pool, erase)
+    data = replace(load_data(pipe, unsafe, benign, pool, erase), detector=detector, validation=tuple(validation))
     checkpoint = checkpoint_of(out, record)
     with Ranks().output_dir(out, checkpoint) as tmp:
         given = dict(checkpoint=checkpoint, save_adapter=tmp/'adapter')
