@@ -25,6 +25,7 @@ class SPEEDConfig(Config):
     tokens:Literal['last', 'end', 'rest'] = 'last' # which embeddings are edited, as for UCE
     ridge:float = Field(1., gt=0)          # λ
     threshold:float = Field(1e-2, gt=0, lt=1) # eigenvalues of C₀C₀ᵀ up to this share of the largest count as zero
+    fixed:Literal['empty', 'start'] = 'empty' # C₂: all embeddings of the empty prompt, or its start token alone
     filtered:bool = True                   # keep only the embeddings that the edit would move most
     copies:int = Field(10, ge=0)           # of each kept embedding, with noise; 0: none
     directions:int = Field(1, ge=1)        # of the noise: W's smallest singular values
@@ -43,9 +44,9 @@ def without(P, fixed, tol:float=1e-8) -> torch.Tensor: # P₂, like P
     taken = directions[sizes > tol*torch.linalg.matrix_norm(fixed, 2)]
     return P - taken.T @ taken
 
-def constrained_edit(W, erase, guide, P, fixed, ridge:float) -> torch.Tensor: # W + XP: (out, d)
-    "SPEED's closed form; `erase` and `guide` (e, d), `fixed` (f, d)"
-    P, eye = without(P, fixed), torch.eye(W.shape[1], dtype=W.dtype)
+def constrained_edit(W, erase, guide, P, ridge:float) -> torch.Tensor: # W + XP: (out, d)
+    "The best edit along the directions of P; `erase` and `guide` (e, d)"
+    eye = torch.eye(W.shape[1], dtype=W.dtype)
     return W + W @ (guide - erase).T @ erase @ P @ torch.linalg.inv(erase.T @ erase @ P + ridge*eye)
 
 # %% ../../nbs/5_baselines/25_speed.ipynb #b56e2742
@@ -78,13 +79,15 @@ def edit_map(W, pairs:tuple, config:SPEEDConfig, gen) -> tuple: # the edited map
     "SPEED's edit of one map; pairs: erase, guide, preserve, fixed"
     erase, guide, preserve, fixed = pairs
     P = null_projection(kept_embeddings(W, erase, guide, preserve, config, gen), config.threshold)
-    return constrained_edit(W, erase, guide, P, fixed, config.ridge), round(P.trace().item())
+    P = without(P, fixed)
+    return constrained_edit(W, erase, guide, P, config.ridge), round(P.trace().item())
 
 def speed(pipe, data:UnlearnData, config:SPEEDConfig=SPEEDConfig(), checkpoint=None, save_adapter=None) -> dict:
     "SPEED; the pipeline's UNet is changed in place"
     used, benign = split_captions(data.unsafe_captions, data.erase, 'speed'), retain_captions(data, 'speed')
     erase, guide, _, preserve = edit_embeddings(pipe, list(used.values()), benign, config.tokens)
-    pairs = erase, guide, preserve, embeddings(pipe, [''])[0][0]
+    empty = embeddings(pipe, [''])[0][0]
+    pairs = erase, guide, preserve, empty if config.fixed == 'empty' else empty[:1]
     maps = to_float32(list(layers(pipe.unet, 'kv').values()))
     original = [p.detach().double().cpu() for p in maps]
     edits = [edit_map(W, pairs, config, generator(config.seed, 'speed', k)) for k, W in enumerate(original)]

@@ -7,14 +7,14 @@ import torch
 
 from resalign.baselines import speed as page
 from resalign.baselines.speed import (SPEEDConfig, constrained_edit, kept_embeddings, most_moved, null_projection, shifts,
-                                      speed, with_copies)
+                                      speed, with_copies, without)
 from resalign.core.settings import UserError
 from tests.fast.toys import UNSAFE, check_settings, close, given, ledger, stream
 from each import each
 
 
 def test_settings():
-    check_settings(SPEEDConfig, dict(tokens='last', ridge=1., threshold=1e-2, filtered=True, copies=10, directions=1, seed=0),
+    check_settings(SPEEDConfig, dict(tokens='last', ridge=1., threshold=1e-2, fixed='empty', filtered=True, copies=10, directions=1, seed=0),
                    [('ridge', 0., 1e-6), ('threshold', 0., 1e-9), ('threshold', 1., .99), ('copies', -1, 0),
                     ('directions', 0, 1)])
 
@@ -41,7 +41,7 @@ def test_the_edit_is_the_best_that_moves_nothing_kept_or_fixed(ridge, many, held
     P = null_projection(kept, 1e-9)
     close(P @ P, P, 'a projection', 1e-9)
     assert round(float(P.trace())) == 12 - many
-    found = constrained_edit(W, erase, guide, P, fixed, ridge)
+    found = constrained_edit(W, erase, guide, without(P, fixed), ridge)
     free = torch.linalg.svd(kept)[2][many:].T
     close(found, least_squares(W, erase, guide, free, fixed, ridge), rtol=1e-8)
     for c in kept, fixed: assert ((found - W) @ c.T).abs().max() < 1e-9
@@ -101,12 +101,14 @@ def wide_pipe(monkeypatch, **more):
     return SimpleNamespace(unet=unet), (erase, guide[:3], keep, empty), asked
 
 
-@ledger('speed/tokens')
-def test_keys_and_values_are_edited_and_nothing_else(monkeypatch):
-    pipe, (erase, guide, keep, fixed), asked = wide_pipe(monkeypatch)
+@ledger('speed/tokens', 'speed/fixed')
+@each('fix', ['empty', 'start'])
+def test_keys_and_values_are_edited_and_nothing_else(monkeypatch, fix):
+    pipe, (erase, guide, keep, empty), asked = wide_pipe(monkeypatch)
+    fixed = empty if fix == 'empty' else empty[:1]
     _, data = given()
     data.unsafe_captions[2] = 'green car'
-    config = SPEEDConfig(tokens='rest', copies=2, threshold=1e-9, ridge=.5, seed=3)
+    config = SPEEDConfig(tokens='rest', copies=2, threshold=1e-9, ridge=.5, fixed=fix, seed=3)
     before = copy.deepcopy(pipe.unet)
     pipe.unet.requires_grad_(True)
     with pytest.warns(UserWarning, match='speed: 1 of 4'): out = speed(pipe, data, config)
@@ -120,7 +122,7 @@ def test_keys_and_values_are_edited_and_nothing_else(monkeypatch):
         close(found, wanted)
         far = far + float((erase @ wanted.T - guide @ W.T).square().mean())/2
         at_first += float(((erase - guide) @ W.T).square().mean())/2
-        free_dims += free.shape[1]/2
+        free_dims += (free.shape[1] - len(fixed))/2
     assert torch.equal(pipe.unet.attn2.to_q.weight, before.attn2.to_q.weight)
     row, = out['log']
     assert row == pytest.approx(dict(step=0, loss=far, left=far/at_first, free=free_dims), rel=1e-4)
@@ -132,6 +134,6 @@ def test_keys_and_values_are_edited_and_nothing_else(monkeypatch):
 
 def test_no_free_direction_is_an_error(monkeypatch):
     pipe, _, _ = wide_pipe(monkeypatch)
-    monkeypatch.setattr(page, 'kept_embeddings', lambda *args: numbers(40, 16))
+    monkeypatch.setattr(page, 'kept_embeddings', lambda *args: numbers(14, 16)) # the empty prompt takes the last two
     with pytest.raises(UserError, match='speed: threshold: at 1e-09 no direction is free'):
         speed(pipe, given()[1], SPEEDConfig(threshold=1e-9))
