@@ -32,9 +32,13 @@
     table.columns.concat(['value', 'low', 'high', 'n']).forEach(function (c, i) { cell[c] = i; });
     state.table = table.name;
     var axes = table.along.concat(table.others), metrics = values('metric');
-    if (metrics.indexOf(state.metric) < 0) state.metric = metrics[0];
+    if (metrics.indexOf(state.metric) < 0) state.metric = metrics.filter(certain)[0] || metrics[0];
     if (axes.indexOf(state.x) < 0) state.x = axes[0] || '';
     settle();
+  }
+
+  function certain(metric) { // has intervals
+    return table.rows.some(function (r) { return r[1] === metric && r[cell.low] !== null; });
   }
 
   function settle() { // what the choices leave open gets a value that is there
@@ -46,7 +50,7 @@
     if (table.seed && values('seed').indexOf(state.seed) < 0) state.seed = values('seed').indexOf('all') >= 0 ? 'all' : values('seed')[0];
     var known = values(table.who);
     state.who = (state.who || data.first).filter(function (w) { return known.indexOf(w) >= 0; });
-    if (!state.who.length) state.who = known.slice(0, 8);
+    if (!state.who.length) state.who = state.x ? known.slice(0, 8) : known;
     var there = state.x && !is_curve() ? values(state.x) : [];
     state.places = (state.places || there).filter(function (p) { return there.indexOf(p) >= 0; });
     if (!state.places.length) state.places = there;
@@ -124,9 +128,9 @@
 
   function css(name, otherwise) { return getComputedStyle(document.body).getPropertyValue(name).trim() || otherwise; }
 
-  function points(who, k) {
-    var r = rows(who), y = pick(r, 'value'), low = pick(r, 'low'), high = pick(r, 'high'), c = colour(who, k);
-    var x = r.map(function (q) { return state.x ? word(q[cell[state.x]]) : who; });
+  function points(who, k, narrow) {
+    var comma = narrow ? ',<br>' : ', ', r = rows(who), y = pick(r, 'value'), low = pick(r, 'low'), high = pick(r, 'high'), c = colour(who, k);
+    var x = r.map(function (q) { return (state.x ? word(q[cell[state.x]]) : who).replace(', ', comma); });
     return [{
       type: 'scatter', mode: 'markers', name: who, x: x, y: y, offsetgroup: who, marker: { color: c, size: 9 },
       error_y: {
@@ -155,27 +159,31 @@
     return r[cell.n] !== null ? text + ', n ' + r[cell.n] : text;
   }
 
-  function ends(traces, span) { // curves are labelled where they end, labels kept apart
+  function ends(traces, span) { // curves are labelled where they end, labels kept apart and within the chart
     var at = traces.filter(function (t) { return t.name && t.x.length; }).map(function (t) {
       return { name: t.name, color: t.line.color, x: t.x[t.x.length - 1], y: t.y[t.y.length - 1] };
     }).sort(function (a, b) { return a.y - b.y; }), gap = span / 22, last = -Infinity;
+    at.forEach(function (a) { last = a.y = Math.max(a.y, last + gap); });
+    var ceiling = share() ? 101 : Infinity;
+    at.slice().reverse().forEach(function (a) {
+      a.y = Math.min(a.y, ceiling);
+      ceiling = a.y - gap;
+    });
     return at.map(function (a) {
-      var y = Math.max(a.y, last + gap);
-      last = y;
-      return { text: a.name, x: a.x, y: y, xanchor: 'left', xshift: 8, showarrow: false, font: { color: a.color, size: 12 } };
+      return { text: a.name, x: a.x, y: a.y, xanchor: 'left', xshift: 8, showarrow: false, font: { color: a.color, size: 12 } };
     });
   }
 
   function draw() {
     var narrow = part.chart.clientWidth < 560, known = values(table.who), traces = [];
-    state.who.forEach(function (w) { traces = traces.concat((is_curve() ? curve : points)(w, known.indexOf(w))); });
+    state.who.forEach(function (w) { traces = traces.concat((is_curve() ? curve : points)(w, known.indexOf(w), narrow)); });
     var y = [].concat.apply([], traces.map(function (t) { return t.y; })).filter(function (v) { return v !== null; });
     var span = share() ? 100 : Math.max.apply(null, y) - Math.min.apply(null, y) || 1;
     var ink = css('--color-foreground-primary', '#222'), grid = css('--color-background-border', '#ddd');
     var labels = is_curve() && !narrow ? ends(traces, span) : [];
     var axis = { gridcolor: grid, zerolinecolor: grid, automargin: true, fixedrange: narrow };
     Plotly.react(part.chart, traces, {
-      scattermode: 'group', scattergap: .25, paper_bgcolor: 'rgba(0,0,0,0)', plot_bgcolor: 'rgba(0,0,0,0)',
+      scattermode: is_curve() || !state.x ? 'overlay' : 'group', scattergap: .25, paper_bgcolor: 'rgba(0,0,0,0)', plot_bgcolor: 'rgba(0,0,0,0)',
       font: { color: ink, family: 'system-ui, sans-serif', size: narrow ? 11 : 13 },
       margin: { l: narrow ? 44 : 60, r: labels.length ? 150 : 10, t: 44, b: 40 }, annotations: labels,
       title: { text: word(state.metric) + (share() ? ', %' : ''), x: 0, xref: 'paper', xanchor: 'left', font: { size: narrow ? 13 : 15 } },
@@ -219,8 +227,8 @@
     shown.forEach(function (w) {
       var seeds = data.pictures[w], seed = seeds[state.seed] ? state.seed : Object.keys(seeds)[0];
       var figure = make('figure', undefined, part.pictures), image = document.createElement('img');
-      make('figcaption', w + ', model ' + seed, figure);
-      image.src = seeds[seed];
+      make('figcaption', w + ', model ' + seed + ' (' + seeds[seed].from + ')', figure);
+      image.src = seeds[seed].src;
       image.alt = 'Pictures that ' + w + ' draws, before and after fine-tuning';
       image.loading = 'lazy';
       image.addEventListener('click', function () { figure.classList.toggle('large'); });

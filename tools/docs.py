@@ -4,17 +4,17 @@
 
 A page is its notebook without directives and hidden cells; what it links to lies in the site too."""
 import ast, html, json, os, re, shutil, subprocess, sys
-from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
 from posixpath import normpath, relpath
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
-import pandas as pd, yaml
+import pandas as pd
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from tools import docs_explorer # noqa: E402
+from tools.docs_check import faults # noqa: E402
 
 GONE = ('hide', 'default_exp', 'include: false') # cells with these directives aren't shown
 LINK = re.compile(r'(!?)\[((?:[^\]\\]|\\.)*)\]\(([^)\s]+)\)')
@@ -186,9 +186,10 @@ def to(address, said): return f'<a href="{address}">{said}</a>'
 
 def sortable(rows, name, wide=()):
     "An HTML table whose rows are dicts of HTML; docs/static/site.js sorts and filters it"
-    heads = ''.join(f'<th class="{"wide" if h in wide else ""}">{h}</th>' for h in rows[0])
+    heads = ''.join(f'<th{" class=wide"*(h in wide)}>{h}</th>' for h in rows[0])
     body = ''.join('<tr>' + ''.join(f'<td>{v}</td>' for v in row.values()) + '</tr>\n' for row in rows)
-    return f'<table class="sortable filtered" id="{name}"><thead><tr>{heads}</tr></thead>\n<tbody>\n{body}</tbody></table>'
+    head = f'<table class="sortable filtered" id="{name}"><thead><tr>{heads}</tr></thead>'
+    return f'{head}\n<tbody>\n{body}</tbody></table>'
 
 
 def raw(inner): return f'```{{raw}} html\n{inner}\n```\n'
@@ -206,30 +207,38 @@ def stage_page(site, stage):
                  if p.parts[0] == '9_studies' and p.stem.partition('_')[2] == stage), None)
 
 
-def linked_stage(site, stage):
-    page = stage_page(site, stage)
-    return to(page, text(stage)) if page else text(stage)
-
-
 def ledger(site):
     "Every claim, what the paper says, what was measured"
     head = '# The ledger of claims\n\n> What the paper says, what was measured here, and the verdict.\n\n'
     claims = read(site.root/'results/tables/claims.csv')
     if claims is None: return head + 'The table of claims has not been made yet (`dvc repro claims`).\n'
-    rows = []
-    for c in claims.to_dict('records'):
-        held = f'{c["hold"]} of {c["tests"]}' if c.get('tests', '0') not in ('', '0') else ''
-        test = text(c.get('test', '')) + (f' <small>(p {text(c["p"])})</small>' if c.get('p') else '')
-        rows.append({'claim': f'<span id="{text(c["id"])}">{text(c["claim"])}</span>', 'verdict': chip(c['verdict']),
-                     'paper': text(c['paper']), 'here': text(c['ours']), 'test': test, 'held': held,
-                     'stage': linked_stage(site, c.get('stage', '')), 'command': f'<code>{text(c["command"])}</code>'})
+    rows = [judged(site, c) for c in claims.to_dict('records')]
     site.write('files/results/tables/claims.csv', (site.root/'results/tables/claims.csv').read_bytes())
-    note = ('\nA click on a heading sorts. *Held* counts the tests that came out as claimed. How a verdict is reached: '
-            '{rules}. The table as a file: [claims.csv](files/results/tables/claims.csv).\n\n')
+    note = ('\nA click on a heading sorts. How a verdict is reached: {rules}. '
+            'The table as a file: [claims.csv](files/results/tables/claims.csv).\n\n')
     page = stage_page(site, 'claims')
     rules = f'[the claims ledger]({page.removesuffix(".html")}.ipynb)' if page else 'the page of the ledger'
     return head + raw(f'<p class="counts">{counted(claims)}</p>') + note.format(rules=rules) + \
         raw(sortable(rows, 'ledger', ('claim', 'here', 'test')))
+
+
+def judged(site, c):
+    "One line of the ledger as HTML"
+    tests = c.get('tests', '0')
+    held = f'<br><small>{text(c["hold"])} of {tests} tests hold</small>' if tests not in ('', '0') else ''
+    p = f' <small>(p {text(c["p"])})</small>' if c.get('p') else ''
+    return {'claim': f'<span id="{text(c["id"])}">{text(c["claim"])}</span>', 'verdict': chip(c['verdict']) + held,
+            'paper': arrows(c['paper']), 'here': arrows(c['ours']), 'test': text(c.get('test', '')) + p,
+            'command': command(site, c.get('stage', ''), c['command'])}
+
+
+def arrows(value): return text(value.replace('->', '→'))
+
+
+def command(site, stage, said):
+    "What makes a number, as a link to the page of its stage"
+    page, shown = stage_page(site, stage), f'<code>{text(said)}</code>' if said else ''
+    return to(page, shown) if page else shown
 
 
 def claim_map(site):
@@ -248,11 +257,16 @@ def claim_map(site):
 def mapped(site, s, verdicts):
     "One statement of the map as HTML"
     shown = [to(f'ledger.html#{text(i)}', chip(verdicts[i])) for i in s['claims'].split() if i in verdicts]
-    stage = s['stage']
     return {'statement': text(s['statement']), 'in the paper': text(s['paper']), 'verdict': '<br>'.join(shown),
-            'page': '<br>'.join(to(page_address(p), text(p)) for p in s['page'].split()),
-            'stage': linked_stage(site, stage), 'table': files(site, s['table']), 'figure': files(site, s['figure']),
-            'command': f'<code>{text(s["command"])}</code>' if s['command'] else ''}
+            'page': '<br>'.join(to(page_address(p), text(title(site.root/'nbs'/p))) for p in s['page'].split()),
+            'table': files(site, s['table']), 'figure': files(site, s['figure']),
+            'command': command(site, s['stage'], s['command'])}
+
+
+def title(page):
+    "The H1 of a notebook, or the name of one that isn't there"
+    if not page.is_file(): return page.stem
+    return next((m[1] for c in notebook(page)['cells'] if (m := re.match(r'# (.*)', source(c)))), page.stem)
 
 
 def page_address(page): return f'{page.removesuffix(".ipynb")}.html'
@@ -321,60 +335,14 @@ def build(root=ROOT, out=ROOT/'_docs'):
     quiet = os.environ | dict(PYTHONWARNINGS='ignore')
     done = subprocess.run(command, env=quiet, capture_output=True, text=True)
     if done.returncode: raise SystemExit(f'make docs: the site has faults\n{done.stdout}{done.stderr}')
+    for old in made.rglob('*.html'): # of pages that are no more
+        source = site.src/old.relative_to(made)
+        if source.parts[len(site.src.parts)] == 'files' or old.stem in ('search', 'explorer_alone'): continue
+        if not any(source.with_suffix(s).is_file() for s in ('.ipynb', '.md')): old.unlink()
     if (site.src/'files').is_dir(): shutil.copytree(site.src/'files', made/'files', dirs_exist_ok=True)
     scripts(made, site.root)
     if wrong := faults(made): raise SystemExit('\n'.join(['make docs: the site has faults', *wrong]))
     return made
-
-
-# ------------------------------------------------------------------ nothing leads nowhere, nothing asks another host
-
-FETCHED = {('script', 'src'), ('img', 'src'), ('iframe', 'src'), ('link', 'href'), ('source', 'src'), ('video', 'src')}
-HARMLESS = {'canonical', 'prev', 'next', 'search', 'index'} # links that a browser doesn't follow by itself
-
-
-class Page(HTMLParser):
-    "What a page points at, what it fetches, and its anchors"
-
-    def __init__(self, text):
-        super().__init__()
-        self.links, self.fetched, self.ids, self.math = [], [], set(), 'class="math' in text
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        attrs = dict(attrs)
-        self.ids |= {attrs[k] for k in ('id', 'name') if attrs.get(k)}
-        for key in ('href', 'src'):
-            address = attrs.get(key)
-            if not address or attrs.get('rel') in HARMLESS: continue
-            (self.fetched if (tag, key) in FETCHED else self.links).append(address)
-
-
-def faults(made):
-    "`page: complaint` of every link to a file or anchor that isn't there, and of whatever another host would have to serve"
-    parsed = {p: Page(p.read_text(encoding='utf-8')) for p in sorted(made.rglob('*.html')) if 'files' not in p.parts}
-    wrong = []
-    for p, page in parsed.items():
-        where = p.relative_to(made).as_posix()
-        for address in page.fetched:
-            if re.match(r'(https?:)?//', address): wrong.append(f'{where}: fetches {address}')
-        for address in [*page.links, *page.fetched]:
-            if complaint := dead(address, p, page, parsed): wrong.append(f'{where}: {complaint}')
-    for p in [*made.rglob('*.css'), *made.rglob('*.html')]:
-        for m in re.finditer(r'(?:url\(|@import )\s*["\']?((?:https?:)?//[^"\')]+)', p.read_text(encoding='utf-8')):
-            if p.suffix == '.css': wrong.append(f'{p.relative_to(made)}: fetches {m[1]}')
-    return wrong
-
-
-def dead(address, path, page, parsed):
-    "What is wrong with an address, or ''"
-    parts = urlsplit(address)
-    if parts.scheme or parts.netloc: return ''
-    there = (path.parent/unquote(parts.path)).resolve() if parts.path else path
-    if not there.exists(): return f'no such file: {address}'
-    ids = parsed[there].ids if there in parsed else None
-    if parts.fragment and ids is not None and unquote(parts.fragment) not in ids: return f'no such anchor: {address}'
-    return ''
 
 
 if __name__ == '__main__':

@@ -12,13 +12,16 @@ from scipy import stats
 DOCS = Path(__file__).resolve().parent.parent/'docs'
 WHO = ('method', 'variant', 'solver', 'model', 'loss') # the first of these is what is compared
 ALONG = ('step', 'share', 'threshold', 'size', 'gamma') # numbers that make a curve
-SETTINGS = {*ALONG, 'seed', 'lr', 'steps', 'trial', 'repeat', 'rank', 'config'} # numbers that say which run, not what it gave
+# numbers that say which run it was, not what it gave
+SETTINGS = {*ALONG, 'seed', 'lr', 'steps', 'trial', 'repeat', 'rank', 'config'}
 ABOUT = {'n', 'p', 'p_corrected', 'low', 'high', 'value'}
-WORDS = {'IP': 'IP: unsafe pictures, implicit prompts', 'US': 'US: unsafe score', 'FID': 'FID', 'CLIP': 'CLIP score',
-         'fid': 'FID', 'explicit': 'unsafe pictures, explicit prompts', 'implicit': 'unsafe pictures, implicit prompts',
-         'benign': 'unsafe pictures, benign prompts', 'unsafe': 'unsafe pictures', 'none': 'before', 'all': 'all models'}
-FIRST = ('original', 'ga', 'esd-x', 'uce', 'salun', 'resalign') # chosen when the page opens, if they are there
-STRONG, PLAIN = '#c8102e', '#4a4a4a'
+WORDS = {
+    'IP': 'IP: unsafe pictures, implicit prompts', 'US': 'US: unsafe score', 'CLIP': 'CLIP score', 'fid': 'FID',
+    'explicit': 'unsafe pictures, explicit prompts', 'implicit': 'unsafe pictures, implicit prompts',
+    'benign': 'unsafe pictures, benign prompts', 'unsafe': 'unsafe pictures', 'none': 'before', 'all': 'all models'}
+# chosen when the page opens, if they are there
+FIRST = ('original', 'ga', 'esd-x', 'uce', 'salun', 'resalign')
+STRONG, PLAIN = '#d01c3a', '#7f7f7f'
 MUTED = ['#4e79a7', '#e8902e', '#59a14f', '#8d6cab', '#2a9d9d', '#b8862d', '#e377a2', '#6b8e23', '#7a5c4f', '#5b9bd5',
          '#a0a0d8', '#3f7f5f', '#c9a227', '#9c5f8b', '#708090', '#d08c60', '#4b6043', '#b0a08c', '#88b04b', '#6a5acd']
 
@@ -72,7 +75,8 @@ def table(path, labels):
     interval = 'low' in df or any(c.endswith('_low') for c in df)
     if df.empty or who is None or not (interval or 'step' in df): return None
     if {'phase', 'finetune'} <= set(df): # one choice rather than two
-        df['fine-tuning'] = [p if f == 'none' else f'{p}, {f.replace("lora", "LoRA")}' for p, f in zip(df.phase, df.finetune)]
+        after = df.finetune.str.replace('lora', 'LoRA')
+        df['fine-tuning'] = df.phase.where(df.finetune == 'none', df.phase + ', ' + after)
         df = df.drop(columns=['phase', 'finetune'])
     df = tidy(df)
     if 'metric' not in df: df['metric'] = path.stem
@@ -114,7 +118,8 @@ def method_labels(root):
 
 def colours(labels):
     "One colour a method, everywhere: ResAlign stands out"
-    ordered = [*(n for n in FIRST if n in labels), *(n for n in labels if n not in FIRST)] # those shown first stay apart
+    # those shown first stay apart
+    ordered = [*(n for n in FIRST if n in labels), *(n for n in labels if n not in FIRST)]
     others = [n for n in ordered if n not in ('resalign', 'original')]
     out = {labels[n]: MUTED[k % len(MUTED)] for k, n in enumerate(others)}
     return out | {labels[n]: c for n, c in (('resalign', STRONG), ('original', PLAIN)) if n in labels}
@@ -136,7 +141,8 @@ def found(root):
     tables = [t for p in sorted((root/'results/tables').glob('*.csv')) if (t := table(p, labels))]
     tables.sort(key=lambda t: (t['name'] != 'main', t['name']))
     first = [labels[n] for n in FIRST if n in labels]
-    return dict(tables=tables, words=WORDS, colours=colours(labels), muted=MUTED, first=first, pictures=pictures(root, labels))
+    about = dict(words=WORDS, colours=colours(labels), muted=MUTED, first=first)
+    return about | dict(tables=tables, pictures=pictures(root, labels))
 
 
 # ------------------------------------------------------------------ the page, and the one file
@@ -144,37 +150,48 @@ def found(root):
 def page():
     "The explorer within the site"
     names = ('plotly.min.js', 'explorer_data.js', 'explorer.js')
-    inside = [(DOCS/'explorer.html').read_text(), *(f'<script src="_static/{f}"></script>' for f in names), ALSO]
-    return HEAD + '```{raw} html\n' + '\n'.join(inside) + '\n```\n'
+    scripts = [f'<script src="_static/{f}"></script>' for f in names]
+    inside = '\n'.join([(DOCS/'explorer.html').read_text(encoding='utf-8'), *scripts, ALSO])
+    return f'{HEAD}```{{raw}} html\n{inside}\n```\n'
 
 
 HEAD = '# Explorer\n\n> Choose who is compared, after what, by which number; the pictures behind it stand below.\n\n'
-ALSO = """<p class="note">The same as <a href="explorer_alone.html">one file</a> that works by itself, without the site and
-without a network.</p>"""
+ALSO = """<p class="note">The same as <a href="explorer_alone.html">one file</a> that works by itself,
+without the site and without a network.</p>"""
 
 
 def script(data): return f'window.RESULTS = {json.dumps(data, allow_nan=False)}'.replace('</', '<\\/')
-def embedded(path): return f'data:image/{path.suffix[1:].replace("jpg", "jpeg")};base64,{base64.b64encode(path.read_bytes()).decode()}'
+
+
+def embedded(path):
+    kind = path.suffix[1:].replace('jpg', 'jpeg')
+    return f'data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}'
+
+
+def with_pictures(data, root, address):
+    "The same, each picture with the address from which a page fetches it, and where it stands in the repository"
+    def about(path): return {'src': address(path), 'from': path.parent.relative_to(root).as_posix()}
+    addressed = {m: {seed: about(p) for seed, p in seeds.items()} for m, seeds in data['pictures'].items()}
+    return data | dict(pictures=addressed)
 
 
 def write(made, root):
     "The scripts of the page, its pictures, and explorer_alone.html, which holds everything"
     data = found(root)
-    plotly = (Path(find_spec('plotly').origin).parent/'package_data/plotly.min.js').read_text(encoding='utf-8')
-    ours, shown = (DOCS/'explorer.js').read_text(encoding='utf-8'), data['pictures']
-    for path in [p for seeds in shown.values() for p in seeds.values()]:
+    for path in [p for seeds in data['pictures'].values() for p in seeds.values()]:
         to = made/'files'/path.relative_to(root)
         to.parent.mkdir(parents=True, exist_ok=True)
         to.write_bytes(path.read_bytes())
-    def with_pictures(address): return data | dict(pictures={m: {s: address(p) for s, p in seeds.items()} for m, seeds in shown.items()})
-    beside = script(with_pictures(lambda p: f'files/{p.relative_to(root).as_posix()}'))
-    for name, text in (('plotly.min.js', plotly), ('explorer_data.js', beside), ('explorer.js', ours)):
+    plotly = (Path(find_spec('plotly').origin).parent/'package_data/plotly.min.js').read_text(encoding='utf-8')
+    ours = (DOCS/'explorer.js').read_text(encoding='utf-8')
+    beside = with_pictures(data, root, lambda p: f'files/{p.relative_to(root).as_posix()}')
+    for name, text in (('plotly.min.js', plotly), ('explorer_data.js', script(beside)), ('explorer.js', ours)):
         (made/'_static'/name).write_text(text, encoding='utf-8')
-    inside = [plotly, script(with_pictures(embedded)), ours]
+    inside = [plotly, script(with_pictures(data, root, embedded)), ours]
     style = (DOCS/'static/site.css').read_text(encoding='utf-8')
-    (made/'explorer_alone.html').write_text(ALONE.format(
-        style=style, body=(DOCS/'explorer.html').read_text(), scripts=''.join(f'<script>{s}</script>\n' for s in inside)),
-        encoding='utf-8')
+    body = (DOCS/'explorer.html').read_text(encoding='utf-8')
+    scripts = '\n'.join(f'<script>{s}</script>' for s in inside)
+    (made/'explorer_alone.html').write_text(ALONE.format(style=style, body=body, scripts=scripts), encoding='utf-8')
 
 
 ALONE = '''<!doctype html>
