@@ -26,12 +26,12 @@ export DVC_NO_ANALYTICS := 1
 unexport PYTHONPATH PYTHONHOME JUPYTER_PATH
 
 # Nothing here asks a model hub for anything; real profiles do, and are run by `dvc` directly
-OFFLINE := test test-faults mutants reproduce table figures reproduce-all bench bench-gpu readme
+OFFLINE := test test-faults mutants reproduce table figures reproduce-all bench bench-gpu readme docs
 $(OFFLINE): export HF_HUB_OFFLINE := 1
 $(OFFLINE): export TRANSFORMERS_OFFLINE := 1
 $(OFFLINE): export MPLBACKEND := agg
 
-.PHONY: help env sources restore reproduce table figures reproduce-all bench bench-gpu test test-faults mutants readme lab clean
+.PHONY: help env sources restore reproduce table figures reproduce-all bench bench-gpu test test-faults mutants readme docs lab clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -105,6 +105,9 @@ mutants: restore ## small faults, one at a time: do the fast tests notice? (unde
 
 readme: env ## README.md from nbs/index.ipynb
 	@$(BIN)/python tools/readme.py
+
+docs: env ## the site, under _docs/html: all pages, the ledger, an explorer of results; needs no network, opens from the disk
+	@$(BIN)/python tools/docs.py
 
 lab: env ## JupyterLab on the pages
 	@cd nbs && $(BIN)/jupyter lab index.ipynb
