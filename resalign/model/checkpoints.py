@@ -21,7 +21,7 @@ from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from ..core.settings import UserError, choose, root
-from .pipelines import CLASSES, PARTS, is_local, load_pipeline
+from .pipelines import CLASSES, PARTS, is_local, load_pipeline, moved_to, settle
 
 # %% ../../nbs/3_model/40_checkpoints.ipynb #f76128e4
 TENSOR_FILES = ('.safetensors', '.pt', '.pth', '.bin', '.ckpt')
@@ -356,11 +356,10 @@ def load_single_file(file,   # .safetensors with CompVis names: SD v1, v2 or XL
         if not isinstance(m, torch.nn.Module): continue
         lost = [k for k, v in m.state_dict().items() if v.is_meta]
         if lost: raise UserError(f'{file}: {len(lost)} weights of the {part} are missing: {abbreviate(lost)}')
-        m.requires_grad_(False).eval()
     predicts = pipe.scheduler.config.prediction_type
     _check_prediction(names, predicts, config, file)
     reports[0].note = f'predicts {predicts}, as the configuration says'
-    pipe.set_progress_bar_config(disable=True)
+    settle(pipe, file)
     return pipe, reports
 
 # %% ../../nbs/3_model/40_checkpoints.ipynb #18fb52bf
@@ -391,7 +390,7 @@ def download_hint(repo:str, revision=None, size_gb=None, kind='model', inside=No
     size = f' (about {size_gb:g} GB)' if size_gb else ''
     command = download_command(repo, revision, kind, inside)
     return (f'accept its licence at {licence_page(repo, kind)} and run `hf auth login`, if it asks for that; '
-            f'then `{command}`{size} puts it into {constants.HF_HUB_CACHE}')
+            f'then `{command}`{size} puts it into {constants.HF_HUB_CACHE}{moved_to(repo)}')
 
 # %% ../../nbs/3_model/40_checkpoints.ipynb #65df7837
 def open_pipeline(path,            # a diffusers folder, a single-file .safetensors checkpoint, or a hub id

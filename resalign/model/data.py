@@ -267,8 +267,8 @@ def check_lengths(pipe, texts:list, where, # file or folder, for the message
         if not _words_lost(tokenizer, texts[k-1], words): continue
         raise UserError(f'{where}: row {k}: {long[k]} tokens, expected at most {most}: the words that name the '
                         f"concept ({', '.join(w.strip() for w in words)}) are cut off; shorten the caption")
-    print(f'warning: {where}: {len(long)} of {len(texts)} {what} are longer than the {most} tokens that the text encoder '
-          f'takes, and their ends are not seen: rows (tokens) {rows}', file=sys.stderr)
+    print(f'warning: {where}: {len(long)} of {len(texts)} {what} are longer than the {most} tokens that the text '
+          f'encoder takes, and their ends are not seen: rows (tokens) {rows}', file=sys.stderr)
 
 # %% ../../nbs/3_model/10_data.ipynb #1df3170a
 def embed_two_encoders(pipe, texts:list) -> torch.Tensor: # (n, tokens + 1, width)
