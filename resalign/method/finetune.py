@@ -160,8 +160,11 @@ def check_new_token(pipe, token:str):
     "A UserError where the pipeline can't learn the token"
     if hasattr(pipe, 'text_encoder_2'):
         raise UserError('token: expected a pipeline with one text encoder, this one has two')
-    if token in pipe.tokenizer.get_vocab():
-        raise UserError(f"token: expected a new word, the pipeline knows '{token}'")
+    known = {token, token.lower(), f'{token.lower()}</w>'} & set(pipe.tokenizer.get_vocab())
+    if known or not token.strip():
+        raise UserError(f"token: expected a new word, the pipeline knows '{token}', which would mean another thing in "
+                        'every prompt')
+    if token != token.strip() or len(token.split()) > 1: raise UserError(f"token: expected one word, got '{token}'")
 
 def add_token(pipe, token:str) -> int: # its id
     "A new token in tokenizer and text encoder; its embedding is the mean of all"
