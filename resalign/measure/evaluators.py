@@ -71,14 +71,14 @@ def _objects_of(extractor, images, rows, parts):
     return pd.concat(tables, ignore_index=True)
 
 # %% ../../nbs/6_measure/40_evaluators.ipynb #e8c051bc
-def evaluate_images(images:np.ndarray, # uint8 (n,H,W,3)
+def evaluate_images(images:np.ndarray, # uint8 (n,H,W,3), or what gives them by slices and lists of numbers
                     rows:list,          # one dict a picture: prompt, kind, seed; of drawings also thing, colour
                     evaluators:dict,    # from load_evaluators
                     real=None,          # features of reference pictures, by the reader or by inception; None: no FID
                     alarms:dict=None,   # of photographs' detectors on reference pictures, from `false_alarms`
                    ) -> tuple:          # scores, objects, summary
     "Scores, objects of the benign pictures, and the summary"
-    images = np.asarray(images)
+    if isinstance(images, (list, tuple)): images = np.asarray(images)
     scores = score_images(images, rows, evaluators)
     extractor = next((evaluators[k] for k in FEATURE_EXTRACTORS if k in evaluators), None)
     benign = [k for k, r in enumerate(rows) if r['kind'] == 'benign']
