@@ -125,9 +125,10 @@ def _has_profiles(file:Path) -> bool:
 
 def params_file() -> Path:
     "The repository's params.yaml; outside of a repository, the one that comes with the package"
-    package = Path(__file__).resolve().parents[1]
-    own, installed, clone = root()/'params.yaml', package/'params.yaml', package.parent/'params.yaml'
+    own = root()/'params.yaml'
     if _has_profiles(own): return own
+    package = Path(__file__).resolve().parents[1]
+    installed, clone = package/'params.yaml', package.parent/'params.yaml'
     return installed if installed.is_file() or not clone.is_file() else clone
 
 # %% ../../nbs/1_core/00_settings.ipynb #75f23a1b
