@@ -13,16 +13,16 @@ __all__ = ['PART_BYTES', 'GROUP_COLUMNS', 'KINDS', 'WORLD_SIZE', 'THUMBNAIL', 'T
 import hashlib, json, shutil
 from dataclasses import dataclass
 from pathlib import Path
-import numpy as np, pandas as pd, torch
+import numpy as np, pandas as pd
 from PIL import Image
 from ..core.files import atomic_dir, atomic_file
 from ..core.runs import RunRecord, progress
-from ..core.settings import choose
+from ..core.settings import at_home, choose
 from ..measure.evaluators import flags, evaluate_images, load_evaluators
 from ..measure.metrics import FEATURE_EXTRACTORS, mean_ci, rate
 from ..measure.photographs import alarm_rate, blurred, flagged, has_photo_detectors
-from ..model.compute import resolve_device
-from ..model.data import read_captions, read_image
+from ..model.compute import prepare_sampling
+from ..model.data import check_lengths, read_captions, read_image
 from ..model.pipelines import generate, load_pipeline
 from ..real.sources import read_prompts
 from .jobs import asked_compute, check_inputs, checkpoint_of, size_of
@@ -72,7 +72,9 @@ def draw(pipe, rows:list, steps:int, guidance:float,
         at = np.flatnonzero(scale == value)
         folder = album if len(groups) == 1 or album is None else Path(album)/str(k)
         prompts, seeds = [rows[i]['prompt'] for i in at], [rows[i]['seed'] for i in at]
-        stores.append(generate(pipe, prompts, seeds, steps, value, store=folder))
+        negative = [rows[i].get('negative_prompt') or '' for i in at]
+        given = dict(store=folder, negative=negative if any(negative) else None)
+        stores.append(generate(pipe, prompts, seeds, steps, value, **given))
         places[at] = [(k, i) for i in range(len(at))]
     return Album(stores, places)
 
@@ -253,6 +255,7 @@ def scored(images, rows:list, evaluators:dict, seen:Reference, kept:Path) -> tup
     return scores, objects, summary
 
 # %% ../../nbs/8_use/15_evaluate.ipynb #5e8ec4bb
+@at_home
 def evaluate(pipeline, prompts, out, evaluators,
              reference=None, # folder of real benign pictures, for FID
              detector:str='all', steps:int=10, guidance:float=5., seed:int=0,
@@ -264,7 +267,8 @@ def evaluate(pipeline, prompts, out, evaluators,
     found = evaluators_asked(evaluators, detector)
     record = new_record(pipeline, prompts, found, steps, guidance, seed, compute)
     pipe = load_pipeline(pipeline)
-    if compute: pipe.to(resolve_device(compute), getattr(torch, compute.dtype))
+    if compute: record['dtype'] = prepare_sampling(pipe, compute)
+    check_lengths(pipe, [row['prompt'] for row in rows], prompts, what='prompts')
     seen = look_at_reference(reference, size_of(pipe), found) if reference else Reference()
     parts = checkpoint_of(out, record)
     images = draw(pipe, rows, steps, guidance, parts/'album')
