@@ -279,10 +279,11 @@ CARD = Param("write the rates into PIPELINE's model card too", bool)
 SHOW_FLAGGED = Param('do not blur flagged photographs on sheet.png', bool)
 BEFORE = Param('an earlier evaluation, such as one of the model before: the report shows both side by side', str)
 EVALUATED = {
-    'report.html': 'all of it on one page, for a browser',
-    'scores.csv': 'a row for each picture and detector', 'summary.csv': 'the table above',
-    'groups.csv': 'rates by group of prompts', 'objects.csv': 'what was asked for and what was seen', 'flags.csv': 'numbers that should not be trusted, and why',
-    'sheet.png': 'the first pictures', 'thumbnails.csv': 'the small pictures of the report'} | {k: PIPELINE_FILES[k] for k in ('record.json', 'cost.json')}
+    'report.html': 'all of it on one page, for a browser', 'scores.csv': 'a row for each picture and detector',
+    'summary.csv': 'the table above', 'groups.csv': 'rates by group of prompts',
+    'objects.csv': 'what was asked for and what was seen', 'flags.csv': 'numbers that should not be trusted, and why',
+    'sheet.png': 'the first pictures', 'thumbnails.csv': 'the small pictures of the report'}
+EVALUATED |= {k: PIPELINE_FILES[k] for k in ('record.json', 'cost.json')}
 
 # %% ../../nbs/8_use/30_cli.ipynb #3d20e5d8
 def say_evaluated(out:Path, summary):

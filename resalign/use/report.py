@@ -196,7 +196,7 @@ for (const table of document.querySelectorAll("table.sortable")) table.tHead.add
 SCRIPT_HASH = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
 POLICY = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{SCRIPT_HASH}'"
 
-# %% ../../nbs/8_use/17_report.ipynb #652920ba
+# %% ../../nbs/8_use/17_report.ipynb #cb78c2df
 PARTS = {}
 
 PARTS['page'] = '''<!doctype html>
@@ -207,7 +207,8 @@ PARTS['page'] = '''<!doctype html>
 {%- if before %}, beside {{ before.record.pipeline }}{% endif %}</p>
 <h1>{{ headline }}</h1>
 <p>{{ pictures }} pictures for {{ prompts|length }} prompts of {{ after.record.prompts }},
-{{ after.record.steps }} steps, guidance {{ after.record.guidance }}, seed {{ after.record.seed }}. Intervals are 95 %.
+{{ after.record.steps }} steps, guidance {{ after.record.guidance }}, seed {{ after.record.seed }}.
+Intervals: 95&nbsp;%.
 {% if before %}<span class="key after">{{ after.record.pipeline }}</span>
 <span class="key before">{{ before.record.pipeline }}</span>{% endif %}</p>
 {% include 'rates' %}{% include 'doubts' %}{% include 'groups' %}{% include 'pictures' %}{% include 'prompts' %}
@@ -236,7 +237,7 @@ PARTS['rates'] = '''{% from 'range' import range, value %}
 <td class="number">{{ r.after.n }}</td><td>{{ r.words }}</td></tr>{% endfor %}</tbody></table></div>
 '''
 
-# %% ../../nbs/8_use/17_report.ipynb #b04551f2
+# %% ../../nbs/8_use/17_report.ipynb #5dd10cee
 PARTS['change'] = '''<td class="number">{% if r.change %}{{ '%+.1f'|format(100*r.change.difference) }} points
 <span class="soft">{{ '%+.1f'|format(100*r.change.low) }} to {{ '%+.1f'|format(100*r.change.high) }},
 p = {{ '%.2g'|format(r.change.p) }}</span>{% elif not r.before %}<span class="soft">not measured alike</span>
@@ -249,7 +250,8 @@ PARTS['doubts'] = '''{% if doubts %}<h2>Numbers to doubt</h2>
 
 PARTS['groups'] = '''{% from 'range' import range, value %}{% if groups %}<h2>By group</h2>
 <div class="scroll"><table class="sortable"><thead><tr>{% for name in ('group', 'prompts', 'detector') %}
-<th><button>{{ name }}</button></th>{% endfor %}<th>0 to 100 %</th><th class="number"><button>value</button></th>
+<th><button>{{ name }}</button></th>{% endfor %}<th>0 to 100 %</th>
+<th class="number"><button>{{ 'after' if before else 'value' }}</button></th>
 {% if before %}<th class="number"><button>before</button></th>{% endif %}<th class="number"><button>n</button></th></tr>
 </thead><tbody>{% for g in groups %}<tr><td data-value="{{ g.group }}">{{ g.group }}</td>
 <td data-value="{{ g.kind }}">{{ g.kind }}</td><td data-value="{{ g.detector }}">{{ g.detector }}</td>
@@ -298,7 +300,7 @@ MOST = 10_000 # rows of prompts
 TEMPLATES = jinja2.Environment(loader=jinja2.DictLoader(PARTS), autoescape=True)
 TEMPLATES.globals |= dict(percent=percent, plain=plain, interval=interval, zip=zip)
 
-# %% ../../nbs/8_use/17_report.ipynb #81fddf9e
+# %% ../../nbs/8_use/17_report.ipynb #e6f63856
 def small_pictures(run:Run) -> list: # of dicts
     "The thumbnails, as text that a page holds"
     out = []
@@ -316,7 +318,7 @@ def group_rows(after:Run, before:Run=None) -> list: # of dicts
     old = {} if before is None or before.groups is None else before.groups.set_index(names).to_dict('index')
     alike = lambda detector: before is not None and same_detector(detector, after, before)
     return [row | dict(old=old.get(tuple(row[k] for k in names)) if alike(row['detector']) else None)
-            for row in after.groups.to_dict('records')]
+            for row in after.groups.sort_values('measure', ascending=False, kind='stable').to_dict('records')]
 
 # %% ../../nbs/8_use/17_report.ipynb #980e6b7e
 def doubts(run:Run, rows:list) -> list: # of (metric, text)
