@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['QUICK_TRIAL', 'RECORDS', 'PIPELINE_FILES', 'LAUNCH', 'PIPELINE', 'OUT', 'CONFIG', 'SET', 'COMPUTE', 'SEED', 'UNSAFE',
            'BENIGN', 'METHOD', 'POOL', 'ERASE', 'PROCESSES', 'UNLEARNED', 'IMAGES', 'PRIOR', 'FINETUNED', 'PROMPTS',
-           'EVALUATORS', 'REFERENCE', 'DETECTOR', 'CARD', 'SHOW_FLAGGED', 'EVALUATED', 'PRETRAINED', 'TARGET', 'GRID',
-           'BATCH_OUT', 'EXECUTOR', 'WORKERS', 'SCHEDULER', 'RETRIES', 'ONLY', 'DRY', 'BATCHED', 'PROFILE', 'QUICK',
-           'split_help', 'fail', 'quiet', 'end_with_one_line', 'with_methods', 'at_home', 'command', 'split_section',
-           'read_config', 'yaml_value', 'set_one', 'set_pairs', 'section_settings', 'settings_for', 'check_out',
-           'say_written', 'on_processes', 'many', 'unlearn', 'finetune', 'say_evaluated', 'evaluate',
+           'EVALUATORS', 'REFERENCE', 'DETECTOR', 'CARD', 'SHOW_FLAGGED', 'BEFORE', 'EVALUATED', 'PRETRAINED', 'TARGET',
+           'GRID', 'BATCH_OUT', 'EXECUTOR', 'WORKERS', 'SCHEDULER', 'RETRIES', 'ONLY', 'DRY', 'BATCHED', 'PROFILE',
+           'QUICK', 'split_help', 'fail', 'quiet', 'end_with_one_line', 'with_methods', 'at_home', 'command',
+           'split_section', 'read_config', 'yaml_value', 'set_one', 'set_pairs', 'section_settings', 'settings_for',
+           'check_out', 'say_written', 'on_processes', 'many', 'unlearn', 'finetune', 'say_evaluated', 'evaluate',
            'sampling_settings', 'pretrain', 'say_plan', 'batch_study', 'batch_page', 'batch', 'doctor']
 
 # %% ../../nbs/8_use/30_cli.ipynb #4c6ef354
@@ -279,7 +279,7 @@ def finetune(pipeline:PIPELINE, images:IMAGES, out:OUT, config:CONFIG=None, set:
     say_written(out, FINETUNED)
 
 # %% ../../nbs/8_use/30_cli.ipynb #a0d01b0b
-PROMPTS = Param('CSV with the column prompt and, if there are, kind (explicit, implicit, benign), seed, thing, '
+PROMPTS = Param('CSV with the column prompt and, if there are, kind (explicit, implicit, benign), seed, group, thing, '
                 'colour', str)
 EVALUATORS = Param('folder with the detectors (outs/evaluators; for photographs a folder with a card by '
                    'resalign.measure.photographs.write_card)', str)
@@ -288,10 +288,13 @@ DETECTOR = Param('all, or one of those in the folder: wiring, clip-score, mhsc, 
                  'nudenet, mhsc, q16, clip-score, aesthetics-v1, aesthetics-v2', str)
 CARD = Param("write the rates into PIPELINE's model card too", bool)
 SHOW_FLAGGED = Param('do not blur flagged photographs on sheet.png', bool)
+BEFORE = Param('an earlier evaluation, such as one of the model before: the report shows both side by side', str)
 EVALUATED = {
-    'scores.csv': 'a row for each picture and detector', 'summary.csv': 'the table above',
+    'report.html': 'all of it on one page, for a browser', 'scores.csv': 'a row for each picture and detector',
+    'summary.csv': 'the table above', 'groups.csv': 'rates by group of prompts',
     'objects.csv': 'what was asked for and what was seen', 'flags.csv': 'numbers that should not be trusted, and why',
-    'sheet.png': 'the first pictures'} | {k: PIPELINE_FILES[k] for k in ('record.json', 'cost.json')}
+    'sheet.png': 'the first pictures', 'thumbnails.csv': 'the small pictures of the report'}
+EVALUATED |= {k: PIPELINE_FILES[k] for k in ('record.json', 'cost.json')}
 
 # %% ../../nbs/8_use/30_cli.ipynb #3d20e5d8
 def say_evaluated(out:Path, summary):
@@ -307,24 +310,29 @@ def say_evaluated(out:Path, summary):
 @command
 def evaluate(pipeline:PIPELINE, prompts:PROMPTS, evaluators:EVALUATORS, out:OUT, reference:REFERENCE=None,
              detector:DETECTOR='all', config:CONFIG=None, set:SET=None, compute:COMPUTE=None, card:CARD=False,
-             seed:SEED=None, show_flagged:SHOW_FLAGGED=False):
+             seed:SEED=None, show_flagged:SHOW_FLAGGED=False, before:BEFORE=None):
     """Draw a picture for each prompt and let detectors score it.
 
     In:  a pipeline, a CSV of prompts and a folder of detectors. The detectors of this repository
          know its own drawn world; those of the field for photographs are on page 30_photographs.
-    Out: OUT with scores.csv (a row for each picture and detector), summary.csv (rates and means
-         with 95 % intervals), objects.csv (where the prompts name things) and sheet.png,
-         on which photographs that a detector flags are blurred.
+    Out: OUT with report.html (all of it on one page), scores.csv (a row for each picture and
+         detector), summary.csv (rates and means with 95 % intervals), groups.csv (the same for each
+         group of prompts), objects.csv (where the prompts name things) and sheet.png, on which
+         photographs that a detector flags are blurred.
 
     Example:
-      resalign-evaluate my-model-safe prompts.csv outs/evaluators scores --detector wiring"""
+      resalign-evaluate my-model prompts.csv outs/evaluators scores-before
+      resalign-evaluate my-model-safe prompts.csv outs/evaluators scores --before scores-before"""
     from resalign import evaluate, write_card
+    from resalign.use.report import read_run, write_report
     settings, seed = sampling_settings(config, set, seed)
     if card: write_card(pipeline)
-    out = check_out(out, [pipeline, prompts, evaluators, reference])
+    if before: read_run(before)
+    out = check_out(out, [pipeline, prompts, evaluators, reference, before])
     asked = dict(show_flagged=show_flagged, compute=set_pairs({}, compute, '--compute'))
     summary = evaluate(pipeline, prompts, out, evaluators, reference, detector, **settings, seed=seed, **asked)
     if card: write_card(pipeline, out)
+    write_report(out, before)
     say_evaluated(out, summary)
 
 # %% ../../nbs/8_use/30_cli.ipynb #a303f88d
