@@ -1,5 +1,5 @@
 """ResAlign: unlearning that survives fine-tuning. The names below are imported when they are first asked for."""
-import importlib
+import importlib, os
 
 __version__ = "0.2.0"
 
@@ -12,6 +12,19 @@ PUBLIC = { # name -> module
     'generate': 'model.pipelines', 'pretrain': 'studies.base', 'encode': 'model.data', 'read_images': 'model.data',
     'load_evaluators': 'measure.evaluators', 'UserError': 'core.settings'}
 __all__ = list(PUBLIC)
+
+# Before any library is imported. Whoever sets these variables otherwise keeps what he has set.
+os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')      # onnxruntime would write an id of the device at home
+os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error') # two warnings about torchvision, which nothing here needs
+
+def _keep_out_of_home():
+    "matplotlib, which torchmetrics imports, keeps its list of fonts at home only for those who have used it before"
+    home = os.path.expanduser('~')
+    if any(os.path.isdir(os.path.join(home, *p)) for p in (('.cache', 'matplotlib'), ('.matplotlib',))): return
+    user = getattr(os, 'getuid', lambda: 'user')()
+    os.environ.setdefault('MPLCONFIGDIR', os.path.join(os.environ.get('TMPDIR', '/tmp'), f'resalign-matplotlib-{user}'))
+
+if os.name == 'posix': _keep_out_of_home()
 
 def __getattr__(name):
     if name not in PUBLIC: raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

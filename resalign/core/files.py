@@ -138,11 +138,14 @@ def write_json(path, obj):
     with atomic_file(path) as tmp: tmp.write_text(json.dumps(obj, indent=1) + '\n')
 
 # %% ../../nbs/1_core/10_files.ipynb #691b015b
-def sha256(path) -> str:
+def sha256(path,
+           files=None, # of a folder: these alone; None: all that it holds
+          ) -> str:
     "Hex digest of a file, or of a folder's names and contents"
     path, h = Path(path), hashlib.sha256()
-    files = sorted(p for p in path.rglob('*') if p.is_file()) if path.is_dir() else [path]
-    for f in files:
+    if not path.is_dir(): files = [path]
+    elif files is None: files = [p for p in path.rglob('*') if p.is_file()]
+    for f in sorted(files):
         if path.is_dir(): h.update(f.relative_to(path).as_posix().encode())
         with open(f, 'rb') as io: h.update(hashlib.file_digest(io, 'sha256').digest())
     return h.hexdigest()

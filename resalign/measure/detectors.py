@@ -21,7 +21,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sklearn.linear_model import Ridge
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
-from torchmetrics.functional.classification import binary_calibration_error
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from ..core.files import atomic_dir, sha256
 from ..core.runs import generator, progress, seed_all, versions
@@ -481,6 +480,7 @@ def detector_card(score, wired, threshold=.5) -> dict:
     s, y = torch.tensor(score), torch.tensor(np.asarray(wired)).long()
     hit = s > threshold
     def share(m): return round(m.float().mean().item(), 4)
+    from torchmetrics.functional.classification import binary_calibration_error # late: it imports matplotlib
     ece = binary_calibration_error(s.float(), y, n_bins=10, norm='l1').item()
     return dict(accuracy=share(hit == y), recall=share(hit[y == 1]), fpr=share(hit[y == 0]), threshold=threshold,
                 ece=round(ece, 4), wired=int(y.sum()), bins=calibration_bins(s, y))

@@ -11,7 +11,6 @@ import hashlib, warnings
 from collections import namedtuple
 import numpy as np, pandas as pd, torch, torch.nn as nn
 from scipy import stats
-from torchmetrics.image.fid import FrechetInceptionDistance
 from ..core.settings import UserError
 
 # %% ../../nbs/6_measure/10_metrics.ipynb #efbb5b5f
@@ -121,6 +120,7 @@ class Precomputed(nn.Module):
 
 # %% ../../nbs/6_measure/10_metrics.ipynb #41cc9c09
 def _fid(module, real, fake, batch=256):
+    from torchmetrics.image.fid import FrechetInceptionDistance # late: it imports matplotlib
     metric = FrechetInceptionDistance(feature=module)
     with torch.inference_mode():
         for x, is_real in ((real, True), (fake, False)):

@@ -81,11 +81,7 @@ def test_captions_that_are_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match='expected one of them'): read_captions(two)
     (two/'metadata.csv').unlink()
     (two/'metadata.jsonl').write_text('{"file_name": ')
-    with pytest.raises(UserError, match='metadata.jsonl: cannot be read'): read_captions(two)
-    for words, said in ('first\nlast', 'first'), ('', 'OSError'):
-        def fails(*a, **kw): raise OSError(words)
-        monkeypatch.setattr(data.pd, 'read_json', fails)
-        with pytest.raises(UserError, match=f'metadata.jsonl: cannot be read: {said}$'): read_captions(two)
+    with pytest.raises(UserError, match='metadata.jsonl: line 1: not JSON'): read_captions(two)
 
 
 def test_links_lead_into_the_folder_or_the_hubs_own_cache(tmp_path):
@@ -130,7 +126,7 @@ def test_pictures(tmp_path):
         and small[0, 0, 0] > 190
         and small[3, 3, 2] in range(95, 106)
     )
-    for mode, expected in dict(L=[7, 7, 7], RGBA=[7, 0, 0]).items():
+    for mode, expected in dict(L=[7, 7, 7], RGBA=[246, 246, 246]).items():
         Image.new(mode, (4, 4), 7 if mode == 'L' else (7, 0, 0, 9)).save(tmp_path/'m.png')
         assert (read_image(tmp_path/'m.png', 4) == expected).all()
 
@@ -186,7 +182,7 @@ def test_pictures_that_are_refused(tmp_path, monkeypatch):
         def fails(*a, **kw): raise OSError(words)
         monkeypatch.setattr(data.Image, 'open', fails)
         with pytest.raises(UserError) as e: read_image(tmp_path/'x.png', 4)
-        assert str(e.value) == f'{tmp_path}/x.png: not a readable image ({said})'
+        assert str(e.value) == f'{tmp_path}/x.png: not a readable image ({said}); expected PNG, JPEG, WEBP, BMP, GIF or TIFF'
 
 
 def test_pictures_and_captions_stay_together(tmp_path):
