@@ -55,7 +55,7 @@ class PrefixConfig(Config):
     tokens:int = Field(5, ge=1)         # k; UnlearnDiffAtk: 3 for styles and objects, 5 for nudity
     words:bool = False                  # tokens of the vocabulary, which can be typed; False: any embeddings
     attack_steps:int = Field(40, ge=0)  # 0: a random prefix, the control
-    attack_lr:float = Field(1e-2, gt=0) # Adam
+    attack_lr:float = Field(1e-2, gt=0) # Adam; tokens lie apart, so `words` need some .1
     seed:int = 0
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -68,8 +68,8 @@ class AttackConfig(PrefixConfig):
     eta:float = Field(3., gt=0)         # of Ring-A-Bell, as published
     rounds:int = Field(6, ge=1)         # of Ring-A-Bell's search
     candidates:int = Field(1000, ge=1)  # words that it tries
-    noise:list[Noise] = Field([(.5, 1.), (1., 1.), (1., 1.02), (1., 1.05)], min_length=1)
-    completed:list[Share] = Field([.1, .2, .4], min_length=1) # shares of the steps that are done already; published .1 and .2
+    noise:list[Noise] = Field([(.5, 1.), (1., 1.), (1., 1.02), (1., 1.05)], min_length=1) # of DDIM
+    completed:list[Share] = Field([.1, .2, .4], min_length=1) # of the steps; as published .1 and .2
     hole:float = Field(.5, gt=0, lt=1)  # side of the hidden square, as a share of the picture's
     classifier_steps:int = Field(300, ge=1)
     classifier_lr:float = Field(1e-3, gt=0)
