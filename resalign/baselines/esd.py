@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from .parts import fit, guided_ddim, layers
+from .parts import epsilon, fit, guided_ddim, layers
 from ..core.runs import generator
 from ..core.settings import Config
 from ..method.resalign import Method, UnlearnData
@@ -67,7 +67,7 @@ def partial_samples(model:Denoiser, original:Denoiser, text, empty, config:ESDCo
         if k == last: break
     stride = model.timesteps//config.sampling_steps
     t = (t + torch.randint(stride, (), generator=gen)).clamp(max=model.timesteps - 1)
-    eps_c, eps_empty = original(z, t, text), original(z, t, empty.expand_as(text))
+    eps_c, eps_empty = epsilon(original, z, t, text), epsilon(original, z, t, empty.expand_as(text))
     return dict(z_t=z, t=t, text=text, target=esd_target(eps_c, eps_empty, config.eta))
 
 # %% ../../nbs/5_baselines/10_esd.ipynb #572c6595
@@ -94,7 +94,7 @@ def esd(pipe, data:UnlearnData, config:ESDConfig=ESDConfig(), checkpoint=None, s
     batch = batches(model, embed(pipe, choose_captions(data, config)), embed(pipe, ['']), config)
     def loss(step):
         b = batch(generator(config.seed, 'esd', step))
-        return (model(b['z_t'], b['t'], b['text']) - b['target']).square().mean()
+        return (epsilon(model, b['z_t'], b['t'], b['text']) - b['target']).square().mean()
     params = list(layers(pipe.unet, TRAINED_LAYERS[config.variant]).values())
     return fit(f'esd-{config.variant}', pipe.unet, params, loss, config.steps, config.lr, checkpoint=checkpoint)
 

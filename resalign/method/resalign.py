@@ -128,6 +128,8 @@ class UnlearnData:
     unsafe_captions:list # captions of `unsafe`
     retain_captions:list = () # captions of `retain`
     erase:tuple = ()     # words without which a caption of `unsafe` is harmless
+    detector:Callable|None = None # of pictures, uint8 (n, h, w, 3): bool, or scores with a `threshold` (n,)
+    validation:tuple = () # (prompt, seed) of pictures by which a method may choose, never those of a table
 
 # %% ../../nbs/4_method/30_resalign.ipynb #d5f59683
 def retain_weight(config, step:int) -> float:
