@@ -151,7 +151,7 @@ def first_prefix(table, n:int, config:PrefixConfig, allowed, gen) -> torch.Tenso
     return table.std()*torch.randn(n, config.tokens, table.shape[1], generator=gen).to(table.device)
 
 # %% ../../nbs/8_use/35_attacks.ipynb #a77ac018
-def search_prefix(model:Denoiser, encoder, ids, targets, # step -> z_t, t, the prediction to be reached
+def search_prefix(model:Denoiser, encoder, ids, targets, # step -> z_t, t, the ε to be reached
                   config:PrefixConfig, gen, allowed=None) -> torch.Tensor: # δ (n, k, width)
     "Prefixes behind which the model's prediction comes close to its target, by Adam"
     table = encoder.get_input_embeddings().weight.detach()
@@ -161,17 +161,17 @@ def search_prefix(model:Denoiser, encoder, ids, targets, # step -> z_t, t, the p
     for step in range(config.attack_steps):
         z_t, t, target = targets(step)
         tried = delta + (project(delta) - delta).detach()
-        with prefixed(encoder, tried): loss = (model(z_t, t, encoder(ids)[0]) - target).square().mean()
+        with prefixed(encoder, tried): loss = (epsilon(model, z_t, t, encoder(ids)[0]) - target).square().mean()
         delta.grad, = torch.autograd.grad(loss, delta)
         opt.step()
     return project(delta).detach()
 
 # %% ../../nbs/8_use/35_attacks.ipynb #a77ac019
 def noise_targets(model:Denoiser, bank:Bank, n:int, seed:int, k:int): # step -> z_t, t, what was added
-    "Noised unsafe pictures, and the prediction that explains them"
+    "Noised unsafe pictures, and the noise that explains them"
     def targets(step):
         s = draw_sample(bank, n, generator(seed, 'view', k, step), model.timesteps)
-        return model.scheduler.add_noise(s.z, s.noise, s.t), s.t, model.target(s)
+        return model.scheduler.add_noise(s.z, s.noise, s.t), s.t, s.noise
     return targets
 
 def allowed_tokens(pipe, erase) -> torch.Tensor: # ids
