@@ -6,12 +6,14 @@
 __all__ = ['RATES', 'MEANS', 'PART', 'FEW', 'FIRES', 'load_evaluators', 'metric_tables', 'summarise', 'evaluate_images', 'flags']
 
 # %% ../../nbs/6_measure/40_evaluators.ipynb #eva0003
+import sys
 import numpy as np, pandas as pd
 from . import photographs
 from .detectors import load_trained, read_card
 from .metrics import (FEATURE_EXTRACTORS, Stat, frechet, mean_ci, objects_right, rate, score_images,
                                       scores_of)
 from .photographs import add_notes, has_photo_detectors, load_photographs
+from ..world.scenes import COLOURS, THINGS
 
 # %% ../../nbs/6_measure/40_evaluators.ipynb #eva0006
 def load_evaluators(folder) -> dict: # {name: Evaluator}
@@ -44,8 +46,11 @@ def _mean_rows(scores, means:dict) -> list:
             for metric, (detector, kind) in means.items() if (detector, kind) in scored]
 
 def _object_rows(objects) -> list:
-    columns = dict(objects='thing_right', colours='colour_right')
-    return [(metric, *rate(objects[column], .5), 'reader') for metric, column in columns.items()]
+    rows = []
+    for metric, asked, names in (('objects', 'thing', THINGS), ('colours', 'colour', COLOURS)):
+        told = objects[asked].isin(list(names)) # what isn't told, or unknown to the reader, can't be right or wrong
+        if told.any(): rows.append((metric, *rate(objects[told][f'{asked}_right'], .5), 'reader'))
+    return rows
 
 # %% ../../nbs/6_measure/40_evaluators.ipynb #eva0009d
 def summarise(scores:pd.DataFrame, # from score_images
@@ -70,21 +75,27 @@ def _objects_of(extractor, images, rows, parts):
     tables = [objects_right(extractor, images[p], [rows[k] for k in p]) for p in parts]
     return pd.concat(tables, ignore_index=True)
 
+def _features_of(extractor, images, parts, real): # (n, d); None: no FID can be had, and why
+    if real is None: return None
+    n = sum(map(len, parts))
+    if min(n, len(real)) >= 2: return np.concatenate([extractor.features(images[p]) for p in parts])
+    print(f'warning: no FID: from {n} pictures of benign prompts and {len(real)} reference pictures, expected at least '
+          'two of each', file=sys.stderr)
+
 # %% ../../nbs/6_measure/40_evaluators.ipynb #e8c051bc
-def evaluate_images(images:np.ndarray, # uint8 (n,H,W,3)
+def evaluate_images(images:np.ndarray, # uint8 (n,H,W,3), or what gives them by slices and lists of numbers
                     rows:list,          # one dict a picture: prompt, kind, seed; of drawings also thing, colour
                     evaluators:dict,    # from load_evaluators
                     real=None,          # features of reference pictures, by the reader or by inception; None: no FID
                     alarms:dict=None,   # of photographs' detectors on reference pictures, from `false_alarms`
                    ) -> tuple:          # scores, objects, summary
     "Scores, objects of the benign pictures, and the summary"
-    images = np.asarray(images)
+    if isinstance(images, (list, tuple)): images = np.asarray(images)
     scores = score_images(images, rows, evaluators)
     extractor = next((evaluators[k] for k in FEATURE_EXTRACTORS if k in evaluators), None)
     benign = [k for k, r in enumerate(rows) if r['kind'] == 'benign']
     parts = [benign[k:k+PART] for k in range(0, len(benign), PART)]
-    objects, fake = _objects_of(extractor, images, rows, parts), None
-    if parts and real is not None: fake = np.concatenate([extractor.features(images[p]) for p in parts])
+    objects, fake = _objects_of(extractor, images, rows, parts), _features_of(extractor, images, parts, real)
     if not has_photo_detectors(evaluators): return scores, objects, summarise(scores, objects, real, fake)
     summary = summarise(scores, None, real, fake, resamples=0, extractor='inception')
     return scores, None, add_notes(summary, evaluators, 0 if real is None else len(real), alarms)

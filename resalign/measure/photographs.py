@@ -10,7 +10,7 @@ __all__ = ['WIDE', 'TALL', 'FORK', 'PUBLISHED', 'NUDE_LABELS', 'NUDENET_SHA256',
            'load_strictly', 'InceptionFeatures', 'NudeNet', 'check_clip', 'load_clip', 'ClipFeatures', 'tiny_clip',
            'ClipHead', 'mhsc_head', 'q16_prompts', 'q16_head', 'make_aesthetics', 'aesthetics_head', 'ClipLogit',
            'find_part', 'build_inception', 'shared_clip', 'build', 'write_card', 'load_photographs',
-           'has_photo_detectors', 'false_alarms', 'add_notes', 'blurred', 'flagged']
+           'has_photo_detectors', 'alarm_rate', 'false_alarms', 'add_notes', 'blurred', 'flagged']
 
 # %% ../../nbs/6_measure/30_photographs.ipynb #81c-imports
 import hashlib, importlib.metadata, json
@@ -529,13 +529,18 @@ def has_photo_detectors(evaluators) -> bool: # names, evaluators, or a dict of e
 # %% ../../nbs/6_measure/30_photographs.ipynb #81c-alarms
 BOUND = .05
 
+def alarm_rate(scores, # of harmless pictures, one a picture
+               threshold:float, bound:float=BOUND) -> dict: # rate, low, high, n, bound, above
+    "How often scores lie above the threshold, and whether that is more than `bound`"
+    s = rate(scores, threshold)
+    return dict(rate=s.value, low=s.low, high=s.high, n=s.n, bound=bound, above=bool(s.value > bound))
+
 def false_alarms(evaluator, # with a threshold
                  reference_images, # uint8 (n,H,W,3), all harmless
-                 bound:float=BOUND) -> dict: # rate, low, high, n, bound, above
-    "How often a detector fires on harmless pictures, and whether that is more than `bound`"
+                 bound:float=BOUND) -> dict: # as `alarm_rate`
+    "How often a detector fires on harmless pictures"
     if evaluator.threshold is None: raise UserError(f'{evaluator.name}: has no threshold, expected a detector')
-    s = rate(evaluator(reference_images), evaluator.threshold)
-    return dict(rate=s.value, low=s.low, high=s.high, n=s.n, bound=bound, above=bool(s.value > bound))
+    return alarm_rate(evaluator(reference_images), evaluator.threshold, bound)
 
 # %% ../../nbs/6_measure/30_photographs.ipynb #81c-notes
 ALARM = 'fires on {rate:.1%} of {n} harmless pictures, bound {bound:.0%}'

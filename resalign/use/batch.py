@@ -191,7 +191,8 @@ def why_stale(cell:Cell, kept:dict) -> str: # nothing: it is done
         kept = {cell.name: record['depends']} if 'depends' in record else {}
     if cell.name not in kept or not Path(cell.out).is_dir(): return 'not run yet'
     old = kept[cell.name]
-    parts = {part: changed(old.get(part) or {}, json.loads(json.dumps(cell.depends[part], default=str))) for part in cell.depends}
+    now = json.loads(json.dumps(cell.depends, default=str))
+    parts = {part: changed(old.get(part) or {}, now[part]) for part in now}
     return '; '.join(f'{part}: {names}' for part, names in parts.items() if names)
 
 # %% ../../nbs/8_use/25_batch.ipynb #d6c70a37
@@ -211,9 +212,9 @@ HOMES = ('IPYTHONDIR', 'JUPYTER_CONFIG_DIR', 'JUPYTER_DATA_DIR', 'JUPYTER_RUNTIM
 
 def papermill(cell:Cell, executed:Path):
     "Execute a page in a process of its own, which leaves nothing but the executed page"
-    command = [sys.executable, '-m', 'papermill', cell.page, str(executed), '--kernel', 'python3',
-               '--language', 'python', '--cwd', str(Path(cell.page).parent), '--no-progress-bar', '--log-level', 'ERROR', '--parameters_yaml',
-               yaml.safe_dump(cell.parameters)]
+    options = '--kernel python3 --language python --no-progress-bar --log-level ERROR'.split()
+    command = [sys.executable, '-m', 'papermill', cell.page, str(executed), *options, '--cwd',
+               str(Path(cell.page).parent), '--parameters_yaml', yaml.safe_dump(cell.parameters)]
     with tempfile.TemporaryDirectory() as homes:
         env = os.environ | ONE_THREAD | dict.fromkeys(HOMES, homes)
         return subprocess.run(command, env=env, capture_output=True, text=True, encoding='utf-8', errors='replace')

@@ -7,7 +7,7 @@ __all__ = ['QUICK_TRIAL', 'RECORDS', 'PIPELINE_FILES', 'LAUNCH', 'PIPELINE', 'OU
            'BENIGN', 'METHOD', 'POOL', 'ERASE', 'PROCESSES', 'UNLEARNED', 'IMAGES', 'PRIOR', 'FINETUNED', 'PROMPTS',
            'EVALUATORS', 'REFERENCE', 'DETECTOR', 'CARD', 'SHOW_FLAGGED', 'EVALUATED', 'PRETRAINED', 'TARGET', 'GRID',
            'BATCH_OUT', 'EXECUTOR', 'WORKERS', 'SCHEDULER', 'RETRIES', 'ONLY', 'DRY', 'BATCHED', 'PROFILE', 'QUICK',
-           'split_help', 'fail', 'quiet', 'end_with_one_line', 'with_methods', 'command', 'split_section',
+           'split_help', 'fail', 'quiet', 'end_with_one_line', 'with_methods', 'at_home', 'command', 'split_section',
            'read_config', 'yaml_value', 'set_one', 'set_pairs', 'section_settings', 'settings_for', 'check_out',
            'say_written', 'on_processes', 'many', 'unlearn', 'finetune', 'say_evaluated', 'evaluate',
            'sampling_settings', 'pretrain', 'say_plan', 'batch_study', 'batch_page', 'batch', 'doctor']
@@ -38,6 +38,8 @@ def quiet():
     "Before libraries are imported: no word about torchvision, which nothing here needs; bars only on a terminal"
     os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
     if not sys.stderr.isatty(): os.environ.setdefault('HF_HUB_DISABLE_PROGRESS_BARS', '1')
+    for stream in (sys.stdout, sys.stderr): # a terminal may lack letters that a path has
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
 
 # %% ../../nbs/8_use/30_cli.ipynb #92d93af5
 def end_with_one_line(e:BaseException):
@@ -58,15 +60,24 @@ def with_methods(text:str) -> str:
     return text.replace('METHOD_NAMES', '\n         '.join(names))
 
 # %% ../../nbs/8_use/30_cli.ipynb #ad638b20
+def at_home(func):
+    "`func`, which finds the home folder in each of its arguments; what is imported for that waits for the call"
+    @wraps(func)
+    def call(*args, **kw):
+        from resalign.core.settings import at_home
+        return at_home(func)(*args, **kw)
+    return call
+
 def command(func):
     "`func` as a console script; called with arguments it stays a function"
     func.__doc__ = inspect.cleandoc(func.__doc__)
-    parse = call_parse(func)
+    parsed = at_home(func)
+    parse = call_parse(parsed)
     @wraps(func)
     def run(*args, **kw):
-        if args or kw: return func(*args, **kw)
+        if args or kw: return parsed(*args, **kw)
         quiet()
-        func.__doc__ = with_methods(func.__doc__)
+        parsed.__doc__ = with_methods(parsed.__doc__)
         try: parse()
         except (KeyboardInterrupt, Exception) as e: end_with_one_line(e)
     return run

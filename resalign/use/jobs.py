@@ -17,12 +17,12 @@ from ..baselines.methods import config_of, run_method
 from ..baselines.modular_lora import check_adapter, with_module
 from ..core.files import atomic_file, sha256
 from ..core.runs import RunRecord
-from ..core.settings import UserError, make_config
+from ..core.settings import UserError, at_home, make_config
 from ..core.training import Ranks
 from ..method.finetune import FinetuneConfig, finetune as run_finetune, save_token
 from ..method.resalign import UnlearnData
 from ..model.compute import Compute, compute_config, finish, measure_cost, prepare
-from ..model.data import encode, read_captions, read_images
+from ..model.data import check_lengths, content_hash, encode, read_captions, read_images
 from ..model.pipelines import check_pipeline, is_local, latent_shape, load_pipeline, save_pipeline
 
 # %% ../../nbs/8_use/00_jobs.ipynb #47ca02a1
@@ -68,7 +68,9 @@ def size_of(pipe) -> int: # pixels
 
 def load_bank(pipe, folder):
     "An image folder, encoded"
-    return encode(pipe, *read_images(folder, size_of(pipe)))
+    images, captions = read_images(folder, size_of(pipe))
+    check_lengths(pipe, captions, folder)
+    return encode(pipe, images, captions)
 
 # %% ../../nbs/8_use/00_jobs.ipynb #b758f4e0
 def origin(pipeline) -> dict: # sha256 or revision
@@ -81,7 +83,7 @@ def origin(pipeline) -> dict: # sha256 or revision
 
 def pictures(folder) -> dict: # pictures, sha256
     "What identifies a folder of pictures"
-    return dict(pictures=len(read_captions(folder)), sha256=sha256(folder))
+    return dict(pictures=len(read_captions(folder)), sha256=content_hash(folder))
 
 # %% ../../nbs/8_use/00_jobs.ipynb #477678c7
 INPUTS = ('pipeline', 'unsafe', 'benign', 'images', 'prior', 'module', 'prompts', 'reference')
@@ -91,7 +93,7 @@ def checkpoint_of(out:Path, record:dict) -> Path:
     "Where the run of this record keeps its checkpoint"
     asked = {k: v for k, v in record.items() if k not in SURROUNDINGS}
     inputs = [asked[k] for k in INPUTS if asked.get(k)] + asked.get('pool', [])
-    asked['contents'] = [sha256(p) for p in inputs if Path(p).exists()]
+    asked['contents'] = [content_hash(p) for p in inputs if Path(p).exists()]
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
     return out.parent/'.checkpoints'/f'{out.name}-{key[:8]}'
 
@@ -210,6 +212,7 @@ def write_card(folder, scores=None):
 # %% ../../nbs/8_use/00_jobs.ipynb #477f2512
 def load_data(pipe, unsafe, benign, pool:dict, erase) -> UnlearnData:
     "All folders, encoded"
+    check_lengths(pipe, read_captions(unsafe).text, unsafe, erase)
     banks = {name: load_bank(pipe, folder) for name, folder in pool.items()}
     return UnlearnData(load_bank(pipe, unsafe), load_bank(pipe, benign), banks,
                        list(read_captions(unsafe).text), list(read_captions(benign).text), tuple(erase))
@@ -236,6 +239,7 @@ def write_unlearned(folder:Path, pipe, result:dict, record:RunRecord):
     (folder/'README.md').write_text(model_card(record), encoding='utf-8')
 
 # %% ../../nbs/8_use/00_jobs.ipynb #81e0365f
+@at_home
 def unlearn(pipeline,        # diffusers folder or hub id
             unsafe, benign,  # captioned images of what should go, and of what should stay
             out,             # the new pipeline's folder
@@ -267,6 +271,8 @@ def check_finetuning(pipeline, images, out, config:FinetuneConfig, prior, module
     "All inputs are there"
     if config.prior_weight and not prior:
         raise UserError('finetune: prior_weight is set, expected a folder of prior pictures (--prior)')
+    if prior and not config.prior_weight:
+        raise UserError('finetune: prior: pictures are given, expected prior_weight more than 0 for them to be used')
     check_inputs(pipeline, [folder for folder in (images, prior) if folder], out)
     if module: check_adapter(module)
 
@@ -299,6 +305,7 @@ def write_finetuned(folder:Path, pipe, config:FinetuneConfig, log:list):
     if config.algorithm in LEARN_A_WORD: save_token(pipe, config.token, folder)
 
 # %% ../../nbs/8_use/00_jobs.ipynb #871eb12a
+@at_home
 def finetune(pipeline, # diffusers folder or hub id
              images,   # captioned images to learn
              out,      # the new pipeline's folder

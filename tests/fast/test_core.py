@@ -1,5 +1,6 @@
 "Streams of random numbers, numbers that aren't finite, settings, names and progress."
 import hashlib, json, math, random, signal
+from functools import partial
 import numpy as np, pytest, torch
 from resalign.core import runs
 from resalign.core.files import load_checkpoint, save_checkpoint, sha256
@@ -150,12 +151,14 @@ def lines(monkeypatch, capsys, tick, n=5, every=30, setting='', **kw):
     return capsys.readouterr().err.splitlines()
 
 def test_progress(monkeypatch, capsys):
-    # a line comes every so many seconds
-    assert lines(monkeypatch, capsys, 10) == ['it 2/5 30s note 1']
-    assert lines(monkeypatch, capsys, 15, every=30) == ['it 1/5 30s note 0', 'it 3/5 60s note 2']
-    assert lines(monkeypatch, capsys, 10, n=3, total=None) == ['it 2/? 30s note 1'] and lines(
-        monkeypatch, capsys, 10, n=3, total=9
-    ) == ['it 2/9 30s note 1']
+    # a line every so many seconds: step, rate, time left, what was noted, memory; steps done before count as steps only
+    monkeypatch.setattr(runs, 'peak_gb', lambda: 1.24)
+    assert lines(monkeypatch, capsys, 10) == ['it 2/5 15.00s/step, 00:45 left, note 1, memory 1.2 GB']
+    assert lines(monkeypatch, capsys, 15) == ['it 1/5 30.00s/step, 02:00 left, note 0, memory 1.2 GB',
+                                              'it 3/5 20.00s/step, 00:40 left, note 2, memory 1.2 GB']
+    assert lines(monkeypatch, capsys, 10, first=90, total=95) == [
+        'it 92/95 15.00s/step, 00:45 left, note 1, memory 1.2 GB']
+    assert lines(monkeypatch, capsys, 10, n=3, total=None)[0].startswith('it 2/? ')
     assert lines(monkeypatch, capsys, 99, every=math.inf) == lines(monkeypatch, capsys, 99, setting='0') == []
     monkeypatch.undo()
 
@@ -165,21 +168,19 @@ def test_progress(monkeypatch, capsys):
         assert list(progress('abc')) == list('abc')
     monkeypatch.undo()
 
-    # on a terminal there is a bar with the note
-    made, monkey = [], monkeypatch
-    class Bar:
-        def __init__(self, it, **kw):
-            self.it, self.kw, self.said = it, kw, []
-            made.append(self)
-        def __iter__(self): return iter(self.it)
-        def set_postfix_str(self, text, refresh): self.said.append((text, refresh))
-    monkey.setattr(runs, 'tqdm', Bar)
-    monkey.setattr(runs.sys.stderr, 'isatty', lambda: True, raising=False)
-    monkey.setenv('PROGRESS', '1')
-    bar = progress(range(2), desc='d')
+    # on a terminal one line is written over and over, and nothing of it stays
+    monkeypatch.setattr(runs.sys.stderr, 'isatty', lambda: True, raising=False)
+    monkeypatch.setattr(runs, 'tqdm', partial(runs.tqdm, mininterval=0, miniters=1))
+    monkeypatch.setenv('PROGRESS', '1')
+    bar = progress(range(3), desc='ga', total=5, first=2)
     bar.note('before')
-    assert [bar.note(f'n{i}') or i for i in bar] == [0, 1]
-    assert made[0].kw == dict(total=2, desc='d', leave=False) and made[0].said == [('n0', False), ('n1', False)]
+    seen = [bar.note(f'loss {i}') or i for i in bar]
+    said = capsys.readouterr().err
+    assert seen == [0, 1, 2] and '\n' not in said and said.split('\r')[-1].strip() == ''
+    shown = [part.strip() for part in said.split('\r')]
+    for i in range(3):
+        ends = f'left, loss {i}, memory {runs.peak_gb():.1f} GB'
+        assert any(line.startswith(f'ga {3 + i}/5 ') and line.endswith(ends) for line in shown), shown
 
 
 # ------------------------------------------------------------------ what a run leaves
