@@ -22,6 +22,7 @@ from ..core.training import OPTIMIZERS, optimise
 from ..method.resalign import Method, UnlearnData
 from ..model.compute import make_optimizer, to_float32
 from ..model.data import Bank, embed, encode
+from ..model.flow import flow_layers, guided_euler, is_flow
 from ..model.losses import Denoiser
 from ..model.pipelines import PretrainConfig, build_pipeline, generate
 from ..world import scenes as world
@@ -114,13 +115,17 @@ def belongs(name:str, which:str) -> bool: # name of a parameter, one of `Layers`
 
 def layers(unet, which:str) -> dict: # name -> parameter
     "The parameters of a group of layers"
+    if is_flow(unet): return flow_layers(unet, which)
     return {n: p for n, p in unet.named_parameters() if belongs(n, which)}
 
 # %% ../../nbs/5_baselines/00_parts.ipynb #d565b145
 @torch.no_grad()
 def guided_ddim(model:Denoiser, text, empty, steps:int, guidance:float,
                 gen): # yields z_t, t, ε(z_t, c), ε(z_t, ∅), next z_t
-    "Guided DDIM, step by step, a latent for each row of `text`"
+    "Guided DDIM, step by step, a latent for each row of `text`; of a rectified flow, guided Euler steps"
+    if is_flow(model.unet):
+        yield from guided_euler(model, text, empty, steps, guidance, gen)
+        return
     scheduler = DDIMScheduler.from_config(model.scheduler.config, clip_sample=False)
     scheduler.set_timesteps(steps)
     config = model.unet.config

@@ -22,9 +22,9 @@ from ..core.settings import UserError, at_home, make_config
 from ..core.training import Ranks
 from ..method.finetune import FinetuneConfig, finetune as run_finetune, save_token
 from ..method.resalign import UnlearnData
-from ..model.compute import Compute, backbone, compute_config, finish, measure_cost, prepare
+from ..model.compute import Compute, compute_config, finish, measure_cost, prepare
 from ..model.data import check_lengths, content_hash, encode, read_captions, read_images
-from ..model.pipelines import check_pipeline, is_local, load_pipeline, save_pipeline
+from ..model.pipelines import check_pipeline, is_local, latent_shape, load_pipeline, save_pipeline
 
 # %% ../../nbs/8_use/00_jobs.ipynb #47ca02a1
 def check_inputs(pipeline, folders, out):
@@ -65,7 +65,7 @@ def load_prepared(pipeline, compute:Compute|None):
 # %% ../../nbs/8_use/00_jobs.ipynb #39ce98b7
 def size_of(pipe) -> int: # pixels
     "The picture size of a pipeline"
-    return backbone(pipe).config.sample_size * pipe.vae_scale_factor
+    return latent_shape(pipe)[1] * pipe.vae_scale_factor
 
 def load_bank(pipe, folder):
     "An image folder, encoded"
