@@ -151,6 +151,15 @@ def solved(H, g, gamma, c):
         return x
     return torch.linalg.solve(torch.eye(len(g), dtype=g.dtype) + gamma*H, g)
 
+POWER = 1 # steps at least, as Algorithm 2 asks for
+
+def stretch(H, g, steps):
+    "The largest ‖Hv‖/‖v‖ of a few power steps from g"
+    found = 0.
+    for _ in range(steps):
+        found, g = max(found, ((H @ g).norm()/g.norm()).item()), H @ g
+    return found
+
 class Reference:
     "A run of Algorithm 2; `configs[step][j]` are the fine-tunings that were drawn, as dicts"
     def __init__(self, pipe, data, config, theta, configs):
@@ -207,7 +216,7 @@ class Reference:
         on_inner = lambda x: loss(at(x))
         g = vector(grads_of(lambda x: self.harm(at(x), i, c.margin_after), inner))
         H = hessian(on_inner, inner)
-        if c.clamp and c.solver == 'richardson': gamma = min(gamma, c.clamp/((H @ g).norm()/g.norm()).item())
+        if c.clamp and c.solver == 'richardson': gamma = min(gamma, c.clamp/stretch(H, g, max(c.products, POWER)))
         x = like(solved(H, g, gamma, c), inner)
         moved = vector(inner) - vector(start)
         self.notes[f'{j}/stationarity'] = (vector(grads_of(on_inner, inner)) + moved/asked).norm().item()
