@@ -107,6 +107,9 @@ def test_more_models_narrow_an_interval_and_more_pictures_do_not():
     ('one each a picture, got 2, 2, 3', ([1, 0], ['a', 'b'], [1, 2, 3])),
     ('values: 1: expected a finite number, got nan', ([1, NAN], ['a', 'b'])),
     ('expected numbers', (['x', 'y'], ['a', 'b'])),
+    ('models: 1: expected a name', ([1, 0, 1], [0, NAN, 1])),
+    ('models: 0: expected a name', ([1, 0], [None, 'b'])),
+    ('prompts: 1: expected a name', ([1, 0], ['a', 'b'], ['p', None])),
     ('values in 0 to 1, got 0 to 2', ([0, 2], ['a', 'b'])),
     ('values in -1 to 1, got -3 to 0', ([0, -3], ['a', 'b'], None, (-1, 1)))])
 def test_intervals_that_cannot_be_are_refused(words, args): refused(words, S.model_interval, *args)
