@@ -2731,6 +2731,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'resalign.use.jobs.trained': ('8_use/jobs.html#trained', 'resalign/use/jobs.py'),
                                    'resalign.use.jobs.unlearn': ('8_use/jobs.html#unlearn', 'resalign/use/jobs.py'),
                                    'resalign.use.jobs.unlearn_record': ('8_use/jobs.html#unlearn_record', 'resalign/use/jobs.py'),
+                                   'resalign.use.jobs.with_detector': ('8_use/jobs.html#with_detector', 'resalign/use/jobs.py'),
                                    'resalign.use.jobs.write_card': ('8_use/jobs.html#write_card', 'resalign/use/jobs.py'),
                                    'resalign.use.jobs.write_finetuned': ('8_use/jobs.html#write_finetuned', 'resalign/use/jobs.py'),
                                    'resalign.use.jobs.write_unlearned': ('8_use/jobs.html#write_unlearned', 'resalign/use/jobs.py')},
