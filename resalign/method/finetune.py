@@ -6,7 +6,8 @@
 __all__ = ['ATTENTION', 'JOINT', 'Trained', 'ALGORITHMS', 'FinetuneConfig', 'FinetuneSamples', 'FinetuneLoss', 'adapter_params',
            'add_lora', 'merge_lora', 'SpectralShift', 'svdiff', 'check_new_token', 'add_token', 'new_token',
            'textual_inversion', 'save_token', 'custom_diffusion', 'full', 'lora', 'MovingAverage', 'check_algorithm',
-           'backward_mean', 'finetune', 'trainable_until_exit', 'descend', 'simulated', 'fresh_lora', 'contaminated']
+           'backward_mean', 'finetune', 'trainable_until_exit', 'descend', 'simulated', 'recorded', 'fresh_lora',
+           'contaminated']
 
 # %% ../../nbs/4_method/20_finetune.ipynb #5454be2f
 import contextlib
@@ -24,6 +25,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..core.runs import generator
 from ..core.settings import Config, UserError
 from ..core.training import optimise
+from .hypergrad import Trajectory, kept_buffers
 from ..model.compute import backbone, make_optimizer, restore_float32, to_float32
 from ..model.data import Bank, draw_sample, tokenize
 from ..model.losses import Denoiser, denoiser
@@ -294,7 +296,8 @@ def trainable_until_exit(params:list):
     for p in params:
         p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
         p.requires_grad_(True)
-    try: yield theta
+    try:
+        with kept_buffers(): yield theta
     finally:
         for p, old, flag in zip(params, theta, required_grad):
             p.data = p.data.copy_(old).to(old.dtype)
@@ -317,6 +320,19 @@ def simulated(loss:FinetuneLoss, params:list, config:FinetuneConfig):
     with trainable_until_exit(params) as theta:
         descend(loss, params, config)
         yield theta
+
+# %% ../../nbs/4_method/20_finetune.ipynb #meta2007
+@contextlib.contextmanager
+def recorded(loss:FinetuneLoss, params:list, config:FinetuneConfig,
+             depth, # the latest steps that are kept: a number, or 'all'
+             beside=(), # parameters that stay where they are, and enter the derivative
+             device=None): # where the steps are kept
+    "`simulated`, as a `Trajectory` for the adjoint ([hypergradients](00_hypergrad.ipynb))"
+    with trainable_until_exit(params):
+        groups = [dict(params=params), dict(params=list(beside), lr=0.)] if beside else params
+        path = Trajectory(make_optimizer(config.optimizer, groups, config.lr, loss.model.unet), depth, device)
+        for step in range(config.steps): path.step(loss.frozen(*config.batches(step)))
+        yield path
 
 # %% ../../nbs/4_method/20_finetune.ipynb #meta2002
 @contextlib.contextmanager

@@ -212,8 +212,9 @@ def write_card(folder, scores=None):
 def load_data(pipe, unsafe, benign, pool:dict, erase) -> UnlearnData:
     "All folders, encoded"
     banks = {name: load_bank(pipe, folder) for name, folder in pool.items()}
-    return UnlearnData(load_bank(pipe, unsafe), load_bank(pipe, benign), banks,
-                       list(read_captions(unsafe).text), list(read_captions(benign).text), tuple(erase))
+    captions = read_captions(unsafe)
+    return UnlearnData(load_bank(pipe, unsafe), load_bank(pipe, benign), banks, list(captions.text),
+                       list(read_captions(benign).text), tuple(erase), safe_captions=list(captions.get('safe', ())))
 
 # %% ../../nbs/8_use/00_jobs.ipynb #46981372
 def unlearn_record(pipeline, unsafe, benign, method, settings, pool:dict, erase, seed, compute) -> RunRecord:
