@@ -10,7 +10,7 @@ __all__ = ['ATTENTION', 'JOINT', 'Trained', 'ALGORITHMS', 'FinetuneConfig', 'Fin
            'contaminated']
 
 # %% ../../nbs/4_method/20_finetune.ipynb #5454be2f
-import contextlib
+import contextlib, warnings
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -342,7 +342,8 @@ def fresh_lora(net, name:str, beside:str, # an adapter that stays active
     flags = [(p, p.requires_grad) for p in net.parameters()]
     def restore_flags():
         for p, flag in flags: p.requires_grad_(flag)
-    params = add_lora(net, name, rank, seed)
+    with warnings.catch_warnings(action='ignore', category=UserWarning): # peft's, of a second adapter
+        params = add_lora(net, name, rank, seed)
     net.set_adapters([beside, name])
     restore_flags()
     try: yield params
