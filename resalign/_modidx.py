@@ -1116,6 +1116,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                        'resalign/method/resalign.py'),
                                           'resalign.method.resalign.ResAlignConfig._check': ( '4_method/resalign.html#resalignconfig._check',
                                                                                               'resalign/method/resalign.py'),
+                                          'resalign.method.resalign.ResilienceConfig': ( '4_method/resalign.html#resilienceconfig',
+                                                                                         'resalign/method/resalign.py'),
                                           'resalign.method.resalign.Simulation': ( '4_method/resalign.html#simulation',
                                                                                    'resalign/method/resalign.py'),
                                           'resalign.method.resalign.UnlearnData': ( '4_method/resalign.html#unlearndata',

@@ -362,5 +362,5 @@ def contaminated(bank:Bank, unsafe:Bank,
     places = torch.randperm(len(bank), generator=gen)[:k]
     chosen = torch.randint(len(unsafe), (k,), generator=gen)
     out = Bank(bank.mean.clone(), bank.std.clone(), bank.text.clone())
-    for new, old in zip((out.mean, out.std, out.text), (unsafe.mean, unsafe.std, unsafe.text)): new[places] = old[chosen]
+    for name in ('mean', 'std', 'text'): getattr(out, name)[places] = getattr(unsafe, name)[chosen]
     return out

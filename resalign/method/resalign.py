@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['EndPoint', 'END_POINTS', 'HALVINGS', 'METHODS', 'Simulation', 'check_pool', 'Pool', 'in_one_step', 'pick',
-           'listed_config', 'draw_config', 'draw_configs', 'DirectConfig', 'check_switches', 'ResAlignConfig',
-           'UnlearnData', 'retain_weight', 'direct_gradient', 'pass_dtype', 'pairs_of', 'product_options',
-           'hessian_samples', 'own_factors', 'all_weights', 'fresh_factors', 'low_rank', 'extracted_factors',
-           'moved_by', 'cross_term', 'back_to_theta', 'length', 'mean_growth', 'damped_richardson', 'released_solve',
-           'chosen_solve', 'recorded_end', 'adjoint_gradient', 'resilience_gradient', 'lora_map', 'pull_back',
-           'clipped', 'without_words', 'safe_counterparts', 'with_remedies', 'OuterState', 'direct_terms', 'mean_term',
-           'simulated_term', 'outer_gradient', 'check_folders', 'save_lora', 'resalign', 'Method', 'solve_row',
-           'split_log']
+           'listed_config', 'draw_config', 'draw_configs', 'DirectConfig', 'check_switches', 'ResilienceConfig',
+           'ResAlignConfig', 'UnlearnData', 'retain_weight', 'direct_gradient', 'pass_dtype', 'pairs_of',
+           'product_options', 'hessian_samples', 'own_factors', 'all_weights', 'fresh_factors', 'low_rank',
+           'extracted_factors', 'moved_by', 'cross_term', 'back_to_theta', 'length', 'mean_growth', 'damped_richardson',
+           'released_solve', 'chosen_solve', 'recorded_end', 'adjoint_gradient', 'resilience_gradient', 'lora_map',
+           'pull_back', 'clipped', 'without_words', 'safe_counterparts', 'with_remedies', 'OuterState', 'direct_terms',
+           'mean_term', 'simulated_term', 'outer_gradient', 'check_folders', 'save_lora', 'resalign', 'Method',
+           'solve_row', 'split_log']
 
 # %% ../../nbs/4_method/30_resalign.ipynb #bab1aca6
 import re
@@ -134,15 +134,16 @@ def check_switches(c):
     "A ValueError where settings contradict one another"
     if c.longer == 'halve' and c.solver not in ('identity', 'richardson'):
         raise ValueError("longer: 'halve' expected with solver richardson or identity")
-    if c.solver == 'adjoint' and c.full_as == 'factors': raise ValueError("full_as: 'weights' expected with solver adjoint")
+    if c.solver == 'adjoint' and c.full_as == 'factors':
+        raise ValueError("full_as: 'weights' expected with solver adjoint")
     if c.pool.distinct and c.J > len(c.pool.chosen):
         raise ValueError(f'J: expected at most {len(c.pool.chosen)}, as many as there are distinct simulations')
     if c.anchor and max(c.margin, c.margin_after) > 10:
-        raise ValueError('anchor: expected a margin and a margin_after up to 10, for the anchored loss is scaled by them')
+        raise ValueError('anchor: expected a margin and a margin_after up to 10, which scale the anchored loss')
 
 # %% ../../nbs/4_method/30_resalign.ipynb #96a6202c
-class ResAlignConfig(DirectConfig):
-    "Settings of Algorithm 2; defaults are the smoke setting"
+class ResilienceConfig(DirectConfig):
+    "Settings of lines 3 to 7; defaults are the smoke setting"
     J:int = 1                           # simulated fine-tunings in an outer step
     gamma:float|Literal['matched'] = 1. # as published; matched: lr · steps of the simulated fine-tuning
     solver:Literal['identity', 'richardson', 'cg', 'minres', 'adjoint'] = 'cg'
@@ -152,10 +153,14 @@ class ResAlignConfig(DirectConfig):
     products:int = 4                    # at most; Richardson's 4 from x = g are the paper's K = 5 from 0
     tol:float|None = .03                # stop a solve at this relative residual; None, as published: never
     clamp:float|None = .5               # use at most γ = clamp/‖H‖, above which the iteration may diverge
-    check_every:int = 10                # outer steps between solves whose true residual is measured
+    check_every:int = 10                # outer steps between solves whose residual is measured though x doesn't depend on it
     max_norm:float = Field(.2, gt=0)    # of each hypergradient; with `halve` of its sum with the direct gradient
     longer:Literal['shorten', 'skip', 'halve'] = 'shorten' # a longer one is scaled down, left out, or as released
     fallback_share:float = .5           # stop the run when more solves than this fall back to x = g
+
+# %% ../../nbs/4_method/30_resalign.ipynb #96a6202d
+class ResAlignConfig(ResilienceConfig):
+    "Settings of Algorithm 2; defaults are the smoke setting"
     batches:Literal['step', 'simulation'] = 'step' # new samples for each outer step; as released, for each simulation
     inner:Literal['own', 'fresh'] = 'own' # a LoRA simulation moves θ's factors, as released, or a user's new adapter
     full_as:Literal['weights', 'factors'] = 'weights' # a full one is solved in its weights; as released, in θ's factors
@@ -332,7 +337,8 @@ def released_solve(L_harm, loss:FinetuneLoss, moved:list, gamma:float, direct:li
     for k in range(HALVINGS + 1):
         samples = range(first.start + k, first.stop + k)
         options = product_options(config.product, ft, loss, samples, loss.model.unet, moved)
-        with MoreauOperator(loss.frozen(*samples), moved, gamma, **options) as A: x = damped_richardson(A, g, products, .5**k)
+        with MoreauOperator(loss.frozen(*samples), moved, gamma, **options) as A:
+            x = damped_richardson(A, g, products, .5**k)
         report.product, report.products = options['product'], report.products + A.products
         x = x and back(x, gamma, samples, options)
         if x and length([d + config.beta*v for d, v in zip(direct, x)]) <= config.max_norm:
