@@ -14,7 +14,6 @@ import numpy as np, pandas as pd, torch, torch.nn as nn
 from scipy import stats
 from sklearn.metrics.pairwise import polynomial_kernel, rbf_kernel
 from sklearn.preprocessing import normalize
-from torchmetrics.image.fid import FrechetInceptionDistance
 from ..core.settings import UserError
 
 # %% ../../nbs/6_measure/10_metrics.ipynb #efbb5b5f

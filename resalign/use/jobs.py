@@ -215,8 +215,9 @@ def load_data(pipe, unsafe, benign, pool:dict, erase) -> UnlearnData:
     "All folders, encoded"
     check_lengths(pipe, read_captions(unsafe).text, unsafe, erase)
     banks = {name: load_bank(pipe, folder) for name, folder in pool.items()}
-    return UnlearnData(load_bank(pipe, unsafe), load_bank(pipe, benign), banks,
-                       list(read_captions(unsafe).text), list(read_captions(benign).text), tuple(erase))
+    captions = read_captions(unsafe)
+    return UnlearnData(load_bank(pipe, unsafe), load_bank(pipe, benign), banks, list(captions.text),
+                       list(read_captions(benign).text), tuple(erase), safe_captions=list(captions.get('safe', ())))
 
 def with_detector(data:UnlearnData, record:RunRecord, detector, validation) -> UnlearnData:
     "The data with what a method may look at pictures with, which the record names"
