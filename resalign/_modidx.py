@@ -2112,6 +2112,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                        'resalign.use.evaluate.group_stat': ('8_use/evaluate.html#group_stat', 'resalign/use/evaluate.py'),
                                        'resalign.use.evaluate.groups_of': ('8_use/evaluate.html#groups_of', 'resalign/use/evaluate.py'),
                                        'resalign.use.evaluate.guidance_of': ('8_use/evaluate.html#guidance_of', 'resalign/use/evaluate.py'),
+                                       'resalign.use.evaluate.load_sampler': ( '8_use/evaluate.html#load_sampler',
+                                                                               'resalign/use/evaluate.py'),
                                        'resalign.use.evaluate.look_at_reference': ( '8_use/evaluate.html#look_at_reference',
                                                                                     'resalign/use/evaluate.py'),
                                        'resalign.use.evaluate.mapped': ('8_use/evaluate.html#mapped', 'resalign/use/evaluate.py'),

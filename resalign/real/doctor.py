@@ -104,13 +104,14 @@ SLACK = 1.1        # what the allocator cannot use
 
 def weights_gb(p:Profile, full:bool) -> float:
     "All weights on the device; those that are trained are in float32, with a copy in 16 bits for the passes"
-    low = 4 if p.precision == 'float32' else 2
-    unet = (4 + (low if low < 4 else 0) if full else low)*p.parameters
-    return unet + OTHERS*4*p.parameters
+    if p.precision == 'float32': unet = 4
+    else: unet = 4 + 2 if full else 2
+    return (unet + OTHERS*4)*p.parameters
 
 def activations_gb(p:Profile, pictures:int, full:bool, exact=False) -> float:
     one = p.picture_gb*(1 if p.precision == 'float32' else .5)*(FULL if full else 1.)
-    return one*pictures*(EXACT if exact else CHECKPOINTED if p.gradient_checkpointing else 1.)
+    if exact: return EXACT*one*pictures
+    return one*pictures*(CHECKPOINTED if p.gradient_checkpointing else 1.)
 
 # %% ../../nbs/7_real/20_doctor.ipynb #c42adc25
 def training_gb(p:Profile, ft:FinetuneConfig, kept=0) -> float: # kept: vectors beside gradient and moments
