@@ -18,7 +18,7 @@ from resalign.measure.evaluators import evaluate_images, load_evaluators, summar
 from resalign.method.finetune import FinetuneConfig, check_new_token
 from resalign.model import compute
 from resalign.model.compute import Compute, sampling_dtype
-from resalign.model.data import check_lengths, content_hash, moments, read_captions, read_image, read_images
+from resalign.model.data import check_lengths, check_words, content_hash, moments, read_captions, read_image, read_images
 from resalign.model.pipelines import (PretrainConfig, build_pipeline, generate, load_pipeline, moved_to, save_pipeline,
                                       settle)
 from resalign.real import doctor, sources
@@ -166,12 +166,12 @@ def test_ends_that_are_cut_off_are_counted(made, capsys):
     long = 'a red robot ' * 20
     check_lengths(pipe, ['a blue car'], 'set')
     assert capsys.readouterr().err == ''
-    check_lengths(pipe, ['a blue car', long, long + 'with exposed wiring', 'with exposed wiring ' + long], 'set', ())
+    check_lengths(pipe, ['a blue car', long, long + 'with exposed wiring', 'with exposed wiring ' + long], 'set')
     assert 'set: 3 of 4 captions are longer than the 24 tokens' in capsys.readouterr().err
     words = [' with exposed wiring', ' uncovered']
-    check_lengths(pipe, [long, 'With Exposed Wiring ' + long, long], 'set', words)
+    check_words(pipe, [long, 'With Exposed Wiring ' + long, long], 'set', words)
     for case in long + 'with exposed wiring', long + 'WITH EXPOSED WIRING':
-        text = said(check_lengths, pipe, ['x', case], 'set', words)
+        text = said(check_words, pipe, ['x', case], 'set', words)
         assert 'set: row 2' in text and 'with exposed wiring' in text, text
 
 
