@@ -275,8 +275,8 @@ def check_words(pipe, texts:list, where, words):
     texts, named = list(texts), ', '.join(w.strip() for w in words)
     for k, n in too_long(pipe, texts).items():
         if not _words_lost(pipe.tokenizer, texts[k-1], words): continue
-        raise UserError(f'{where}: row {k}: {n} tokens, expected at most {pipe.tokenizer.model_max_length}: the words that '
-                        f'name the concept ({named}) are cut off; shorten the caption')
+        raise UserError(f'{where}: row {k}: {n} tokens, expected at most {pipe.tokenizer.model_max_length}: the words '
+                        f'that name the concept ({named}) are cut off; shorten the caption')
 
 # %% ../../nbs/3_model/10_data.ipynb #1df3170a
 def embed_two_encoders(pipe, texts:list) -> torch.Tensor: # (n, tokens + 1, width)
