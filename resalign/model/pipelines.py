@@ -11,7 +11,7 @@ __all__ = ['Of16', 'BETAS', 'LOWER', 'BROKEN', 'PARTS', 'SAFE_LIBRARIES', 'WEIGH
            'sample_batches', 'generate', 'small_clip', 'small_transformer', 'small_vae', 'build_sd3']
 
 # %% ../../nbs/3_model/20_pipelines.ipynb #76403d3b
-import contextlib, copy, hashlib, json, math, os, re, sys, tempfile
+import contextlib, copy, hashlib, inspect, json, math, os, re, sys, tempfile
 from pathlib import Path
 from typing import Annotated
 import numpy as np, torch
@@ -258,7 +258,7 @@ def _check_schedule(pipe, folder):
     "Training needs the betas of a diffusion, or the path of a flow"
     c, kind = pipe.scheduler.config, type(pipe.scheduler).__name__
     expected = 'beta_schedule' if hasattr(pipe, 'unet') else 'shift'
-    if expected not in c:
+    if expected not in inspect.signature(type(pipe.scheduler)).parameters:
         raise UserError(f"{folder}: scheduler: {kind} has no {expected}, expected a schedule like Stable Diffusion's")
     if not hasattr(pipe, 'unet'): return
     try: DDPMScheduler.from_config(c)
