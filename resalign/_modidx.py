@@ -2061,6 +2061,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'resalign.use.cli.evaluate': ('8_use/cli.html#evaluate', 'resalign/use/cli.py'),
                                   'resalign.use.cli.fail': ('8_use/cli.html#fail', 'resalign/use/cli.py'),
                                   'resalign.use.cli.finetune': ('8_use/cli.html#finetune', 'resalign/use/cli.py'),
+                                  'resalign.use.cli.folders_of_pool': ('8_use/cli.html#folders_of_pool', 'resalign/use/cli.py'),
                                   'resalign.use.cli.is_first': ('8_use/cli.html#is_first', 'resalign/use/cli.py'),
                                   'resalign.use.cli.many': ('8_use/cli.html#many', 'resalign/use/cli.py'),
                                   'resalign.use.cli.on_processes': ('8_use/cli.html#on_processes', 'resalign/use/cli.py'),

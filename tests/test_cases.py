@@ -281,6 +281,23 @@ def test_what_nothing_reads_is_refused(made, tmp_path):
         assert said(make_config, PretrainConfig, wrong)
 
 
+def test_options_that_a_method_never_reads(made):
+    from resalign.use.cli import folders_of_pool
+    pictures = [str(made/'pictures')]
+    for method in 'ga', 'uce', 'original': assert f'--pool: {method}' in said(folders_of_pool, method, {}, pictures)
+    assert list(folders_of_pool('resalign', {}, pictures)) == ['pictures'] and folders_of_pool('uce', {}, ()) == {}
+
+
+def test_a_repository_without_git(tmp_path):
+    "A ZIP: the line of the Makefile is all that dvc needs"
+    (tmp_path/'.dvc').mkdir()
+    shutil.copy(ROOT/'.dvc/config', tmp_path/'.dvc')
+    assert 'dvc config --quiet --local core.no_scm true' in (ROOT/'Makefile').read_text()
+    for words in ['config', '--quiet', '--local', 'core.no_scm', 'true'], ['root']:
+        done = subprocess.run([sys.executable, '-m', 'dvc', *words], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
 def test_a_new_token_means_nothing_yet():
     vocabulary = {'cat</w>': 1, 'ca': 2, '<|endoftext|>': 3}
     pipe = types.SimpleNamespace(tokenizer=types.SimpleNamespace(get_vocab=lambda: vocabulary))
@@ -343,8 +360,8 @@ def test_home_permissions_and_other_projects(tmp_path, monkeypatch):
     finally: os.umask(old)
     modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in (tmp_path/'out').iterdir()}
     assert modes == dict(weights=0o640, config=0o640, script=0o750)
-    for text in None, 'train: {lr: 1}\n', '- a\n', '\xff':
-        if text: (tmp_path/'params.yaml').write_bytes(text.encode('latin-1'))
+    for text in None, 'train: {lr: 1}\n', '- a\n':
+        if text: (tmp_path/'params.yaml').write_text(text)
         monkeypatch.chdir(tmp_path)
         assert params('profiles.sd14.size') == 512 and params('methods.ga.start.steps') == 100
     (tmp_path/'params.yaml').write_text('profiles: {mine: {size: 8}}\n')

@@ -10,9 +10,9 @@ __all__ = ['QUICK_TRIAL', 'RECORDS', 'PIPELINE_FILES', 'LAUNCH', 'PIPELINE', 'OU
            'ONLY', 'DRY', 'BATCHED', 'PROFILE', 'QUICK', 'split_help', 'with_hyphens', 'fail', 'quiet',
            'end_with_one_line', 'with_methods', 'at_home', 'command', 'split_section', 'read_config', 'yaml_value',
            'set_one', 'set_pairs', 'section_settings', 'settings_for', 'check_out', 'say_written', 'on_processes',
-           'many', 'check_publishing', 'is_first', 'say_dry', 'unlearn_and_publish', 'unlearn', 'finetune',
-           'say_evaluated', 'evaluate', 'sampling_settings', 'pretrain', 'say_plan', 'batch_study', 'batch_page',
-           'batch', 'doctor']
+           'many', 'check_publishing', 'is_first', 'say_dry', 'unlearn_and_publish', 'folders_of_pool', 'unlearn',
+           'finetune', 'say_evaluated', 'evaluate', 'sampling_settings', 'pretrain', 'say_plan', 'batch_study',
+           'batch_page', 'batch', 'doctor']
 
 # %% ../../nbs/8_use/30_cli.ipynb #4c6ef354
 import argparse, inspect, os, subprocess, sys, textwrap
@@ -268,6 +268,20 @@ def unlearn_and_publish(asked, single_file:bool, repo):
     say_written(out, UNLEARNED)
     if repo: print(f'uploaded to {push(out, repo)}')
 
+# %% ../../nbs/8_use/30_cli.ipynb #19e7dba4
+def folders_of_pool(method:str, settings:dict, given) -> dict: # name -> Path
+    "The folders of simulated fine-tunings; a UserError where the method simulates none, and would not read them"
+    from resalign.baselines.methods import config_of
+    from resalign.core.settings import UserError
+    from resalign.model.data import read_captions
+    from resalign.use.jobs import named_folders
+    folders = named_folders(given)
+    for folder in folders.values(): read_captions(folder)
+    config = config_of(method, dict(settings))
+    if folders and not (hasattr(config, 'pool') and getattr(config, 'beta', 0) > 0):
+        raise UserError(f'--pool: {method} simulates no fine-tuning and would not read it, expected none')
+    return folders
+
 # %% ../../nbs/8_use/30_cli.ipynb #5e35fdf1
 @command
 def unlearn(pipeline:PIPELINE, unsafe:UNSAFE, benign:BENIGN, out:OUT, method:METHOD='resalign', config:CONFIG=None,
@@ -286,10 +300,9 @@ def unlearn(pipeline:PIPELINE, unsafe:UNSAFE, benign:BENIGN, out:OUT, method:MET
       resalign-unlearn my-model pictures/unsafe pictures/benign out --method ga --config mine.yaml:ga"""
     from resalign import METHODS
     from resalign.core.settings import choose
-    from resalign.use.jobs import named_folders
     choose(method, METHODS, '--method')
     settings, seed = settings_for(f'unlearn.{method}', config, set, seed)
-    pool = named_folders(pool or ())
+    pool = folders_of_pool(method, settings, pool or ())
     out = check_out(out, [pipeline, unsafe, benign, *pool.values()])
     check_publishing(pipeline, single_file, push)
     on_processes(processes)
