@@ -270,7 +270,8 @@ def check_source(what:str, s:Source, p:Profile, hashes=False) -> list:
     if s.kind == 'hub' and not s.revision:
         findings.append(Finding(what, 'note', f'{s.path} is not pinned: give it a revision, '
                                               'or a later upload changes the run'))
-    if moved_to(s.path): findings.append(replace(findings[0], message=moved_to(s.path).removeprefix('; ')))
+    here = 'note' if findings[0].state == 'ok' else 'missing'
+    if moved_to(s.path): findings.append(Finding(what, here, moved_to(s.path).removeprefix('; ')))
     return findings
 
 # %% ../../nbs/7_real/20_doctor.ipynb #220e333c
