@@ -277,7 +277,7 @@ def _check_sizes(folder:Path, parts:dict):
     if net == 'unet' and unet.get('cross_attention_dim') != width:
         raise UserError(f"{folder}: unet/config.json: cross_attention_dim is {unet.get('cross_attention_dim')}, "
                         f"expected the text encoder's hidden_size, {width}")
-    latent_size(unet.get('sample_size'), f'{folder}: {net}/config.json')
+    if net == 'unet' or 'sample_size' in unet: latent_size(unet.get('sample_size'), f'{folder}: {net}/config.json')
     scheduler = read_json(folder/'scheduler/scheduler_config.json')
     check_known_to_losses(unet, scheduler, folder)
 
@@ -367,8 +367,8 @@ def _check_texts(pipe, folder):
         if words > most:
             raise UserError(f'{folder}: tokenizer{suffix}: has {words} words, '
                             f'expected at most the {most} of the text encoder')
-        longest = encoder.config.max_position_embeddings
-        tokenizer.model_max_length = min(tokenizer.model_max_length or longest, longest)
+        longest = getattr(encoder.config, 'max_position_embeddings', None) # T5 has none
+        if longest: tokenizer.model_max_length = min(tokenizer.model_max_length or longest, longest)
 
 def _networks(pipe) -> dict: # name -> module
     return {part: getattr(pipe, part) for part in NETWORKS if getattr(pipe, part, None) is not None}
@@ -379,8 +379,7 @@ def settle(pipe, folder):
     net = backbone(pipe)
     check_known_to_losses(net.config, pipe.scheduler.config, folder)
     _check_schedule(pipe, folder)
-    side = latent_size(net.config.sample_size, folder)
-    if side != net.config.sample_size: net.register_to_config(sample_size=side)
+    if 'sample_size' in net.config: net.register_to_config(sample_size=latent_size(net.config.sample_size, folder))
     for part, module in _networks(pipe).items(): _check_weights_finite(f'{folder}: {part}', module, BROKEN)
     for m in pipe.components.values():
         if isinstance(m, torch.nn.Module): m.requires_grad_(False).eval()
