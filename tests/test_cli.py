@@ -103,7 +103,9 @@ def test_the_entry_points(made):
     "Listed for installation; started as a user does, away from the repository: one line, exit status 2, no traceback"
     ini = ConfigParser()
     ini.read(ROOT / 'settings.ini')
-    assert set(ini['DEFAULT']['console_scripts'].split()) == {f'resalign-{c}=resalign.use.cli:{c}' for c in COMMANDS}
+    assert set(ini['DEFAULT']['console_scripts'].split()) == {
+        f'resalign-{c}=resalign.use.cli:{c}' for c in COMMANDS
+    } | {'resalign-attack=resalign.use.attacks:main'}
     start = 'import sys; from resalign.use import cli; sys.argv[0] = "resalign-unlearn"; cli.unlearn()'
     done = subprocess.run(
         [

@@ -44,7 +44,7 @@ def test_the_wheel(installed, tmp_path):
     settings = ConfigParser()
     settings.read(ROOT/'settings.ini', encoding='utf-8')
     commands = [c.partition('=')[0] for c in settings['DEFAULT']['console_scripts'].split()]
-    assert len(commands) == 6
+    assert len(commands) == 7
     for command in commands: assert lines_of(installed/command, '--help', cwd=tmp_path).lstrip().startswith('usage:'), command
 
     # methods and profiles travel with it: The doctor knows SD v1.4 and says what is missing; a method's published

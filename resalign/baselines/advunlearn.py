@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 
 from .esd import esd_target
-from .parts import fit, retain_captions
+from .parts import epsilon, fit, retain_captions
 from ..core.runs import generator
 from ..core.settings import Config, UserError
 from ..method.resalign import Method, UnlearnData
@@ -37,10 +37,10 @@ class AdvUnlearnConfig(Config):
     seed:int = 0
 
 # %% ../../nbs/5_baselines/90_advunlearn.ipynb #a546d9a1
-def token_ids(pipe, captions:list, prefix:bool) -> torch.Tensor: # (n, length)
+def token_ids(pipe, captions:list, prefix:bool, method='advunlearn') -> torch.Tensor: # (n, length)
     "Token ids; with `prefix`, one position after the start token is left for it"
     if hasattr(pipe, 'text_encoder_2'):
-        raise UserError('advunlearn: expected a pipeline with one text encoder, this one has two (SDXL), for which '
+        raise UserError(f'{method}: expected a pipeline with one text encoder, this one has two (SDXL), for which '
                         'the method is not defined')
     ids = tokenize(pipe, captions, spare=int(prefix)).input_ids.to(pipe.text_encoder.device)
     return torch.cat([ids[:, :1], ids[:, 1:2], ids[:, 1:]], 1) if prefix else ids
@@ -65,7 +65,7 @@ def attack(model, encoder, ids, targets, # step -> z_t, t, the prediction to be 
     opt, total = torch.optim.Adam([delta], config.attack_lr), torch.zeros_like(delta)
     for step in range(config.attack_steps):
         z_t, t, target = targets(step)
-        with prefixed(encoder, delta): loss = (model(z_t, t, encoder(ids)[0]) - target).square().mean()
+        with prefixed(encoder, delta): loss = (epsilon(model, z_t, t, encoder(ids)[0]) - target).square().mean()
         g, = torch.autograd.grad(loss, delta)
         total += g
         delta.grad = total.clone() if config.accumulate else g
@@ -100,18 +100,18 @@ def erasing_term(x:AdvUnlearnInputs, step:int) -> torch.Tensor: # scalar
     "ESD's loss on the attacked prompts"
     s, z_t = x.sample(x.data.unsafe, 'unsafe', step)
     with torch.no_grad():
-        eps_c = x.model(z_t, s.t, x.frozen(x.unsafe_ids[s.index])[0])
-        eps_empty = x.model(z_t, s.t, x.frozen(x.empty_ids)[0].expand_as(s.text))
+        eps_c = epsilon(x.model, z_t, s.t, x.frozen(x.unsafe_ids[s.index])[0])
+        eps_empty = epsilon(x.model, z_t, s.t, x.frozen(x.empty_ids)[0].expand_as(s.text))
     text = x.attacked_text(s, z_t, eps_c, step)
-    return (x.model(z_t, s.t, text) - esd_target(eps_c, eps_empty, x.config.eta)).square().mean()
+    return (epsilon(x.model, z_t, s.t, text) - esd_target(eps_c, eps_empty, x.config.eta)).square().mean()
 
 # %% ../../nbs/5_baselines/90_advunlearn.ipynb #4186764c
 def retaining_term(x:AdvUnlearnInputs, step:int) -> torch.Tensor: # scalar
     "The distance from the original's predictions for benign captions"
     s, z_t = x.sample(x.data.retain, 'retain', step)
     ids = x.benign_ids[s.index]
-    with torch.no_grad(): target = x.model(z_t, s.t, x.frozen(ids)[0])
-    return (x.model(z_t, s.t, x.encoder(ids)[0]) - target).square().mean()
+    with torch.no_grad(): target = epsilon(x.model, z_t, s.t, x.frozen(ids)[0])
+    return (epsilon(x.model, z_t, s.t, x.encoder(ids)[0]) - target).square().mean()
 
 # %% ../../nbs/5_baselines/90_advunlearn.ipynb #dd112a08
 def trained_params(encoder) -> dict: # name -> parameter
@@ -141,7 +141,7 @@ def prefix_targets(model:Denoiser, original:Denoiser, bank:Bank, text, seed:int,
     def targets(step):
         s = draw_sample(bank, len(text), generator(seed, 'view', k, step), model.timesteps)
         z_t = model.scheduler.add_noise(s.z, s.noise, s.t)
-        with torch.no_grad(): return z_t, s.t, original(z_t, s.t, text)
+        with torch.no_grad(): return z_t, s.t, epsilon(original, z_t, s.t, text)
     return targets
 
 # %% ../../nbs/5_baselines/90_advunlearn.ipynb #890050c6

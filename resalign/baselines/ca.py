@@ -9,7 +9,7 @@ __all__ = ['METHODS', 'CAConfig', 'ablation_loss', 'ca']
 import torch
 from pydantic import Field
 
-from .parts import Layers, anchor_pictures, fit, layers
+from .parts import Layers, anchor_pictures, anchors, epsilon, fit, layers, skipped
 from ..core.runs import generator
 from ..core.settings import Config
 from ..method.resalign import Method, UnlearnData
@@ -34,9 +34,9 @@ def ablation_loss(model, s, # pictures of anchors, with the anchors' embeddings
                   unsafe, # (b, tokens, width) embeddings of the unsafe captions
                   weight:float) -> torch.Tensor: # scalar
     "L_CA on one sample"
-    eps_anchor = model.predict(s)
-    eps_unsafe = model(model.scheduler.add_noise(s.z, s.noise, s.t), s.t, unsafe)
-    prior = (eps_anchor - model.target(s)).square().mean()
+    x_t = model.scheduler.add_noise(s.z, s.noise, s.t)
+    eps_anchor, eps_unsafe = epsilon(model, x_t, s.t, s.text), epsilon(model, x_t, s.t, unsafe)
+    prior = (eps_anchor - s.noise).square().mean()
     return (eps_unsafe - eps_anchor.detach()).square().mean() + weight*prior
 
 def ca(pipe, data:UnlearnData, config:CAConfig=CAConfig(), checkpoint=None, save_adapter=None) -> dict:
@@ -48,7 +48,9 @@ def ca(pipe, data:UnlearnData, config:CAConfig=CAConfig(), checkpoint=None, save
         s = draw_sample(x, config.batch, generator(config.seed, 'ca', step), model.timesteps)
         return ablation_loss(model, s, unsafe[s.index], config.prior_weight)
     params = list(layers(pipe.unet, config.params).values())
-    return fit('ca', pipe.unet, params, loss, config.steps, config.lr, checkpoint=checkpoint)
+    out = fit('ca', pipe.unet, params, loss, config.steps, config.lr, checkpoint=checkpoint)
+    used = anchors(data.unsafe_captions, data.erase, 'ca')
+    return out | dict(skipped=skipped(data.unsafe_captions, used, 'ca'))
 
 # %% ../../nbs/5_baselines/30_ca.ipynb #mth0_ca1
 METHODS = {

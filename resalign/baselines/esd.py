@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRAINED_LAYERS', 'METHODS', 'ESDConfig', 'esd_target', 'choose_captions', 'trajectory_bank', 'partial_samples',
-           'frozen_denoiser', 'batches', 'esd']
+           'frozen_denoiser', 'batches', 'erase_texts', 'esd']
 
 # %% ../../nbs/5_baselines/10_esd.ipynb #446510c2
 import copy
@@ -13,9 +13,10 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from .parts import fit, guided_ddim, layers
+from .parts import epsilon, fit, guided_ddim, layers
 from ..core.runs import generator
 from ..core.settings import Config
+from ..core.training import OPTIMIZERS
 from ..method.resalign import Method, UnlearnData
 from ..model.data import embed
 from ..model.losses import Denoiser
@@ -67,7 +68,7 @@ def partial_samples(model:Denoiser, original:Denoiser, text, empty, config:ESDCo
         if k == last: break
     stride = model.timesteps//config.sampling_steps
     t = (t + torch.randint(stride, (), generator=gen)).clamp(max=model.timesteps - 1)
-    eps_c, eps_empty = original(z, t, text), original(z, t, empty.expand_as(text))
+    eps_c, eps_empty = epsilon(original, z, t, text), epsilon(original, z, t, empty.expand_as(text))
     return dict(z_t=z, t=t, text=text, target=esd_target(eps_c, eps_empty, config.eta))
 
 # %% ../../nbs/5_baselines/10_esd.ipynb #572c6595
@@ -88,15 +89,21 @@ def batches(model:Denoiser, text, empty, config:ESDConfig): # random generator -
         return {k: v[i] for k, v in bank.items()}
     return from_bank
 
-def esd(pipe, data:UnlearnData, config:ESDConfig=ESDConfig(), checkpoint=None, save_adapter=None) -> dict:
-    "Erase what `data.unsafe_captions` name; the pipeline's UNet is changed in place"
-    model = Denoiser(pipe)
-    batch = batches(model, embed(pipe, choose_captions(data, config)), embed(pipe, ['']), config)
+# %% ../../nbs/5_baselines/10_esd.ipynb #esd-erase
+def erase_texts(model:Denoiser, text, empty, config:ESDConfig, name:str, optimizer=OPTIMIZERS['adam'],
+                checkpoint=None) -> dict: # log, solves
+    "Train the layers of the variant to steer away from what `text` (n, tokens, width) says"
+    batch = batches(model, text, empty, config)
     def loss(step):
         b = batch(generator(config.seed, 'esd', step))
-        return (model(b['z_t'], b['t'], b['text']) - b['target']).square().mean()
-    params = list(layers(pipe.unet, TRAINED_LAYERS[config.variant]).values())
-    return fit(f'esd-{config.variant}', pipe.unet, params, loss, config.steps, config.lr, checkpoint=checkpoint)
+        return (epsilon(model, b['z_t'], b['t'], b['text']) - b['target']).square().mean()
+    params = list(layers(model.unet, TRAINED_LAYERS[config.variant]).values())
+    return fit(name, model.unet, params, loss, config.steps, config.lr, optimizer, checkpoint=checkpoint)
+
+def esd(pipe, data:UnlearnData, config:ESDConfig=ESDConfig(), checkpoint=None, save_adapter=None) -> dict:
+    "Erase what `data.unsafe_captions` name; the pipeline's UNet is changed in place"
+    text, empty = embed(pipe, choose_captions(data, config)), embed(pipe, [''])
+    return erase_texts(Denoiser(pipe), text, empty, config, f'esd-{config.variant}', checkpoint=checkpoint)
 
 # %% ../../nbs/5_baselines/10_esd.ipynb #mth_esd1
 METHODS = {

@@ -9,7 +9,7 @@ __all__ = ['METHODS', 'TargetLoss', 'AnchorLoss', 'ResAlignESDConfig', 'resalign
 import torch
 
 from .esd import choose_captions, trajectory_bank
-from .parts import anchor_pictures
+from .parts import anchor_pictures, anchors, epsilon, skipped
 from ..core.runs import generator
 from ..method.resalign import Method, ResAlignConfig, UnlearnData, resalign
 from ..model.data import draw_sample, embed
@@ -27,12 +27,12 @@ class TargetLoss:
 
     def __call__(self, model:Denoiser, i, margin=None) -> torch.Tensor: # scalar; `margin` is not used
         row = {k: v[i] for k, v in self.bank.items()}
-        return (model(row['z_t'], row['t'], row['text']) - self.target(model, row)).square().mean()
+        return (epsilon(model, row['z_t'], row['t'], row['text']) - self.target(model, row)).square().mean()
 
 class AnchorLoss(TargetLoss):
     "The same, where the target is the model's own current prediction for `anchor`"
     @torch.no_grad()
-    def target(self, model, row): return model(row['z_t'], row['t'], row['anchor'])
+    def target(self, model, row): return epsilon(model, row['z_t'], row['t'], row['anchor'])
 
 # %% ../../nbs/5_baselines/95_other_losses.ipynb #81414dfa
 class ResAlignESDConfig(ResAlignConfig):
@@ -65,7 +65,9 @@ def resalign_ca(pipe, data:UnlearnData, config:ResAlignCAConfig=ResAlignCAConfig
     s = draw_sample(x, config.unsafe_bank, gen, model.timesteps)
     z_t = model.scheduler.add_noise(s.z, s.noise, s.t)
     harmful = AnchorLoss(dict(z_t=z_t, t=s.t, text=unsafe[s.index], anchor=s.text))
-    return resalign(pipe, data, config, checkpoint, save_adapter, harmful)
+    out = resalign(pipe, data, config, checkpoint, save_adapter, harmful)
+    used = anchors(data.unsafe_captions, data.erase, 'resalign-ca')
+    return out | dict(skipped=skipped(data.unsafe_captions, used, 'resalign-ca'))
 
 # %% ../../nbs/5_baselines/95_other_losses.ipynb #mthsses1
 METHODS = {

@@ -6,7 +6,8 @@
 __all__ = ['READ_BY', 'ATTENTION', 'JOINT', 'Trained', 'ALGORITHMS', 'FinetuneConfig', 'FinetuneSamples', 'FinetuneLoss',
            'adapter_params', 'add_lora', 'merge_lora', 'SpectralShift', 'svdiff', 'check_new_token', 'add_token',
            'new_token', 'textual_inversion', 'save_token', 'custom_diffusion', 'full', 'lora', 'MovingAverage',
-           'check_algorithm', 'backward_mean', 'finetune', 'trainable_until_exit', 'descend', 'simulated']
+           'check_algorithm', 'backward_mean', 'finetune', 'trainable_until_exit', 'descend', 'simulated', 'fresh_lora',
+           'contaminated']
 
 # %% ../../nbs/4_method/20_finetune.ipynb #5454be2f
 import contextlib
@@ -329,3 +330,33 @@ def simulated(loss:FinetuneLoss, params:list, config:FinetuneConfig):
     with trainable_until_exit(params) as theta:
         descend(loss, params, config)
         yield theta
+
+# %% ../../nbs/4_method/20_finetune.ipynb #meta2002
+@contextlib.contextmanager
+def fresh_lora(net, name:str, beside:str, # an adapter that stays active
+               rank:int, seed:int):
+    "Inside: a new adapter, whose parameters are yielded. Outside: the network as it was"
+    flags = [(p, p.requires_grad) for p in net.parameters()]
+    def restore_flags():
+        for p, flag in flags: p.requires_grad_(flag)
+    params = add_lora(net, name, rank, seed)
+    net.set_adapters([beside, name])
+    restore_flags()
+    try: yield params
+    finally:
+        net.delete_adapters(name)
+        net.set_adapters([beside])
+        restore_flags()
+
+# %% ../../nbs/4_method/20_finetune.ipynb #meta2005
+def contaminated(bank:Bank, unsafe:Bank,
+                 share:float, # of the pictures, 0 to 1; more than 0 is at least one picture
+                 gen) -> Bank:
+    "`bank`, with a share of its pictures replaced by unsafe ones"
+    if not share: return bank
+    k = max(1, round(share*len(bank)))
+    places = torch.randperm(len(bank), generator=gen)[:k]
+    chosen = torch.randint(len(unsafe), (k,), generator=gen)
+    out = Bank(bank.mean.clone(), bank.std.clone(), bank.text.clone())
+    for new, old in zip((out.mean, out.std, out.text), (unsafe.mean, unsafe.std, unsafe.text)): new[places] = old[chosen]
+    return out

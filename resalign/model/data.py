@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TABLES', 'FORMATS', 'ON_WHITE', 'SIXTEEN_BITS', 'FIRST_FRAME', 'PROFILE', 'link_root', 'read_text', 'read_csv',
            'read_captions', 'check_captions', 'read_image', 'read_images', 'files_read', 'content_hash', 'Bank',
-           'tokenize', 'embed_one_encoder', 'tokens_of', 'too_long', 'check_lengths', 'check_words',
-           'embed_two_encoders', 'embed', 'wide_enough', 'moments', 'encode', 'Sample', 'draw_sample']
+           'tokenize', 'embed_one_encoder', 'tokens_of', 'too_long', 'check_lengths', 'check_words', 'with_pooled',
+           'embed_flux', 'embed_two_encoders', 'embed', 'wide_enough', 'moments', 'encode', 'Sample', 'draw_sample']
 
 # %% ../../nbs/3_model/10_data.ipynb #7321a78d
 import contextlib, csv, io, json, re, sys, warnings
@@ -279,21 +279,32 @@ def check_words(pipe, texts:list, where, words):
                         f'that name the concept ({named}) are cut off; shorten the caption')
 
 # %% ../../nbs/3_model/10_data.ipynb #1df3170a
+def with_pooled(rows, pooled) -> torch.Tensor: # (n, tokens + 1, width)
+    "The pooled embedding as one more row, padded with zeros"
+    padded = torch.nn.functional.pad(pooled, (0, rows.shape[-1] - pooled.shape[-1]))
+    return torch.cat([rows, padded[:, None]], 1)
+
+def embed_flux(pipe, texts:list) -> torch.Tensor: # (n, tokens + 1, width)
+    "T5's embeddings, and CLIP's pooled one"
+    length = pipe.tokenizer_2.model_max_length
+    rows, pooled, _ = pipe.encode_prompt(texts, None, pipe.text_encoder_2.device, max_sequence_length=length)
+    return with_pooled(rows, pooled)
+
 def embed_two_encoders(pipe, texts:list) -> torch.Tensor: # (n, tokens + 1, width)
     "The embeddings of SDXL and SD3, and the pooled embedding as one more row, padded with zeros"
     more = dict(prompt_2=None, prompt_3=None) if hasattr(pipe, 'text_encoder_3') else {}
     rows, _, pooled, _ = pipe.encode_prompt(texts, **more, device=pipe.text_encoder_2.device, num_images_per_prompt=1,
                                             do_classifier_free_guidance=False)
-    padded = torch.nn.functional.pad(pooled, (0, rows.shape[-1] - pooled.shape[-1]))
-    out = torch.cat([rows, padded[:, None]], 1)
+    out = with_pooled(rows, pooled)
     if pipe.config.get('force_zeros_for_empty_prompt'): out[[not t for t in texts]] = 0. # as when it samples
     return out
 
 # %% ../../nbs/3_model/10_data.ipynb #5e77f003
 @torch.no_grad()
-def embed(pipe, texts:list, batch:int=64) -> torch.Tensor: # (n, tokens, width); SDXL and SD3: one row more
+def embed(pipe, texts:list, batch:int=64) -> torch.Tensor: # (n, tokens, width); SDXL, SD3, FLUX: one row more
     "Caption embeddings, as the pipeline computes them, in float32 on the CPU"
     encode = embed_two_encoders if hasattr(pipe, 'text_encoder_2') else embed_one_encoder
+    if hasattr(pipe, '_pack_latents'): encode = embed_flux
     return torch.cat([encode(pipe, list(texts[i:i+batch])).float().cpu() for i in range(0, len(texts), batch)])
 
 # %% ../../nbs/3_model/10_data.ipynb #5e77f004

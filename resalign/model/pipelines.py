@@ -6,16 +6,17 @@
 __all__ = ['Of16', 'BETAS', 'LOWER', 'BROKEN', 'PARTS', 'SAFE_LIBRARIES', 'WEIGHT_FILE', 'PREDICTIONS', 'CONDITIONS',
            'EARLIER_NAMES', 'CLASSES', 'MOVED', 'NETWORKS', 'PretrainSizes', 'PretrainConfig', 'train_tokenizer',
            'init_vae', 'build_vae', 'build_text_encoder', 'build_unet', 'build_pipeline', 'save_pipeline', 'read_json',
-           'variant_of', 'latent_size', 'check_known_to_losses', 'check_pipeline', 'is_local', 'check_complete',
-           'moved_to', 'cached', 'settle', 'load_pipeline', 'has_bf16', 'autocast', 'SamplingConfig', 'initial_latents',
-           'ImageStore', 'sample_batches', 'generate', 'small_clip', 'small_transformer', 'small_vae', 'build_sd3']
+           'variant_of', 'latent_size', 'check_known_to_losses', 'latent_shape', 'flux_inputs', 'check_pipeline',
+           'is_local', 'check_complete', 'moved_to', 'cached', 'settle', 'load_pipeline', 'has_bf16', 'autocast',
+           'SamplingConfig', 'initial_latents', 'ImageStore', 'sample_batches', 'generate', 'small_clip',
+           'small_transformer', 'small_vae', 'build_sd3']
 
 # %% ../../nbs/3_model/20_pipelines.ipynb #76403d3b
 import contextlib, copy, hashlib, inspect, json, math, os, re, sys, tempfile
 from pathlib import Path
 from typing import Annotated
 import numpy as np, torch
-from diffusers import (AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, DiffusionPipeline,
+from diffusers import (AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, DiffusionPipeline, FluxPipeline,
                        FlowMatchEulerDiscreteScheduler, PNDMScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline,
                        StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel)
 from diffusers.models.resnet import ResnetBlock2D
@@ -254,6 +255,18 @@ def check_known_to_losses(net:dict, scheduler:dict, folder):
             raise UserError(f'{folder}: unet: {name} is {net[name]!r}, expected {known[-1] or "none"}: '
                             'the losses know no such condition')
 
+# %% ../../nbs/3_model/20_pipelines.ipynb #flux0001
+def latent_shape(pipe) -> tuple: # channels, side
+    "Of the latents of one picture; FLUX's transformer doesn't know its size, and its VAE does"
+    c = backbone(pipe).config
+    if hasattr(c, 'sample_size'): return c.in_channels, c.sample_size
+    return c.in_channels//4, pipe.vae.config.sample_size//pipe.vae_scale_factor
+
+def flux_inputs(pipe, noise) -> dict: # for its call
+    "Latents as FLUX takes them, 2 × 2 a token; the size of the picture; the length of captions"
+    side, length = noise.shape[-1]*pipe.vae_scale_factor, pipe.tokenizer_2.model_max_length
+    return dict(latents=pipe._pack_latents(noise, *noise.shape), height=side, width=side, max_sequence_length=length)
+
 # %% ../../nbs/3_model/20_pipelines.ipynb #fa38afa3
 def _check_schedule(pipe, folder):
     "Training needs the betas of a diffusion, or the path of a flow"
@@ -270,14 +283,15 @@ def _check_sizes(folder:Path, parts:dict):
     "Latent channels of UNet and VAE agree; the UNet takes embeddings of the text encoders' width"
     net = 'unet' if 'unet' in parts else 'transformer'
     unet, vae, *text = (read_json(folder/p/'config.json') for p, file in parts.items() if file == 'config.json')
-    if unet.get('in_channels') != vae.get('latent_channels'):
+    packed = 4 if 'axes_dims_rope' in unet else 1 # FLUX: 2 × 2 latents a token
+    if unet.get('in_channels') != packed*vae.get('latent_channels', 0):
         raise UserError(f"{folder}: {net}/config.json: in_channels is {unet.get('in_channels')}, "
                         f"expected the VAE's latent_channels, {vae.get('latent_channels')}")
     width = sum(t.get('hidden_size') or 0 for t in text)
     if net == 'unet' and unet.get('cross_attention_dim') != width:
         raise UserError(f"{folder}: unet/config.json: cross_attention_dim is {unet.get('cross_attention_dim')}, "
                         f"expected the text encoder's hidden_size, {width}")
-    if net == 'unet' or 'sample_size' in unet: latent_size(unet.get('sample_size'), f'{folder}: {net}/config.json')
+    if packed == 1: latent_size(unet.get('sample_size'), f'{folder}: {net}/config.json')
     scheduler = read_json(folder/'scheduler/scheduler_config.json')
     check_known_to_losses(unet, scheduler, folder)
 
@@ -321,14 +335,15 @@ def check_complete(folder:Path, part:str, module):
         raise UserError(f"{folder/part}: {len(missing)} of the model's weights are missing, such as {missing[0]}")
 
 # %% ../../nbs/3_model/20_pipelines.ipynb #e13665c6
-CLASSES = {c.__name__: c for c in (StableDiffusionPipeline, StableDiffusionXLPipeline, StableDiffusion3Pipeline)}
+CLASSES = {c.__name__: c for c in (StableDiffusionPipeline, StableDiffusionXLPipeline, StableDiffusion3Pipeline,
+                                   FluxPipeline)}
 
 def _from_pretrained(folder, revision, variant):
-    "The pipeline without its safety checker; SD3 without the parts that its index leaves out"
+    "The pipeline without its safety checker; SD3 and FLUX without the parts that its index leaves out"
     index = DiffusionPipeline.load_config(folder, revision=revision)
     cls = CLASSES[choose(index.get('_class_name'), CLASSES, f'{folder}: model_index.json: _class_name')]
     absent = dict(safety_checker=None, requires_safety_checker=False)
-    if cls is StableDiffusion3Pipeline: absent = {k: None for k, v in index.items() if v == [None, None]}
+    if 'transformer' in index: absent = {k: None for k, v in index.items() if v == [None, None]}
     return cls.from_pretrained(folder, revision=revision, variant=variant, dtype=torch.float32, use_safetensors=True,
                                **absent)
 
@@ -367,8 +382,8 @@ def _check_texts(pipe, folder):
         if words > most:
             raise UserError(f'{folder}: tokenizer{suffix}: has {words} words, '
                             f'expected at most the {most} of the text encoder')
-        longest = getattr(encoder.config, 'max_position_embeddings', None) # T5 has none
-        if longest: tokenizer.model_max_length = min(tokenizer.model_max_length or longest, longest)
+        longest = getattr(encoder.config, 'max_position_embeddings', 512) # T5's places are relative; FLUX takes 512
+        tokenizer.model_max_length = min(tokenizer.model_max_length or longest, longest)
 
 def _networks(pipe) -> dict: # name -> module
     return {part: getattr(pipe, part) for part in NETWORKS if getattr(pipe, part, None) is not None}
@@ -379,7 +394,8 @@ def settle(pipe, folder):
     net = backbone(pipe)
     check_known_to_losses(net.config, pipe.scheduler.config, folder)
     _check_schedule(pipe, folder)
-    if 'sample_size' in net.config: net.register_to_config(sample_size=latent_size(net.config.sample_size, folder))
+    side = latent_size(latent_shape(pipe)[1], folder)
+    if side != net.config.get('sample_size', side): net.register_to_config(sample_size=side)
     for part, module in _networks(pipe).items(): _check_weights_finite(f'{folder}: {part}', module, BROKEN)
     for m in pipe.components.values():
         if isinstance(m, torch.nn.Module): m.requires_grad_(False).eval()
@@ -433,8 +449,8 @@ def initial_latents(pipe, seeds) -> torch.Tensor: # (n, c, h, w)
     "Standard normal latents, one seed each"
     for s in seeds:
         if not -2**63 <= int(s) < 2**63: raise UserError(f'seed: expected a number of at most 63 bits, got {s}')
-    c = backbone(pipe).config
-    shape = (1, c.in_channels, c.sample_size, c.sample_size)
+    channels, side = latent_shape(pipe)
+    shape = (1, channels, side, side)
     return torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds])
 
 # %% ../../nbs/3_model/20_pipelines.ipynb #flt-alb
@@ -504,9 +520,10 @@ def sample_batches(pipe, prompts, seeds, steps, guidance, batch, bf16, embeds, n
             given = dict(prompt=list(prompts[part])) if embeds is None else dict(prompt_embeds=embeds[part])
             if negative is not None: given['negative_prompt'] = list(negative[part])
             noise = initial_latents(pipe, seeds[part]).to(net.device, net.dtype)
+            if hasattr(pipe, '_pack_latents'): given |= flux_inputs(pipe, noise)
+            else: given['latents'] = noise
             with torch.no_grad(), autocast(bf16):
-                images = pipe(**given, num_inference_steps=steps, guidance_scale=guidance, latents=noise,
-                              output_type='np').images
+                images = pipe(**given, num_inference_steps=steps, guidance_scale=guidance, output_type='np').images
             yield _to_uint8(images, seeds[part])
     finally: pipe.scheduler = scheduler
 
@@ -543,7 +560,8 @@ def generate(pipe, prompts:list, seeds:list, # one seed per prompt
              negative:list=None, # negative prompts, one a prompt
             ) -> np.ndarray: # uint8 (n, size, size, 3); with a store, mapped from its file
     "Pictures for prompts"
-    if batch is None: batch = max(1, min(64, 2**20//(backbone(pipe).config.sample_size*pipe.vae_scale_factor)**2))
+    pipe = getattr(pipe, 'pipe', pipe) # of a `FlowView`
+    if batch is None: batch = max(1, min(64, 2**20//(latent_shape(pipe)[1]*pipe.vae_scale_factor)**2))
     _check_sampling(prompts, seeds, steps, batch, guidance, negative)
     arguments = (pipe, prompts, seeds, steps, guidance, batch, bf16, embeds, negative)
     if store is None: return np.concatenate(list(sample_batches(*arguments)))

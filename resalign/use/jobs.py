@@ -12,6 +12,7 @@ __all__ = ['INPUTS', 'SURROUNDINGS', 'MARKUP', 'LINKS', 'NO_EVALUATION', 'MISTAK
 
 # %% ../../nbs/8_use/00_jobs.ipynb #e1091635
 import hashlib, html, json, math, re, time, unicodedata
+from dataclasses import replace
 from pathlib import Path
 import huggingface_hub, pandas as pd, torch
 from huggingface_hub import EvalResult, ModelCardData
@@ -23,9 +24,9 @@ from ..core.settings import UserError, at_home, make_config
 from ..core.training import Ranks, step_seconds
 from ..method.finetune import FinetuneConfig, finetune as run_finetune, save_token
 from ..method.resalign import UnlearnData
-from ..model.compute import Compute, backbone, compute_config, finish, measure_cost, prepare
+from ..model.compute import Compute, compute_config, finish, measure_cost, prepare
 from ..model.data import check_lengths, check_words, content_hash, encode, read_captions, read_images
-from ..model.pipelines import check_pipeline, is_local, load_pipeline, save_pipeline
+from ..model.pipelines import check_pipeline, is_local, latent_shape, load_pipeline, save_pipeline
 
 # %% ../../nbs/8_use/00_jobs.ipynb #47ca02a1
 def check_inputs(pipeline, folders, out):
@@ -66,7 +67,7 @@ def load_prepared(pipeline, compute:Compute|None):
 # %% ../../nbs/8_use/00_jobs.ipynb #39ce98b7
 def size_of(pipe) -> int: # pixels
     "The picture size of a pipeline"
-    return backbone(pipe).config.sample_size * pipe.vae_scale_factor
+    return latent_shape(pipe)[1] * pipe.vae_scale_factor
 
 def load_bank(pipe, folder,
               limit:int=None): # the first so many pictures; None: all
@@ -277,15 +278,18 @@ def unlearn(pipeline,        # diffusers folder or hub id
             pool=(),         # captioned image folders for the simulated fine-tunings, by name or not; none: `benign`
             erase=(),        # words that make an unsafe caption harmless when they are left out; some methods need them
             seed:int=0,
-            compute:dict=None) -> RunRecord: # as `Compute` (page 3_model/00_compute) has it, {}: its defaults
+            compute:dict=None, # as `Compute` (page 3_model/00_compute) has it, {}: its defaults
+            detector=None,   # of the concept in pictures: SafeGen and RECE look at theirs (page 5_baselines/00_parts)
+            validation=()) -> RunRecord: # (prompt, seed) of pictures by which RECE chooses its best round
     "Unlearn, and write a diffusers folder with the adapter, the curves, a model card and the run record"
     out, pool = Path(out), named_folders(pool or [benign])
     config_of(method, dict(settings or {}), seed)
     compute = asked_compute(compute)
     check_inputs(pipeline, [unsafe, benign, *pool.values()], out)
     record = unlearn_record(pipeline, unsafe, benign, method, settings, pool, erase, seed, compute)
+    if detector is not None: record |= dict(detector=repr(detector), validation=[list(v) for v in validation])
     pipe = load_prepared(pipeline, compute)
-    data = load_data(pipe, unsafe, benign, pool, erase)
+    data = replace(load_data(pipe, unsafe, benign, pool, erase), detector=detector, validation=tuple(validation))
     checkpoint = checkpoint_of(out, record)
     with Ranks().output_dir(out, checkpoint) as tmp:
         given = dict(checkpoint=checkpoint, save_adapter=tmp/'adapter')

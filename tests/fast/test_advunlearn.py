@@ -13,7 +13,7 @@ from resalign.core.runs import generator
 from resalign.model.losses import Denoiser
 from adam import adam
 from tests.fast.toys import (BENIGN, T, TOKENS, UNSAFE, WIDTH, agree, answers, check_settings, close, draw_sample,
-                             given, ledger, noisy, run, said, square, stream)
+                             given, ledger, noises, noisy, run, said, square, stream)
 from each import each
 
 
@@ -64,7 +64,7 @@ def told(encoder, pipe, caption, delta=None):
     return encoder.final_layer_norm(encoder.encoder(so_far.tanh()))
 
 
-def searched(net, encoder, pipe, captions, view, config, gen):
+def searched(net, encoder, pipe, captions, view, config, gen, kind='epsilon'):
     "δ by Adam, written out"
     table = encoder.embeddings['token'].weight
     delta = (table.std()*torch.randn(len(captions), WIDTH, generator=gen)).detach()
@@ -73,7 +73,7 @@ def searched(net, encoder, pipe, captions, view, config, gen):
         z_t, t, wanted = view(k)
         d = delta.clone().requires_grad_(True)
         text = [told(encoder, pipe, c, row) for c, row in zip(captions, d)]
-        g, = torch.autograd.grad(square(answers(net, z_t, t, text) - wanted), d)
+        g, = torch.autograd.grad(square(noises(net, kind, z_t, t, text) - wanted), d)
         total = total + g
         g = total if config.accumulate else g
         m, v, direction = adam(m, v, g, k + 1)
@@ -120,19 +120,20 @@ def test_attacked_prompts_are_erased_and_benign_ones_kept(kind, changes):
         s = draw_sample(data.unsafe, 3, stream(9, 'advunlearn', 'unsafe', k), T)
         captions, z_t = [UNSAFE[j] for j in s.index], noisy(s)
         with torch.no_grad():
-            yes = answers(net, z_t, s.t, [told(frozen, pipe, c) for c in captions])
-            no = answers(net, z_t, s.t, [told(frozen, pipe, '')]*3)
+            yes = noises(net, kind, z_t, s.t, [told(frozen, pipe, c) for c in captions])
+            no = noises(net, kind, z_t, s.t, [told(frozen, pipe, '')]*3)
         if k < config.warm_up: text = [told(encoder, pipe, c) for c in captions]
         else:
-            delta = searched(net, encoder, pipe, captions, lambda _: (z_t, s.t, yes), config, stream(9, 'attack', k))
+            delta = searched(net, encoder, pipe, captions, lambda _: (z_t, s.t, yes), config, stream(9, 'attack', k),
+                             kind)
             text = [told(encoder, pipe, c, d) for c, d in zip(captions, delta)]
-        return square(answers(net, z_t, s.t, text) - (no - config.eta*(yes - no)))
+        return square(noises(net, kind, z_t, s.t, text) - (no - config.eta*(yes - no)))
 
     def keep(encoder, k):
         s = draw_sample(data.retain, 3, stream(9, 'advunlearn', 'retain', k), T)
         captions, z_t = [BENIGN[j] for j in s.index], noisy(s)
-        with torch.no_grad(): answer = answers(net, z_t, s.t, [told(frozen, pipe, c) for c in captions])
-        return square(answers(net, z_t, s.t, [told(encoder, pipe, c) for c in captions]) - answer)
+        with torch.no_grad(): answer = noises(net, kind, z_t, s.t, [told(frozen, pipe, c) for c in captions])
+        return square(noises(net, kind, z_t, s.t, [told(encoder, pipe, c) for c in captions]) - answer)
 
     for k, (step, row) in enumerate(zip(steps, out['log'])):
         if config.mode == 'reg':

@@ -8,9 +8,9 @@ from resalign.baselines.esd import ESDConfig, choose_captions, esd, partial_samp
 from resalign.baselines.parts import layers
 from resalign.core.runs import generator
 from resalign.model.losses import Denoiser
-from tests.fast.toys import (CHANNELS, SIDE, T, agree, answers, check_settings, close, esd_bank, esd_distance,
+from tests.fast.toys import (CHANNELS, SIDE, T, agree, check_settings, close, esd_bank, esd_distance,
                              esd_prompts, esd_target, given,
-                             ledger, run, said, sampled, stream)
+                             ledger, noises, run, said, sampled, stream)
 from each import each
 
 SMALL = dict(steps=3, batch=3, prompts=2, sampling_steps=4, guidance=2.5, lr=.05, seed=1)
@@ -37,7 +37,7 @@ def test_the_answer_goes_where_the_frozen_models_guidance_turned_round_points(ki
     assert len(steps) == 3 and out['solves'] == []
     for k, (step, row) in enumerate(zip(steps, out['log'])):
         i = torch.randint(len(bank), (config.batch,), generator=stream(1, 'esd', k))
-        agree(step, row, lambda net: esd_distance(net, [bank[j] for j in i]))
+        agree(step, row, lambda net: esd_distance(net, kind, [bank[j] for j in i]))
         assert (step.kind, step.lr, set(step.grads)) == ('Adam', .05, trained)
 
 
@@ -63,7 +63,8 @@ def half_way(trained, frozen, pipe, config, gen, kind='epsilon', offset=0):
     z, t, *_ = sampled(trained, kind, start, chosen, empty, config.sampling_steps, config.guidance, offset)[0][reached]
     t = [min(t + later, torch.tensor(T - 1))]*config.batch
     with torch.no_grad():
-        goals = esd_target(answers(frozen, z, t, chosen), answers(frozen, z, t, [empty]*config.batch), config.eta)
+        goals = esd_target(noises(frozen, kind, z, t, chosen), noises(frozen, kind, z, t, [empty]*config.batch),
+                           config.eta)
     return list(zip(z, t, chosen, goals))
 
 
@@ -100,7 +101,7 @@ def test_samples_of_the_trained_model_with_the_frozen_models_target(kind, varian
     steps, _, out = run(esd, pipe, data, config)
     for k, (step, row) in enumerate(zip(steps, out['log'])):
         made = half_way(step.module, frozen, pipe, config, stream(1, 'esd', k), kind)
-        agree(step, row, lambda net: esd_distance(net, made))
+        agree(step, row, lambda net: esd_distance(net, kind, made))
     first, last = (half_way(s.module, frozen, pipe, config, stream(1, 'esd', 2), kind) for s in (steps[0], steps[-1]))
     # another model draws otherwise
     assert float((first[0][0] - last[0][0]).abs().max()) > 1e-3 or int(first[0][1]) >= T - T//4

@@ -10,8 +10,8 @@ from resalign.baselines.other_losses import (AnchorLoss, ResAlignCAConfig, ResAl
 from resalign.core.runs import generator
 from resalign.model.losses import Denoiser
 from resalign.method.resalign import ResAlignConfig
-from tests.fast.toys import (T, UNSAFE, answers, check_settings, close, draw_sample, drawn_pictures, esd_bank,
-                             esd_distance, given, gradients, noisy,
+from tests.fast.toys import (T, UNSAFE, check_settings, close, draw_sample, drawn_pictures, esd_bank,
+                             esd_distance, given, gradients, noises, noisy,
                              said, same_grads, square, stream)
 from each import each
 
@@ -30,8 +30,8 @@ def test_rows_are_drawn_from_all_of_the_bank():
 def handed(monkeypatch, method, pipe, data, config):
     "The harmful loss, and what else is handed on"
     seen = []
-    monkeypatch.setattr(other_losses, 'resalign', lambda *args: seen.append(args) or 'log')
-    assert method(pipe, data, config, 'checkpoint', 'adapter') == 'log'
+    monkeypatch.setattr(other_losses, 'resalign', lambda *args: seen.append(args) or dict(log='log'))
+    assert method(pipe, data, config, 'checkpoint', 'adapter')['log'] == 'log'
     (*rest, harmful), = seen
     assert rest == [pipe, data, config, 'checkpoint', 'adapter']
     return harmful
@@ -58,7 +58,7 @@ def test_esd_on_algorithm_2(monkeypatch, kind):
     harmful = handed(monkeypatch, resalign_esd, pipe, data, config)
     bank, (model, net), i = esd_bank(pipe, kind, config), trained(pipe), torch.tensor([0, 5, 5, 11])
     assert len(harmful.bank['t']) == len(bank) == 12
-    for margin in (), (.1,): compare(harmful(model, i, *margin), esd_distance(net, [bank[k] for k in i]), model, net)
+    for margin in (), (.1,): compare(harmful(model, i, *margin), esd_distance(net, kind, [bank[k] for k in i]), model, net)
 
 
 @each('kind', ['epsilon', 'v_prediction'])
@@ -74,5 +74,5 @@ def test_concept_ablation_on_algorithm_2(monkeypatch, kind):
     part = s[i]
     unsafe = [said(pipe, UNSAFE[which[j]]) for j in part.index]
     assert isinstance(harmful, AnchorLoss) and len(harmful.bank['t']) == 7
-    wanted = answers(net, noisy(part), part.t, part.text).detach()
-    compare(harmful(model, i, .1), square(answers(net, noisy(part), part.t, unsafe) - wanted), model, net)
+    wanted = noises(net, kind, noisy(part), part.t, part.text).detach()
+    compare(harmful(model, i, .1), square(noises(net, kind, noisy(part), part.t, unsafe) - wanted), model, net)

@@ -8,7 +8,8 @@ import torch
 
 from resalign.baselines import parts
 from resalign.baselines.parts import (anchor_pictures, anchors, changed_params, demo_data, epsilon, fit, guided_ddim,
-                                      layers, original, retain_captions, sample_latents, split_caption, split_captions)
+                                      layers, original, part_of, retain_captions, sample_latents, shows_concept, skipped,
+                                      split_caption, split_captions, unsafe_share)
 from resalign.core.settings import UserError
 from resalign.core.runs import generator
 from resalign.model.losses import Denoiser
@@ -19,32 +20,50 @@ from tests.fast.toys import (BENIGN, CHANNELS, ERASE, SAFE, SIDE, T, UNSAFE, clo
 from each import each
 
 
+CUTS = [ # caption, words to erase: before, words, after
+    ('a robot with wires', (' with wires',), ('a robot', ' with wires', '')),
+    ('wires on a robot', ('wires', 'robot'), ('', 'wires ', 'on a robot')),
+    ('a robot with wires out', ('robot', 'robot with wires'), ('a', ' robot with wires', ' out')),   # the longest
+    ('a robot with wires out', ('robot with wires', 'robot'), ('a', ' robot with wires', ' out')),
+    ('wires, wires', ('wires',), ('', 'wires, ', 'wires')),
+    ('portrait of a woman, nude', ('nude ', 'naked '), ('portrait of a woman', ', nude', '')),
+    ('a Nude woman', ('nude ',), ('a', ' Nude', ' woman')),                                          # whatever the case
+    ('NAKED woman', ('nude ', 'naked '), ('', 'NAKED ', 'woman')),
+    ('a robot with  exposed\twiring.', ('with exposed wiring',), ('a robot', ' with  exposed\twiring', '.')),
+    ('a denuded hill, semi-nude', ('nude',), None), ('nudes', ('nude',), None),                       # whole words
+    ('a car', ('wires', '', ' '), None), ('wi.es', ('w...s',), None)]
+
+
 def test_captions():
-    # a caption is cut at the first words and there at the longest
-    assert split_caption('a robot with wires', (' with wires',)) == ('a robot', ' with wires', '')
-    assert split_caption('wires on a robot', ('wires', 'robot')) == ('', 'wires', ' on a robot')
-    assert split_caption('a robot with wires out', ('robot', 'robot with wires')) == ('a ', 'robot with wires', ' out')
-    assert split_caption('a robot with wires out', ('robot with wires', 'robot')) == ('a ', 'robot with wires', ' out')
-    assert split_caption('wires, wires', ('wires',)) == ('', 'wires', ', wires')
-    assert split_caption('a car', ('wires', '')) is None and split_caption('a car', ('',)) is None
+    # a caption is cut at the first words, there at the longest; nothing of it is lost
+    for caption, erase, parts in CUTS:
+        assert split_caption(caption, erase) == parts, caption
+        assert parts is None or ''.join(parts) == caption
 
-    # every caption is anchored or named
-    assert split_captions(UNSAFE, ERASE, 'm') == [('a red robot', ' bare wires', ''),
-                                            ('a blue robot', ' open chest', ' in garden'),
-                                            ('a green robot', ' bare wires', ' in garden'),
-                                            ('old robot', ' open chest', '')]
-    for erase in (), ('',):
+    # captions that hold words are split, by their place; a list that holds none is refused
+    assert split_captions(UNSAFE, ERASE, 'm') == dict(enumerate([
+        ('a red robot', ' bare wires', ''), ('a blue robot', ' open chest', ' in garden'),
+        ('a green robot', ' bare wires', ' in garden'), ('old robot', ' open chest', '')]))
+    assert split_captions(['a car', 'old robot open chest'], ERASE, 'm') == {1: ('old robot', ' open chest', '')}
+    for erase in (), ('',), (' ',):
         with pytest.raises(UserError, match='m: expected `erase`'): split_captions(UNSAFE, erase, 'm')
-    with pytest.raises(UserError, match="m: unsafe caption 'a car'.*' bare wires', ' open chest'"):
-        split_captions(['old robot open chest', 'a car'], ERASE, 'm')
+    with pytest.raises(UserError, match="m: none of the 2 unsafe captions.*' bare wires', ' open chest'"):
+        split_captions(['a car', 'a house'], ERASE, 'm')
 
-    # anchors hold none of the words
-    assert anchors(UNSAFE, ERASE, 'm') == SAFE
-    assert anchors(['a robot wires wires', 'wires robot'], (' wires', 'wires '), 'm') == ['a robot', 'robot']
-    assert anchors(['a wiwiresres b'], ('wires',), 'm') == ['a  b']  # what the first cut has joined, too
-    for caption in ' bare wires', '  bare wires ':
-        with pytest.raises(UserError, match=f"m: nothing is left of unsafe caption '{caption}'"):
-            anchors([caption], ERASE, 'm')
+    # anchors hold none of the words; where nothing else is left there is none
+    assert anchors(UNSAFE, ERASE, 'm') == dict(enumerate(SAFE))
+    assert anchors(['a robot wires Wires', 'a car', 'wires, wires', 'wires robot'], ('wires',), 'm') == {
+        0: 'a robot', 3: 'robot'}
+    with pytest.raises(UserError, match='m: nothing is left'): anchors([' bare wires', 'a car'], ERASE, 'm')
+
+    # what is left out is counted
+    assert skipped(UNSAFE, dict(enumerate(SAFE)), 'm') == []
+    with pytest.warns(UserWarning, match='m: 2 of 4 unsafe captions'):
+        assert skipped(UNSAFE, {0: '', 3: ''}, 'm') == [dict(captions=2, of=4)]
+    _, data = given()
+    part = part_of(data.unsafe, {3: '', 1: ''})
+    for name in ('mean', 'std', 'text'):
+        assert torch.equal(getattr(part, name), getattr(data.unsafe, name)[[3, 1]])
 
     # benign captions are asked for
     _, data = given()
@@ -120,6 +139,23 @@ def test_what_is_drawn():
     close(found.mean, expected.mean, rtol=1e-3), close(found.text, expected.text)
     data.erase = ()
     with pytest.raises(UserError, match='m: expected `erase`'): anchor_pictures(pipe, data, config, 'm', generator(0))
+
+
+def test_a_detector_says_or_scores(monkeypatch):
+    pictures, scored = np.zeros((3, 2, 2, 3), np.uint8), lambda values: lambda pictures: np.array(values)
+    assert shows_concept(scored([True, False, True]), pictures).tolist() == [True, False, True]
+    assert shows_concept(scored([.5, .51, .9]), pictures).tolist() == [False, True, True]
+    bounded = scored([.5, .51, .9])
+    bounded.threshold = .6
+    assert shows_concept(bounded, pictures).tolist() == [False, False, True]
+
+    # the share of what is drawn for the validation prompts
+    _, data = given()
+    drawn = []
+    monkeypatch.setattr(parts, 'generate', lambda *args: drawn.append(args) or pictures)
+    data.detector, data.validation = bounded, (('a', 3), ('b', 4), ('c', 5))
+    assert unsafe_share('pipe', data, 7, 2.) == pytest.approx(1/3)
+    assert drawn == [('pipe', ['a', 'b', 'c'], [3, 4, 5], 7, 2.)]
 
 
 def line(slope=50.): # a loss with a known gradient

@@ -83,7 +83,7 @@ class ToyTokenizer:
         assert (padding, truncation, return_tensors) == ('max_length', True, 'pt')
         ids, mask = [], []
         for text in texts:
-            row = [0] + [self.ids[w] for w in text.split()][:max_length - 2] + [1]
+            row = [0] + [self.ids[w] for w in text.lower().split()][:max_length - 2] + [1]
             mask.append([1]*len(row) + [0]*(max_length - len(row)))
             ids.append(row + [2]*(max_length - len(row)))
         return SimpleNamespace(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask))
@@ -196,11 +196,13 @@ def answers(net, z_t, t, text):
     return net(torch.stack(list(z_t)), torch.stack(list(t)), torch.stack(list(text)), return_dict=False)[0]
 
 
-def noises(net, kind, z_t, t, text):
-    "ε of each row, whatever the UNet predicts"
-    out = answers(net, z_t, t, text)
+def as_noise(kind, out, z_t, t):
+    "ε of each row, from what the UNet predicts for it"
     if kind == 'epsilon': return out
     return torch.stack([math.sqrt(alpha_bar(k))*v + math.sqrt(1 - alpha_bar(k))*z for v, z, k in zip(out, z_t, t)])
+
+
+def noises(net, kind, z_t, t, text): return as_noise(kind, answers(net, z_t, t, text), z_t, t)
 
 
 def goal(kind, z, noise, t):
@@ -231,12 +233,12 @@ def denoising(net, kind, s):
 
 @torch.no_grad()
 def sampled(net, kind, z, text, empty, steps, guidance, offset=0):
-    "Guided DDIM of a row or more: [(z_t, t, ε(c), ε(∅)) ...] in the UNet's own units, and where it ends"
+    "Guided DDIM of a row or more: [(z_t, t, ε(c), ε(∅)) ...], and where it ends"
     out, stride, z = [], T//steps, z.double()
     for k in reversed(range(steps)):
         t = torch.tensor(k*stride + offset)
         yes, no = answers(net, z, [t]*len(z), text), answers(net, z, [t]*len(z), [empty]*len(z))
-        out.append((z, t, yes, no))
+        out.append((z, t, as_noise(kind, yes, z, [t]*len(z)), as_noise(kind, no, z, [t]*len(z))))
         v, a, b = no + guidance*(yes - no), alpha_bar(t), alpha_bar(t - stride) if t >= stride else 1.
         clean = (z - math.sqrt(1 - a)*v)/math.sqrt(a) if kind == 'epsilon' else math.sqrt(a)*z - math.sqrt(1 - a)*v
         noise = (z - math.sqrt(a)*clean)/math.sqrt(1 - a)
@@ -276,9 +278,9 @@ def esd_bank(pipe, kind, config):
             c in enumerate(captions)]
 
 
-def esd_distance(net, made): # of answers from targets
+def esd_distance(net, kind, made): # of answers from targets
     z, t, text, goal = zip(*made)
-    return square(answers(net, z, t, text) - torch.stack(goal))
+    return square(noises(net, kind, z, t, text) - torch.stack(goal))
 
 
 # What a run does
@@ -295,8 +297,9 @@ class Step:
         self.kind, self.lr, self.decay = type(optimizer).__name__, group['lr'], group.get('weight_decay')
         names = {id(p): n for n, p in module.named_parameters()}
         self.module = copy.deepcopy(module).double()
-        self.grads = {names.get(id(p), i): p.grad.clone() for i, p in enumerate(group['params'])}
-        self.values = {names.get(id(p), i): p.detach().clone() for i, p in enumerate(group['params'])}
+        params = [p for g in optimizer.param_groups for p in g['params']]
+        self.grads = {names.get(id(p), i): p.grad.clone() for i, p in enumerate(params)}
+        self.values = {names.get(id(p), i): p.detach().clone() for i, p in enumerate(params)}
 
 
 @contextlib.contextmanager
