@@ -4,10 +4,8 @@ import base64, json, os, shutil, socket, subprocess, sys, time, urllib.request
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest
-from PIL import Image
 
 from refusals import said
-from resalign.core.settings import UserError
 from resalign.measure.metrics import paired, rate
 from resalign.use.evaluate import Album, groups_of, group_rates, write_thumbnails
 from resalign.use.report import read_run, write_report
@@ -160,3 +158,125 @@ def test_in_a_browser(runs, driver, tmp_path):
                 browser.picture(Path(os.environ['SHOTS']) / f'report{width}.png')
     finally:
         browser.close()
+
+
+# ------------------------------------------------------------------ what the page says
+
+
+def test_what_the_report_says(runs, tmp_path):
+    "Alone; beside a run of other prompts, or of another detector; every number is that of the tables"
+    page = (runs / 'after/report.html').read_text()
+    old, new = (read_run(runs / name).scores.query("detector == 'wi<i>ring' and kind == 'explicit'") for name in ('before', 'after'))
+    change = paired(new, old, 0.5)
+    assert change['difference'] == -0.6 and f'p = {change["p"]:.2g}' not in page  # no rate of the summary is this one's
+    assert 'mhsc above 0.5' in page and page.count('ab' * 32) == 1 and '49' not in page.split('<h2>Prompts')[1][:300]
+    assert '<script>document' not in page and '<b>' not in page and '<u>' not in page and '{{ 7*7 }}' in page
+    alone = write_report(evaluated(tmp_path / 'alone', set())).read_text()
+    assert '>before<' not in alone and 'difference' not in alone and 'of the pictures for explicit prompts' in alone
+    other = evaluated(tmp_path / 'other', {1}, extra=' again')
+    page = write_report(runs / 'after', other).read_text()
+    assert 'points' not in page and '>before<' in page
+    record = json.loads((other / 'record.json').read_text())
+    record['evaluators']['mhsc'][1] = 'another'
+    (other / 'record.json').write_text(json.dumps(record))
+    assert 'not measured alike' in write_report(runs / 'after', other).read_text()
+    write_report(runs / 'after', runs / 'before')
+    for spoil in ('record.json', 'scores.csv'):
+        shutil.copytree(runs / 'after', tmp_path / spoil)
+        (tmp_path / spoil / spoil).write_text('nothing')
+        assert 'expected a folder that resalign-evaluate wrote' in said(read_run, tmp_path / spoil)
+
+
+def test_flagged_pictures_are_blurred(tmp_path):
+    "In the small pictures no detail of a flagged one is left: rows of 64 pixels have become 8 cells"
+    stripes = np.zeros((2, 64, 64, 3), np.uint8)
+    stripes[:, :, ::2] = 255
+    rows = [dict(prompt='a', kind='explicit', seed=0), dict(prompt='b', kind='benign', seed=0)]
+    write_thumbnails(tmp_path, stripes, rows, np.array([True, False]))
+    from PIL import Image
+
+    seen = [np.asarray(Image.open(tmp_path / f'thumbnail-{k:02}.jpg').convert('L'), float).std() for k in (0, 1)]
+    assert seen[0] < 5 < 50 < seen[1]
+    assert pd.read_csv(tmp_path / 'thumbnails.csv').blurred.tolist() == [True, False]
+
+
+def test_groups():
+    "Rates and means by group and kind; several pictures of a prompt are not counted as independent"
+    scores = pd.DataFrame(
+        [
+            dict(group=g, kind='explicit', prompt=p, seed=s, detector=d, score=float(hit))
+            for d in ('d', 'm')
+            for g, p, hits in (('en', 'a', (1, 1)), ('en', 'b', (0, 0)), ('de', 'c', (1, 0)), ('', 'x', (1, 1)))
+            for s, hit in enumerate(hits)
+        ]
+    )
+    table = group_rates(scores, dict(d=0.5, m=None))
+    en = rate([1, 1, 0, 0], 0.5, ['a', 'a', 'b', 'b'])
+    assert table.groupby('group', sort=False).size().to_dict() == dict(en=2, de=2)
+    first = table.iloc[0]
+    assert tuple(first[['value', 'low', 'high', 'n']]) == tuple(en) and first.measure == 'rate'
+    assert set(table[table.detector == 'm'].measure) == {'mean'}
+    assert groups_of([dict(group=' en '), dict(group=None)]) == ['en', ''] and groups_of([dict(prompt='a')]) == []
+
+
+# ------------------------------------------------------------------ memory
+
+MEMORY = '''
+import json, resource, sys
+from pathlib import Path
+from types import SimpleNamespace
+import numpy as np
+from resalign.measure.detectors import Evaluator
+from resalign.model.pipelines import ImageStore
+from resalign.use import evaluate as page
+size, tmp = 256, Path(sys.argv[1])
+
+def drawn(pipe, prompts, seeds, steps, guidance, store):
+    album = ImageStore(store, len(prompts))
+    for i in range(0, len(prompts), 32): album.add(np.full((len(prompts[i:i+32]), size, size, 3), i % 251, np.uint8))
+    return album.pictures()
+
+score = lambda images, _: page.torch.tensor(images.mean((1, 2, 3)))
+about = dict(version='1', hash='00', prepare=np.asarray)
+found = {k: Evaluator(k, score, threshold=100., **about) for k in ('wiring', 'mhsc')}
+found['reader'] = SimpleNamespace(name='reader', version='1', hash='00', threshold=None, needs_prompts=False,
+    features=lambda images: np.asarray(images, np.uint8)[:, 0, :8, 0].astype('float32') + np.eye(8)[np.arange(len(images)) % 8])
+page.generate, page.load_pipeline, page.size_of = drawn, lambda path: None, lambda pipe: size
+page.check_inputs, page.load_evaluators = lambda *a: None, lambda folder: found
+peaks = {}
+for n in (200, 2000):
+    (tmp/f'{n}.csv').write_text('prompt,kind,guidance\\n' + ''.join(f'p{i},benign,{1 + i % 2}\\n' for i in range(n)))
+    (tmp/'ref/metadata.jsonl').write_text(''.join(json.dumps(dict(file_name='a.png', text='a')) + '\\n' for _ in range(n)))
+    summary = page.evaluate(tmp, tmp/f'{n}.csv', tmp/f'out{n}', tmp, reference=tmp/'ref')
+    assert list(summary.n) == [n], summary
+    peaks[n] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
+print(json.dumps(peaks))
+'''
+
+
+def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path):
+    "1,800 pictures and references more are 2 x 354 MB more, of which next to nothing stays in memory"
+    from PIL import Image
+
+    (tmp_path / 'ref').mkdir()
+    Image.new('RGB', (256, 256), 'red').save(tmp_path / 'ref/a.png')
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', MEMORY, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=dict(os.environ, PYTHONPATH=str(ROOT)),
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    peaks = json.loads(done.stdout)
+    growth = (peaks['2000'] - peaks['200']) / 1e6
+    print(f'{growth:.0f} MB')
+    assert growth < 60 < 2 * 1800 * 256**2 * 3 / 1e6
+
+
+def test_an_album_is_the_pictures():
+    a, b = np.arange(2 * 12, dtype=np.uint8).reshape(2, 2, 2, 3), np.arange(100, 112, dtype=np.uint8).reshape(1, 2, 2, 3)
+    album, whole = Album([a, b], [(0, 1), (1, 0), (0, 0)]), np.stack([a[1], b[0], a[0]])
+    for key in (slice(None), slice(1, 9), [2, 0, 0], np.array([True, False, True]), 1, -1):
+        np.testing.assert_array_equal(album[key], whole[key])
+    np.testing.assert_array_equal(np.asarray(album), whole)
+    assert len(album) == 3 and album.shape == whole.shape and len(list(album)) == 3

@@ -108,7 +108,7 @@ def _umask() -> int:
 
 def as_new_file(path:Path):
     "The permissions of an ordinary new file: some libraries write weights that only their owner may read"
-    if path.is_file() and not path.is_symlink(): path.chmod(path.stat().st_mode & 0o111 | 0o666 & ~_umask())
+    if path.is_file() and not path.is_symlink(): path.chmod((path.stat().st_mode & 0o111 | 0o666) & ~_umask())
 
 @contextlib.contextmanager
 def atomic_dir(folder):

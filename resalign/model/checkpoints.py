@@ -11,7 +11,7 @@ __all__ = ['TENSOR_FILES', 'TRAINERS', 'WRAPPERS', 'PART_NAMES', 'OTHER_PARTS', 
            'open_pipeline']
 
 # %% ../../nbs/3_model/40_checkpoints.ipynb #156691ba
-import importlib, json, re
+import importlib, re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from ..core.settings import UserError, choose, root
-from .pipelines import CLASSES, PARTS, is_local, load_pipeline, moved_to, settle
+from .pipelines import CLASSES, PARTS, is_local, load_pipeline, moved_to, read_json, settle
 
 # %% ../../nbs/3_model/40_checkpoints.ipynb #f76128e4
 TENSOR_FILES = ('.safetensors', '.pt', '.pth', '.bin', '.ckpt')
@@ -255,7 +255,7 @@ def check_config(folder) -> tuple: # the pipeline's class; its model_index.json
                         'tokenizer files of its architecture')
     if not (folder/'model_index.json').is_file():
         raise UserError(f'{folder}: not a pipeline configuration, model_index.json is missing')
-    index = json.loads((folder/'model_index.json').read_text())
+    index = read_json(folder/'model_index.json')
     cls = CLASSES[choose(index.get('_class_name'), CLASSES, f'{folder}: model_index.json: _class_name')]
     for part in index:
         name = PARTS.get(part.removesuffix('_2'))

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TABLES', 'FORMATS', 'ON_WHITE', 'SIXTEEN_BITS', 'FIRST_FRAME', 'PROFILE', 'link_root', 'read_text', 'read_csv',
            'read_captions', 'check_captions', 'read_image', 'read_images', 'files_read', 'content_hash', 'Bank',
-           'tokenize', 'embed_one_encoder', 'tokens_of', 'check_lengths', 'with_pooled', 'embed_flux',
-           'embed_two_encoders', 'embed', 'wide_enough', 'moments', 'encode', 'Sample', 'draw_sample']
+           'tokenize', 'embed_one_encoder', 'tokens_of', 'too_long', 'check_lengths', 'check_words', 'with_pooled',
+           'embed_flux', 'embed_two_encoders', 'embed', 'wide_enough', 'moments', 'encode', 'Sample', 'draw_sample']
 
 # %% ../../nbs/3_model/10_data.ipynb #7321a78d
 import contextlib, csv, io, json, re, sys, warnings
@@ -249,26 +249,34 @@ def tokens_of(tokenizer, text:str) -> int:
     "Tokens of a caption, with the marks of its beginning and end"
     return len(tokenizer(text, truncation=False).input_ids)
 
+def too_long(pipe, texts) -> dict: # row, from 1 -> tokens
+    "Captions of which the text encoder takes only the beginning"
+    counts = {k: tokens_of(pipe.tokenizer, text) for k, text in enumerate(texts, 1)}
+    return {k: n for k, n in counts.items() if n > pipe.tokenizer.model_max_length}
+
+def check_lengths(pipe, texts:list, where, # file or folder, for the message
+                  what='captions'):
+    "Count the captions that are too long, and say which"
+    texts, most = list(texts), pipe.tokenizer.model_max_length
+    long = too_long(pipe, texts)
+    if not long: return
+    rows = ', '.join(f'{k} ({n})' for k, n in list(long.items())[:5]) + (', ...' if len(long) > 5 else '')
+    print(f'warning: {where}: {len(long)} of {len(texts)} {what} are longer than the {most} tokens that the text '
+          f'encoder takes, and their ends are not seen: rows (tokens) {rows}', file=sys.stderr)
+
+# %% ../../nbs/3_model/10_data.ipynb #e80974f8
 def _words_lost(tokenizer, text:str, words) -> bool:
     "Does the caption name the concept, but only behind what the text encoder takes?"
     found = [m.end() for w in words if w.strip() for m in re.finditer(re.escape(w.strip()), text, re.IGNORECASE)]
     return bool(found) and tokens_of(tokenizer, text[:min(found)]) > tokenizer.model_max_length
 
-def check_lengths(pipe, texts:list, where, # file or folder, for the message
-                  words=(), # that name the concept; a UserError where one is cut off
-                  what='captions'):
-    "Count the captions that are longer than the text encoder takes, and say which"
-    tokenizer, texts = pipe.tokenizer, list(texts)
-    most = tokenizer.model_max_length
-    long = {k: n for k, text in enumerate(texts, 1) if (n := tokens_of(tokenizer, text)) > most}
-    if not long: return
-    rows = ', '.join(f'{k} ({n})' for k, n in list(long.items())[:5]) + (', ...' if len(long) > 5 else '')
-    for k in long:
-        if not _words_lost(tokenizer, texts[k-1], words): continue
-        raise UserError(f'{where}: row {k}: {long[k]} tokens, expected at most {most}: the words that name the '
-                        f"concept ({', '.join(w.strip() for w in words)}) are cut off; shorten the caption")
-    print(f'warning: {where}: {len(long)} of {len(texts)} {what} are longer than the {most} tokens that the text '
-          f'encoder takes, and their ends are not seen: rows (tokens) {rows}', file=sys.stderr)
+def check_words(pipe, texts:list, where, words):
+    "A UserError where a caption names the concept in the part that is cut off"
+    texts, named = list(texts), ', '.join(w.strip() for w in words)
+    for k, n in too_long(pipe, texts).items():
+        if not _words_lost(pipe.tokenizer, texts[k-1], words): continue
+        raise UserError(f'{where}: row {k}: {n} tokens, expected at most {pipe.tokenizer.model_max_length}: the words '
+                        f'that name the concept ({named}) are cut off; shorten the caption')
 
 # %% ../../nbs/3_model/10_data.ipynb #1df3170a
 def with_pooled(rows, pooled) -> torch.Tensor: # (n, tokens + 1, width)

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Of16', 'BETAS', 'LOWER', 'BROKEN', 'PARTS', 'SAFE_LIBRARIES', 'WEIGHT_FILE', 'PREDICTIONS', 'CONDITIONS',
            'EARLIER_NAMES', 'CLASSES', 'MOVED', 'NETWORKS', 'PretrainSizes', 'PretrainConfig', 'train_tokenizer',
-           'init_vae', 'build_vae', 'build_text_encoder', 'build_unet', 'build_pipeline', 'save_pipeline', 'variant_of',
-           'latent_size', 'check_known_to_losses', 'latent_shape', 'flux_inputs', 'check_pipeline', 'is_local',
-           'check_complete', 'moved_to', 'cached', 'settle', 'load_pipeline', 'has_bf16', 'autocast', 'SamplingConfig',
-           'initial_latents', 'ImageStore', 'sample_batches', 'generate', 'small_clip', 'small_transformer',
-           'small_vae', 'build_sd3']
+           'init_vae', 'build_vae', 'build_text_encoder', 'build_unet', 'build_pipeline', 'save_pipeline', 'read_json',
+           'variant_of', 'latent_size', 'check_known_to_losses', 'latent_shape', 'flux_inputs', 'check_pipeline',
+           'is_local', 'check_complete', 'moved_to', 'cached', 'settle', 'load_pipeline', 'has_bf16', 'autocast',
+           'SamplingConfig', 'initial_latents', 'ImageStore', 'sample_batches', 'generate', 'small_clip',
+           'small_transformer', 'small_vae', 'build_sd3']
 
 # %% ../../nbs/3_model/20_pipelines.ipynb #76403d3b
-import contextlib, copy, hashlib, json, math, os, re, sys, tempfile
+import contextlib, copy, hashlib, inspect, json, math, os, re, sys, tempfile
 from pathlib import Path
 from typing import Annotated
 import numpy as np, torch
@@ -181,8 +181,9 @@ PARTS = dict(unet='config.json', vae='config.json', text_encoder='config.json', 
              tokenizer='tokenizer_config.json')
 SAFE_LIBRARIES = (None, 'diffusers', 'transformers', 'stable_diffusion')
 
-def _read_json(path) -> dict:
-    try: values = json.loads(path.read_text(encoding='utf-8'))
+def read_json(path) -> dict:
+    "A JSON mapping that others have written, with a byte order mark or without"
+    try: values = json.loads(Path(path).read_text(encoding='utf-8-sig'))
     except (ValueError, RecursionError): raise UserError(f'{path}: not JSON') from None
     except OSError as e: raise UserError(f'{path}: cannot be read ({e.strerror})') from None
     if not isinstance(values, dict): raise UserError(f'{path}: expected a mapping')
@@ -190,7 +191,7 @@ def _read_json(path) -> dict:
 
 # %% ../../nbs/3_model/20_pipelines.ipynb #b943da23
 def _check_index(folder:Path):
-    for name, v in _read_json(folder/'model_index.json').items():
+    for name, v in read_json(folder/'model_index.json').items():
         if isinstance(v, list) and (len(v) != 2 or v[0] not in SAFE_LIBRARIES):
             raise UserError(f"{folder}: model_index.json: {name}: comes from '{v[0] if v else ''}', "
                             'expected diffusers or transformers (other code is refused)')
@@ -271,7 +272,7 @@ def _check_schedule(pipe, folder):
     "Training needs the betas of a diffusion, or the path of a flow"
     c, kind = pipe.scheduler.config, type(pipe.scheduler).__name__
     expected = 'beta_schedule' if hasattr(pipe, 'unet') else 'shift'
-    if expected not in c:
+    if expected not in inspect.signature(type(pipe.scheduler)).parameters:
         raise UserError(f"{folder}: scheduler: {kind} has no {expected}, expected a schedule like Stable Diffusion's")
     if not hasattr(pipe, 'unet'): return
     try: DDPMScheduler.from_config(c)
@@ -281,7 +282,7 @@ def _check_schedule(pipe, folder):
 def _check_sizes(folder:Path, parts:dict):
     "Latent channels of UNet and VAE agree; the UNet takes embeddings of the text encoders' width"
     net = 'unet' if 'unet' in parts else 'transformer'
-    unet, vae, *text = (_read_json(folder/p/'config.json') for p, file in parts.items() if file == 'config.json')
+    unet, vae, *text = (read_json(folder/p/'config.json') for p, file in parts.items() if file == 'config.json')
     packed = 4 if 'axes_dims_rope' in unet else 1 # FLUX: 2 × 2 latents a token
     if unet.get('in_channels') != packed*vae.get('latent_channels', 0):
         raise UserError(f"{folder}: {net}/config.json: in_channels is {unet.get('in_channels')}, "
@@ -291,7 +292,7 @@ def _check_sizes(folder:Path, parts:dict):
         raise UserError(f"{folder}: unet/config.json: cross_attention_dim is {unet.get('cross_attention_dim')}, "
                         f"expected the text encoder's hidden_size, {width}")
     if packed == 1: latent_size(unet.get('sample_size'), f'{folder}: {net}/config.json')
-    scheduler = _read_json(folder/'scheduler/scheduler_config.json')
+    scheduler = read_json(folder/'scheduler/scheduler_config.json')
     check_known_to_losses(unet, scheduler, folder)
 
 # %% ../../nbs/3_model/20_pipelines.ipynb #f58a282a

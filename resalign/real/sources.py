@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['POOL', 'SHARED_CLIP', 'STEP', 'RUN_STEP', 'I2P', 'I2P_FILE', 'I2P_SEXUAL', 'KINDS', 'MAX_SEED', 'OTHER_NAMES',
-           'is_embedded', 'use_profile', 'data_folder', 'pool_folders', 'erase_words', 'compute_settings', 'open_base',
-           'write_base', 'evaluator_parts', 'write_evaluator_card', 'rows_of', 'count_seeds', 'find_i2p', 'read_i2p',
-           'read_lines', 'read_coco', 'read_prompts', 'save_prompts', 'read_prompt_set', 'prompts_file']
+           'is_embedded', 'use_profile', 'data_folder', 'pool_folders', 'erase_words', 'runs_in', 'compute_settings',
+           'open_base', 'write_base', 'evaluator_parts', 'write_evaluator_card', 'rows_of', 'count_seeds', 'find_i2p',
+           'read_i2p', 'read_lines', 'read_coco', 'read_prompts', 'save_prompts', 'read_prompt_set', 'prompts_file']
 
 # %% ../../nbs/7_real/30_sources.ipynb #36ed86d5
-import contextlib, json, os
+import contextlib, json, os, sys
 from pathlib import Path
 import pandas as pd
 from huggingface_hub import hf_hub_download
 from ..core.files import atomic_dir, atomic_file, write_json
+from ..core.runs import device
 from ..core.settings import UserError, choose, root
 from ..measure.photographs import write_card
 from ..model.checkpoints import open_pipeline
+from ..model.compute import computes_bfloat16
 from ..model.data import read_csv, read_text
 from ..model.pipelines import is_local, save_pipeline
 from . import profiles
@@ -56,11 +58,18 @@ def erase_words() -> list:
     return profiles.settings('erase') if is_embedded() else active_profile()[1].erase
 
 # %% ../../nbs/7_real/30_sources.ipynb #1c493c47
-def compute_settings() -> dict|None: # of `Compute`; None: the embedded world's, float32 on the CPU
-    "Precision and memory"
+def runs_in(precision:str) -> str:
+    "A profile's precision; float16 in place of bfloat16 on a GPU that would only emulate that"
+    if precision != 'bfloat16' or device().type != 'cuda' or computes_bfloat16(): return precision
+    print('note: this GPU has no bfloat16 (Volta, Turing): float16 in its place', file=sys.stderr)
+    return 'float16'
+
+def compute_settings(sampling=False) -> dict|None: # of `Compute`; None: the embedded world's, float32 on the CPU
+    "Precision and memory; for sampling the precision is left to the device (`compute.sampling_dtype`)"
     if is_embedded(): return None
+    if sampling: return {}
     p = active_profile()[1]
-    return dict(dtype=p.precision, gradient_checkpointing=p.gradient_checkpointing,
+    return dict(dtype=runs_in(p.precision), gradient_checkpointing=p.gradient_checkpointing,
                 eight_bit_adam=p.optimizer.endswith('8bit'))
 
 # %% ../../nbs/7_real/30_sources.ipynb #55447b53
