@@ -15,7 +15,7 @@ from resalign.use import jobs
 from resalign.use import publish
 from resalign.real import doctor
 from resalign.core.runs import Stopped
-from resalign.core.settings import UserError
+from resalign.core.settings import UserError, params
 from resalign.model.data import read_captions
 from resalign.baselines.methods import METHODS
 from resalign.model.pipelines import PretrainConfig, build_pipeline, save_pipeline
@@ -388,7 +388,8 @@ def test_a_dry_run_writes_nothing(work, call, monkeypatch):
     assert [*said] == ['device', 'loading', 'encoding', 'before the steps', 'one step', 'memory', 'the whole run']
     assert '22 pictures' in said['encoding'] and 'simulated fine-tunings of ' in said['one step']
     assert 'GB at most' in said['memory'] and said['the whole run'].endswith('for 500 steps')
-    found = jobs.dry_run(work / 'base', work / 'unsafe', work / 'retain', 'uce')
+    words = params('erase', ROOT / 'params.yaml')
+    found = jobs.dry_run(work / 'base', work / 'unsafe', work / 'retain', 'uce', erase=words)
     assert found['steps'] == 1 and found['whole'] >= found['step'] > 0  # in closed form
 
 
