@@ -193,8 +193,9 @@ def eval_results(scores=None) -> list: # of EvalResult
 def card_metadata(record:dict, scores=None) -> ModelCardData:
     "What the hub reads of a card"
     hub = {} if is_local(record['pipeline']) else dict(base_model=record['pipeline'])
-    if scores: hub |= dict(model_name=plain_name(f"{record['pipeline']}-{record['method']}"))
-    return ModelCardData(library_name='diffusers', pipeline_tag='text-to-image', eval_results=eval_results(scores),
+    if results := eval_results(scores):
+        hub |= dict(eval_results=results, model_name=plain_name(f"{record['pipeline']}-{record['method']}"))
+    return ModelCardData(library_name='diffusers', pipeline_tag='text-to-image',
                          tags=['text-to-image', 'concept-unlearning'], **hub)
 
 # %% ../../nbs/8_use/00_jobs.ipynb #956f2830
