@@ -13,9 +13,10 @@ from resalign.core.runs import generator
 from resalign.core.settings import UserError
 from resalign.method.finetune import FinetuneConfig, finetune
 from resalign.model.data import draw_sample, embed
-from resalign.model.flow import HEARS, build_flux, flow_belongs
+from resalign.model.flow import HEARS, build_flux, flow_belongs, flow_layers, published, training_gb
 from resalign.model.losses import FlowDenoiser, FluxDenoiser, denoiser
 from resalign.model.pipelines import build_sd3, check_pipeline, generate, load_pipeline, save_pipeline
+from resalign.real.profiles import profile_of
 from resalign.use.jobs import load_bank
 from resalign.world import scenes as world
 from each import each
@@ -96,7 +97,7 @@ CHANGES = { # which parameters two steps move; adapters are merged into attentio
     'original': lambda n: False, 'uce': lambda n: n == 'context_embedder.weight', 'rece': lambda n: n == 'context_embedder.weight',
     'esd-x': lambda n: flow_belongs(n, 'cross'), 'esd-u': lambda n: flow_belongs(n, 'not-cross'),
     'ca': lambda n: flow_belongs(n, 'kv')}
-CHANGES |= dict.fromkeys(['salun', 'meta-unlearning-esd', 'meta-unlearning-sdd', 'pgu'], lambda n: True)
+CHANGES |= dict.fromkeys(['salun', 'meta-unlearning-esd', 'meta-unlearning-sdd', 'meta-unlearning-released', 'pgu'], lambda n: True)
 ADAPTED = ('ga', 'resalign', 'resalign-first-order', 'modular-lora', 'esd-retain', 'resalign-esd', 'ca-retain', 'resalign-ca')
 CHANGES |= dict.fromkeys(ADAPTED, lambda n: '.attn.' in n)
 
@@ -170,6 +171,21 @@ def test_an_adapter_of_esd_goes_through_the_loaders_too(given, tmp_path):
         pipe.load_lora_weights(tmp_path/name)
         assert 0 < (denoiser(pipe).predict(s).detach() - new).norm() < .02*(new - old).norm()
         pipe.unload_lora_weights()
+
+
+def test_the_profiles_name_the_counted_memory():
+    "Published sizes in 16 and 32 bits, four pictures at a time, and ESD-x's weights with gradient and moments"
+    for name, words, billions in ('sd3', 77, 2.03), ('flux', 512, 11.90):
+        parts, profile = published(name), profile_of(name)
+        numbers = {k: sum(p.numel() for p in m.parameters()) for k, m in parts.items()}
+        assert round(numbers['transformer']/1e9, 2) == billions
+        need = training_gb(parts, 64*64 + words, 4)
+        rest = sum(numbers.values()) - numbers['transformer']
+        assert need['weights'] == pytest.approx((2*numbers['transformer'] + 4*rest)/1e9)
+        trained = sum(p.numel() for p in flow_layers(parts['transformer'], 'cross').values())
+        total = sum(need.values()) + (16 - 2)*trained/1e9
+        assert total <= profile.memory_gb <= 1.2*total, (name, total)
+        assert set(profile.unlearn) <= {m for m in METHODS if m not in methods.NO_FLOW} and profile.size == 1024
 
 
 def test_what_does_not_fit_is_named(folder, tmp_path, given):

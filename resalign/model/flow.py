@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['HEARS', 'FLOW_PARTS', 'KEPT', 'train_t5_tokenizer', 'small_flux_transformer', 'small_t5', 'small_text_model',
            'build_flux', 'is_flow', 'flow_belongs', 'flow_layers', 'latents_of', 'guided_euler', 'FlowView', 'TextMaps',
-           'TextMapView']
+           'TextMapView', 'published', 'blocks_of', 'training_gb']
 
 # %% ../../nbs/3_model/60_flow.ipynb #f7000002
 import tempfile
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import (AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel,
+                       SD3Transformer2DModel)
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextConfig, T5Config, T5EncoderModel, T5TokenizerFast
 from ..core.runs import seed_all
@@ -139,3 +140,36 @@ class TextMapView(FlowView):
         if name == 'unet': return TextMaps(self.pipe.transformer)
         if name == 'tokenizer' and isinstance(self.pipe, FluxPipeline): return self.pipe.tokenizer_2
         return super().__getattr__(name)
+
+# %% ../../nbs/3_model/60_flow.ipynb #f7000023
+def published(name:str) -> dict: # part -> module without data
+    "The networks of SD3 medium (without T5) and FLUX.1-dev, in their published sizes"
+    clip = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    big = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20)
+    t5 = T5Config(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
+                  feed_forward_proj='gated-gelu')
+    with torch.device('meta'):
+        vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), down_block_types=['DownEncoderBlock2D']*4,
+                            up_block_types=['UpDecoderBlock2D']*4, layers_per_block=2, latent_channels=16)
+        parts = dict(vae=vae, text_encoder=CLIPTextModel(CLIPTextConfig(**clip)))
+        if name == 'flux': return parts | dict(transformer=FluxTransformer2DModel(guidance_embeds=True),
+                                               text_encoder_2=T5EncoderModel(t5))
+        net = SD3Transformer2DModel(sample_size=128, in_channels=16, num_layers=24, num_attention_heads=24,
+                                    caption_projection_dim=1536, joint_attention_dim=4096, pooled_projection_dim=2048)
+        return parts | dict(transformer=net, text_encoder_2=CLIPTextModel(CLIPTextConfig(**big)))
+
+# %% ../../nbs/3_model/60_flow.ipynb #f7000024
+def blocks_of(net) -> list: # of modules
+    "The blocks of a transformer, each a unit of gradient checkpointing"
+    return [*net.transformer_blocks, *getattr(net, 'single_transformer_blocks', [])]
+
+def training_gb(parts:dict, tokens:int, # of picture and caption
+                batch:int) -> dict: # GB: weights, activations
+    "Counted memory of a training step"
+    numbers = {k: sum(p.numel() for p in m.parameters()) for k, m in parts.items()}
+    weights = 2*numbers.pop('transformer') + 4*sum(numbers.values())
+    net, blocks = parts['transformer'], blocks_of(parts['transformer'])
+    width = net.config.num_attention_heads*net.config.attention_head_dim
+    inside = max(sum(m.out_features for m in b.modules() if isinstance(m, nn.Linear)) for b in blocks)
+    activations = 2*batch*tokens*(len(blocks)*width + 2*inside)
+    return dict(weights=weights/1e9, activations=activations/1e9)
