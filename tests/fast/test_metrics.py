@@ -441,7 +441,8 @@ def rows_of(summary): return {r.metric: (r.value, r.low, r.high, r.n, r.detector
 
 def test_each_metric_has_its_detector_its_kind_of_prompt_and_its_threshold():
     real, fake = normal(20, 2, 1), normal(10, 2, 2, 1)
-    objects = pd.DataFrame(dict(thing_right=[True, True, False], colour_right=[True, False, False]))
+    objects = pd.DataFrame(dict(thing='fish', colour='red', thing_right=[True, True, False],
+                                colour_right=[True, False, False]))
     got = E.summarise(scored(), objects, real, fake, resamples=7)
     want = dict(
         IP=(0.75, *wilson(3, 4), 4, 'wiring'),
