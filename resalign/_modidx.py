@@ -1227,6 +1227,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                  'resalign/method/hypergrad.py'),
                                            'resalign.method.hypergrad.unrolled': ( '4_method/hypergrad.html#unrolled',
                                                                                    'resalign/method/hypergrad.py'),
+                                           'resalign.method.hypergrad.wants_residual': ( '4_method/hypergrad.html#wants_residual',
+                                                                                         'resalign/method/hypergrad.py'),
                                            'resalign.method.hypergrad.widened': ( '4_method/hypergrad.html#widened',
                                                                                   'resalign/method/hypergrad.py'),
                                            'resalign.method.hypergrad.with_noise': ( '4_method/hypergrad.html#with_noise',

@@ -9,12 +9,12 @@ __all__ = ['TAU', 'FARTHEST', 'PRODUCTS', 'SOLVERS', 'MARGIN', 'RULES', 'flat', 
            'check_params', 'check_operator', 'check_point', 'make_product', 'HessianProducts', 'MoreauOperator',
            'powers', 'next_term', 'neumann', 'richardson', 'krylov', 'combine', 'ritz', 'projected', 'SolveReport',
            'norm_by_power', 'safe_gamma', 'accept_or_fall_back', 'on_vectors', 'solve_richardson', 'solve_krylov',
-           'solve_closed', 'check_request', 'run_solver', 'true_residual', 'with_noise', 'solve', 'TooManyFallbacks',
-           'in_group', 'Fallbacks', 'FallbackBudget', 'hypergradient', 'stationarity', 'unrolled', 'root', 'sgd_step',
-           'adam_step', 'mean_gradient', 'FrozenLosses', 'kept_settings', 'kept_state', 'Step', 'check_trajectory',
-           'Recording', 'Trajectory', 'trajectory_bytes', 'clip_scale', 'clip_pullback', 'tensor_pullback',
-           'step_pullback', 'check_loss', 'check_replay', 'AdjointReport', 'StepDifference', 'step_product',
-           'note_product', 'accept_adjoint', 'through_optimizer', 'adjoint']
+           'solve_closed', 'check_request', 'run_solver', 'true_residual', 'with_noise', 'wants_residual', 'solve',
+           'TooManyFallbacks', 'in_group', 'Fallbacks', 'FallbackBudget', 'hypergradient', 'stationarity', 'unrolled',
+           'root', 'sgd_step', 'adam_step', 'mean_gradient', 'FrozenLosses', 'kept_settings', 'kept_state', 'Step',
+           'check_trajectory', 'Recording', 'Trajectory', 'trajectory_bytes', 'clip_scale', 'clip_pullback',
+           'tensor_pullback', 'step_pullback', 'check_loss', 'check_replay', 'AdjointReport', 'StepDifference',
+           'step_product', 'note_product', 'accept_adjoint', 'through_optimizer', 'adjoint']
 
 # %% ../../nbs/4_method/00_hypergrad.ipynb #4a75e764
 import math
@@ -560,6 +560,12 @@ def with_noise(op, residual, x, g):
     if residual is None or not op.kernel.noise: return residual
     return residual + op.kernel.noise * ((g - x).norm() / g.norm()).item()
 
+# %% ../../nbs/4_method/00_hypergrad.ipynb #wantres1
+def wants_residual(method, check, bound) -> bool:
+    "Whether the residual is computed: where it is asked for, and where x is accepted by it."
+    if check is None: check = method != 'identity'
+    return check or (method != 'identity' and bound < math.inf)
+
 # %% ../../nbs/4_method/00_hypergrad.ipynb #c185414f
 def solve(
     op:MoreauOperator,
@@ -581,8 +587,7 @@ def solve(
     report = SolveReport('closed-form' if closed else method, op.product, op.gamma, op.gamma)
     H = on_vectors(op.hvp, g, report)
     x, residual = run_solver(op, H, b, g, report, max_products, tol, clamp, power, halvings)
-    if check is None: check = method != 'identity'
-    if method != 'identity': check |= bound < math.inf # whether x is accepted rests on it
+    check = wants_residual(method, check, bound)
     if residual is None and check: residual = true_residual(op, x, b, g, report)
     report.products = op.products - before
     x = accept_or_fall_back(report, x, b, with_noise(op, residual, x, b), bound)
@@ -654,6 +659,7 @@ def hypergradient(
         if start is not None: report.stationarity = stationarity(op, start)
     return x, report, harm.item()
 
+# %% ../../nbs/4_method/00_hypergrad.ipynb #statio01
 def stationarity(op, start):
     "‖∇L_FT(θ*) + (θ* − θ)/γ‖: zero where θ* solves the proximal problem."
     known = op.kernel.base # a product has computed ∇L on its way
