@@ -958,6 +958,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                  'resalign/method/hypergrad.py'),
                                            'resalign.method.hypergrad.unrolled': ( '4_method/hypergrad.html#unrolled',
                                                                                    'resalign/method/hypergrad.py'),
+                                           'resalign.method.hypergrad.value_and_gradient': ( '4_method/hypergrad.html#value_and_gradient',
+                                                                                             'resalign/method/hypergrad.py'),
                                            'resalign.method.hypergrad.widened': ( '4_method/hypergrad.html#widened',
                                                                                   'resalign/method/hypergrad.py'),
                                            'resalign.method.hypergrad.with_noise': ( '4_method/hypergrad.html#with_noise',
