@@ -9,8 +9,8 @@ __all__ = ['TAU', 'FARTHEST', 'PRODUCTS', 'SOLVERS', 'MARGIN', 'RULES', 'flat', 
            'check_params', 'check_operator', 'check_point', 'make_product', 'HessianProducts', 'MoreauOperator',
            'powers', 'next_term', 'neumann', 'richardson', 'krylov', 'combine', 'ritz', 'projected', 'SolveReport',
            'norm_by_power', 'safe_gamma', 'accept_or_fall_back', 'on_vectors', 'solve_richardson', 'solve_krylov',
-           'solve_closed', 'check_request', 'run_solver', 'true_residual', 'with_noise', 'wants_residual', 'solve',
-           'TooManyFallbacks', 'in_group', 'Fallbacks', 'FallbackBudget', 'hypergradient', 'stationarity', 'unrolled',
+           'solve_closed', 'check_request', 'run_solver', 'true_residual', 'with_noise', 'solve', 'TooManyFallbacks',
+           'in_group', 'Fallbacks', 'FallbackBudget', 'value_and_gradient', 'hypergradient', 'stationarity', 'unrolled',
            'root', 'sgd_step', 'adam_step', 'mean_gradient', 'FrozenLosses', 'kept_settings', 'kept_state', 'Step',
            'check_trajectory', 'Recording', 'Trajectory', 'trajectory_bytes', 'clip_scale', 'clip_pullback',
            'tensor_pullback', 'step_pullback', 'check_loss', 'check_replay', 'AdjointReport', 'StepDifference',
@@ -560,12 +560,6 @@ def with_noise(op, residual, x, g):
     if residual is None or not op.kernel.noise: return residual
     return residual + op.kernel.noise * ((g - x).norm() / g.norm()).item()
 
-# %% ../../nbs/4_method/00_hypergrad.ipynb #wantres1
-def wants_residual(method, check, bound) -> bool:
-    "Whether the residual is computed: where it is asked for, and where x is accepted by it."
-    if check is None: check = method != 'identity'
-    return check or (method != 'identity' and bound < math.inf)
-
 # %% ../../nbs/4_method/00_hypergrad.ipynb #c185414f
 def solve(
     op:MoreauOperator,
@@ -587,7 +581,7 @@ def solve(
     report = SolveReport('closed-form' if closed else method, op.product, op.gamma, op.gamma)
     H = on_vectors(op.hvp, g, report)
     x, residual = run_solver(op, H, b, g, report, max_products, tol, clamp, power, halvings)
-    check = wants_residual(method, check, bound)
+    if method != 'identity': check = check is not False or bound < math.inf # then x is accepted by its residual
     if residual is None and check: residual = true_residual(op, x, b, g, report)
     report.products = op.products - before
     x = accept_or_fall_back(report, x, b, with_noise(op, residual, x, b), bound)
@@ -636,6 +630,13 @@ class FallbackBudget(Fallbacks):
         reports = [report for process in everyone for report in process]
         if reports: self.add(reports)
 
+# %% ../../nbs/4_method/00_hypergrad.ipynb #b2a46f87
+def value_and_gradient(loss, params):
+    "L as a float, and ∇L; buffers stay as they are."
+    with torch.enable_grad(), kept_buffers():
+        value = loss()
+        return value.item(), torch.autograd.grad(value, params, materialize_grads=True)
+
 # %% ../../nbs/4_method/00_hypergrad.ipynb #b2a46f88
 def hypergradient(
     harm_loss, # () -> scalar tensor, reads `params` in place
@@ -651,15 +652,12 @@ def hypergradient(
     "The hypergradient of L_harm(θ*) with respect to the start θ of the fine-tuning."
     params = list(params)
     op = MoreauOperator(ft_loss, params, gamma, product, retain, tau, residuals, lora)
-    with torch.enable_grad(), kept_buffers():
-        harm = harm_loss()
-        g = torch.autograd.grad(harm, params, materialize_grads=True)
+    harm, g = value_and_gradient(harm_loss, params)
     with op:
         x, report = solve(op, g, method, **options)
         if start is not None: report.stationarity = stationarity(op, start)
-    return x, report, harm.item()
+    return x, report, harm
 
-# %% ../../nbs/4_method/00_hypergrad.ipynb #statio01
 def stationarity(op, start):
     "‖∇L_FT(θ*) + (θ* − θ)/γ‖: zero where θ* solves the proximal problem."
     known = op.kernel.base # a product has computed ∇L on its way
@@ -944,8 +942,6 @@ def adjoint(
     **options, # see `through_optimizer`
 ): # dL_harm(θ_T)/dθ₀ as a list of tensors in the optimizer's order, its `AdjointReport`, L_harm(θ_T) as a float
     "The hypergradient of L_harm(θ_T) through the steps that an optimizer has made."
-    with torch.enable_grad(), kept_buffers():
-        harm = harm_loss()
-        g = torch.autograd.grad(harm, path.params, materialize_grads=True)
+    harm, g = value_and_gradient(harm_loss, path.params)
     x, report = through_optimizer(path, g, **options)
-    return x, report, harm.item()
+    return x, report, harm
