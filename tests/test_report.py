@@ -285,3 +285,5 @@ def test_an_album_is_the_pictures():
         np.testing.assert_array_equal(album[key], whole[key])
     np.testing.assert_array_equal(np.asarray(album), whole)
     assert len(album) == 3 and album.shape == whole.shape and len(list(album)) == 3
+    for part in album[:], album[[2, 0]]:  # the layout of generate's pictures, on which the last bits of scores depend
+        assert part.transpose(0, 3, 1, 2).flags.c_contiguous
