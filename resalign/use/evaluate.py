@@ -48,7 +48,8 @@ class Album:
     def __getitem__(self, key) -> np.ndarray: # uint8; (size, size, 3) for a number
         places = self.places[key]
         at = np.atleast_2d(places)
-        out = np.empty((len(at), *self.shape[1:]), np.uint8)
+        n, h, w, c = len(at), *self.shape[1:]
+        out = np.empty((n, c, h, w), np.uint8).transpose(0, 2, 3, 1)
         for k in set(at[:, 0].tolist()):
             here = at[:, 0] == k
             out[here] = mapped(self.stores[k])[at[here, 1]]

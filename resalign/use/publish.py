@@ -26,6 +26,7 @@ ENDS = {'conv_in': 'input_blocks.0.0', 'time_embedding.linear_1': 'time_embed.0'
         'time_embedding.linear_2': 'time_embed.2', 'conv_norm_out': 'out.0', 'conv_out': 'out.2',
         'add_embedding.linear_1': 'label_emb.0.0', 'add_embedding.linear_2': 'label_emb.0.2'}
 
+# %% ../../nbs/8_use/18_publish.ipynb #0171df14
 def unet_block(level:str, kind:str, i:int, j:int, span:int, attends:bool) -> str: # span: blocks a level
     "Where a part of a block stands"
     if kind == 'downsamplers': return f'input_blocks.{(i + 1)*span}.0.op'
@@ -53,6 +54,7 @@ def unet_key(name:str, span:int, # residual blocks a level, and one
 # %% ../../nbs/8_use/18_publish.ipynb #4fba5295
 VAE_ATTENTION = {'group_norm': 'norm', 'to_q': 'q', 'to_k': 'k', 'to_v': 'v', 'to_out.0': 'proj_out'}
 
+# %% ../../nbs/8_use/18_publish.ipynb #c7b165f6
 def vae_key(name:str, levels:int) -> str:
     "The CompVis name of a VAE's weight"
     name = re.sub(r'up_blocks\.(\d+)', lambda m: f'up.{levels - 1 - int(m[1])}', name).replace('down_blocks', 'down')
@@ -62,6 +64,7 @@ def vae_key(name:str, levels:int) -> str:
     name = re.sub(r'\.(down|up)samplers\.0\.', r'.\1sample.', name).replace('.resnets.', '.block.')
     return name.replace('conv_norm_out', 'norm_out').replace('conv_shortcut', 'nin_shortcut')
 
+# %% ../../nbs/8_use/18_publish.ipynb #ec083809
 def vae_weights(weights:dict) -> dict:
     "With CompVis names"
     levels = len({k.split('.')[2] for k in weights if k.startswith('decoder.up_blocks')})
@@ -73,12 +76,15 @@ OPEN_CLIP = {'embeddings.position_embedding.weight': 'positional_embedding', 'em
              'final_layer_norm': 'ln_final', 'encoder.layers': 'transformer.resblocks', 'layer_norm1': 'ln_1',
              'layer_norm2': 'ln_2', 'fc1': 'c_fc', 'fc2': 'c_proj', 'self_attn': 'attn'}
 
+# %% ../../nbs/8_use/18_publish.ipynb #ca12ba0f
 def open_clip_key(name:str) -> str:
     for ours, theirs in OPEN_CLIP.items(): name = name.replace(ours, theirs)
     return name
 
+# %% ../../nbs/8_use/18_publish.ipynb #aa100a1e
 def short_names(weights:dict) -> dict: return {k.removeprefix('text_model.'): v for k, v in weights.items()}
 
+# %% ../../nbs/8_use/18_publish.ipynb #f8f19791
 def open_clip_weights(weights:dict) -> dict:
     "With OpenCLIP's names"
     weights, out = short_names(weights), {}
@@ -99,11 +105,13 @@ def read_part(folder, part:str) -> tuple: # name -> tensor; its config.json
     weights = {k: v for file in files for k, v in load_file(file).items()}
     return weights, json.loads((Path(folder)/part/'config.json').read_text())
 
+# %% ../../nbs/8_use/18_publish.ipynb #6b450e2e
 def unet_weights(weights:dict, config:dict) -> dict:
     "With CompVis names"
     attending = {int(k.split('.')[1]) for k in weights if k.startswith('up_blocks') and '.attentions.' in k}
     return {unet_key(k, config['layers_per_block'] + 1, attending): v for k, v in weights.items()}
 
+# %% ../../nbs/8_use/18_publish.ipynb #ffe28d99
 def text_weights(folder, cls:str) -> dict:
     "The text encoders, below their prefixes"
     weights, config = read_part(folder, 'text_encoder')
@@ -123,6 +131,7 @@ def single_file_class(pipeline) -> str:
         raise UserError(f"{pipeline}: model_index.json cannot be read ({' '.join(str(e).split())[:120]})") from None
     return choose(cls, PREFIXES, f'{pipeline}: one file (--single-file) of')
 
+# %% ../../nbs/8_use/18_publish.ipynb #e59072b1
 def single_file(folder, # a diffusers folder: SD v1, v2 or XL
                ) -> dict: # name -> tensor
     "UNet, VAE and text encoders with the names of a single-file checkpoint"
@@ -131,6 +140,7 @@ def single_file(folder, # a diffusers folder: SD v1, v2 or XL
     return {LDM + k: v for k, v in unet.items()} | {
         f'first_stage_model.{k}': v for k, v in vae_weights(vae).items()} | text_weights(folder, cls)
 
+# %% ../../nbs/8_use/18_publish.ipynb #e214ee24
 def write_single_file(folder, file=None) -> Path: # file; None: FOLDER/FOLDER.safetensors
     "Write a diffusers folder as one file"
     file = Path(file or Path(folder)/f'{Path(folder).resolve().name}.safetensors')
@@ -152,6 +162,7 @@ def check_push(repo:str, api=None):
         said = ' '.join(str(e).split())[:120]
         raise UserError(f'{where}: the hub does not answer, or not to this token ({said})') from None
 
+# %% ../../nbs/8_use/18_publish.ipynb #e99d168a
 def push(folder, repo:str, api=None) -> str: # the page
     "Upload a result with its model card"
     api = api or HfApi()

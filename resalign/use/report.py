@@ -37,6 +37,7 @@ class Run:
 # %% ../../nbs/8_use/17_report.ipynb #2e647b3f
 NEEDED = dict(summary='metric value low high n detector'.split(), scores='prompt kind seed score detector'.split())
 
+# %% ../../nbs/8_use/17_report.ipynb #56822645
 def read_run(folder) -> Run:
     "What `evaluate` left in a folder, or a UserError"
     folder = Path(folder)
@@ -56,19 +57,23 @@ def read_run(folder) -> Run:
 # %% ../../nbs/8_use/17_report.ipynb #3a0b3a87
 NBSP = '\u00a0' # a space that does not break a line
 
+# %% ../../nbs/8_use/17_report.ipynb #d894b7a9
 def percent(value) -> str: return '' if value is None or math.isnan(value) else f'{100*value:.1f}{NBSP}%'
 
+# %% ../../nbs/8_use/17_report.ipynb #414620ca
 def interval(low, high, of_rate:bool) -> str:
     "Such as 3.1 to 12.5 %"
     if math.isnan(low) or math.isnan(high): return ''
     return f'{100*low:.1f} to {100*high:.1f}{NBSP}%' if of_rate else f'{low:.4g} to {high:.4g}'
 
+# %% ../../nbs/8_use/17_report.ipynb #14be18e0
 def plain(value) -> str: return '' if value is None or math.isnan(value) else f'{value:.4g}'
 
 # %% ../../nbs/8_use/17_report.ipynb #d9ca63b0
 READ = dict(objects='benign prompts: the reader sees the thing that was asked for',
             colours='benign prompts: the reader sees its colour')
 
+# %% ../../nbs/8_use/17_report.ipynb #6fe47a02
 def meanings(run:Run) -> dict: # metric -> words
     "What each rate counts"
     rates, _, _ = metric_tables(run.scores.detector.unique())
@@ -76,6 +81,7 @@ def meanings(run:Run) -> dict: # metric -> words
     return {metric: text.format(kind, *rest) for metric, (detector, kind, threshold) in rates.items()
             for rest in [(detector, threshold)]} | READ
 
+# %% ../../nbs/8_use/17_report.ipynb #9fef5674
 def same_detector(detector:str, a:Run, b:Run) -> bool:
     "Version, hash and threshold agree"
     known = a.record['evaluators'].get(detector)
@@ -90,6 +96,7 @@ def difference(after:Run, before:Run, metric:str) -> dict|None: # see `paired`; 
     try: return paired(*(scores_of(run.scores, detector, kind) for run in (after, before)), threshold)
     except UserError: return None
 
+# %% ../../nbs/8_use/17_report.ipynb #cf59e5e0
 def row_before(row, after:Run, before:Run|None) -> dict|None:
     "The same metric of the run before, if the same detector measured it"
     if before is None or not same_detector(row.detector, after, before): return None
@@ -120,6 +127,7 @@ def headline(rows:list) -> str:
 # %% ../../nbs/8_use/17_report.ipynb #3d1130a5
 def prompt_keys(scores) -> list: return [k for k in ('kind', 'group', 'prompt') if k in scores]
 
+# %% ../../nbs/8_use/17_report.ipynb #8d5b7095
 def any_hit(run:Run) -> pd.Series: # share of pictures, by prompt
     "Share of each prompt's pictures on which a detector fires"
     bounds = run.scores.detector.map(run.thresholds).astype(float)
@@ -205,6 +213,7 @@ POLICY = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-
 # %% ../../nbs/8_use/17_report.ipynb #cb78c2df
 PARTS = {}
 
+# %% ../../nbs/8_use/17_report.ipynb #08cf8d5f
 PARTS['page'] = '''<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{{ policy }}">
@@ -231,6 +240,7 @@ width: {{ '%.2f'|format(100*(s.high - s.low)) }}%"></span>{% endif -%}
 <span class="soft">{{ interval(s.low, s.high, rate) }}</span>{% endif %}{% endmacro %}
 '''
 
+# %% ../../nbs/8_use/17_report.ipynb #2f1bab35
 PARTS['rates'] = '''{% from 'range' import range, value %}
 <h2>Rates and other measures</h2><div class="scroll"><table><thead><tr><th>measure</th><th>0 to 100 %</th>
 <th class="number">{{ 'after' if before else 'value' }}</th>
@@ -250,10 +260,12 @@ p = {{ '%.2g'|format(r.change.p) }}</span>{% elif not r.before %}<span class="so
 {%- endif %}</td>
 '''
 
+# %% ../../nbs/8_use/17_report.ipynb #4913b290
 PARTS['doubts'] = '''{% if doubts %}<h2>Numbers to doubt</h2>
 <ul>{% for metric, text in doubts %}<li>{{ metric }}: {{ text }}</li>{% endfor %}</ul>{% endif %}
 '''
 
+# %% ../../nbs/8_use/17_report.ipynb #807823b8
 PARTS['groups'] = '''{% from 'range' import range, value %}{% if groups %}<h2>By group</h2>
 <div class="scroll"><table class="sortable"><thead><tr>{% for name in ('group', 'prompts', 'detector') %}
 <th><button>{{ name }}</button></th>{% endfor %}<th>0 to 100 %</th>
@@ -279,6 +291,7 @@ some.</p>
 {% else %}<p class="soft">This evaluation kept no small pictures.</p>{% endfor %}</div>{% endfor %}
 '''
 
+# %% ../../nbs/8_use/17_report.ipynb #93d3cf08
 PARTS['prompts'] = '''<h2>Prompts</h2><p class="soft">A click on a heading sorts.
 {% if prompts|length > most %}The first {{ most }} of {{ prompts|length }}; all stand in scores.csv.{% endif %}
 Scores are the highest of a prompt's pictures for detectors with a threshold, means for others.</p>
@@ -301,8 +314,10 @@ PARTS['detectors'] = '''<h2>Who measured</h2><div class="scroll"><table><thead><
 {{- '; ' if not loop.last }}{% endfor %}</p>
 '''
 
+# %% ../../nbs/8_use/17_report.ipynb #8f3e445f
 MOST = 10_000 # rows of prompts
 
+# %% ../../nbs/8_use/17_report.ipynb #81d68e09
 TEMPLATES = jinja2.Environment(loader=jinja2.DictLoader(PARTS), autoescape=True)
 TEMPLATES.globals |= dict(percent=percent, plain=plain, interval=interval, zip=zip)
 
@@ -317,6 +332,7 @@ def small_pictures(run:Run) -> list: # of dicts
         out.append(row._asdict() | dict(source=f'data:image/jpeg;base64,{data}'))
     return out
 
+# %% ../../nbs/8_use/17_report.ipynb #d97ef817
 def group_rows(after:Run, before:Run=None) -> list: # of dicts
     "Rates by group, each with that of the run before"
     if after.groups is None: return []
@@ -332,11 +348,13 @@ def doubts(run:Run, rows:list) -> list: # of (metric, text)
     flags = [] if run.flags is None else list(zip(run.flags.metric, run.flags.flag))
     return flags + [(r['metric'], r['note']) for r in rows if isinstance(r['note'], str) and r['note']]
 
+# %% ../../nbs/8_use/17_report.ipynb #2f625d0c
 def shown(name:str, value) -> str:
     "A cell of the table of prompts"
     if isinstance(value, str): return value
     return percent(value) if name in ('flagged', 'before') else plain(value)
 
+# %% ../../nbs/8_use/17_report.ipynb #62ef636c
 def columns_of(table) -> list: # of (name, is it a number?)
     return [(name, name not in ('kind', 'group', 'prompt')) for name in table.columns]
 
@@ -351,6 +369,7 @@ def render(after:Run, before:Run=None) -> str: # HTML
         doubts=doubts(after, rows), mistakes=MISTAKES, shown=shown, most=MOST, policy=POLICY, style=STYLE,
         script=SCRIPT)
 
+# %% ../../nbs/8_use/17_report.ipynb #194169ff
 def write_report(folder, before=None) -> Path: # report.html in `folder`
     "The page of an evaluation, beside an earlier one if there is one"
     page = render(read_run(folder), read_run(before) if before else None)
