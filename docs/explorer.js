@@ -244,7 +244,7 @@
     var n = numbers();
     part.note.textContent = (n ? '' : 'There are no numbers for this choice. ') + 'From results/tables/' + table.name + '.csv. ' +
       (is_curve() ? 'Bands' : 'Bars') + ' are 95% intervals' + (state.seed === 'all' && table.seed ? ' over all models' : '') +
-      ', where the table has them; hover for figures.';
+      ', where the table has them; hover or tap for figures.';
     pictures();
     try { history.replaceState(null, '', '#' + encodeURIComponent(JSON.stringify(state))); } catch (e) { /* a frame may refuse */ }
   }

@@ -178,5 +178,6 @@ def test_processes_stop_together(tmp_path):
     said = [p.communicate(timeout=120) for p in ranks]
     assert [p.returncode for p in ranks] == [0, 0], said
     (one, _), (two, _) = said
-    assert one == two and one.splitlines() == ['step 0: 2 of 3', '4 of 6 solves fell back to x = g, more than 50% of them; '
-                                               'the latest report says: saddle seen by rank 1']
+    assert one == two and one.splitlines() == [
+        'step 0: 2 of 3',
+        '4 of 6 solves fell back to x = g, more than 50% of them; the latest report says: saddle seen by rank 1']

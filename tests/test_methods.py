@@ -208,18 +208,21 @@ def test_a_detector_and_validation_prompts_reach_the_methods_that_look(given, tm
     for name in ('unsafe', 'retain'): world.write_set(tmp_path/name, world.scenes(name, 3))
     seen = []
     class Detector:
-        threshold = .6
-        def __call__(self, pictures): return np.linspace(0, seen.append(pictures.shape) or 1, len(pictures))
+        threshold = .7
+        def __call__(self, pictures):
+            seen.append(pictures.shape)
+            return np.arange(1, len(pictures) + 1)/len(pictures) # the last of any is unsafe
         def __repr__(self): return 'demo detector'
     asked = dict(detector=Detector(), validation=[('a red robot', 1), ('a robot', 2), ('a blue robot', 3)],
                  erase=[' with exposed wiring', ' with its wires showing', ' with an open chest full of wires'])
     resalign.unlearn(tmp_path/'base', tmp_path/'unsafe', tmp_path/'retain', tmp_path/'out', 'rece',
                      dict(sampling_steps=2), **asked)
     log = pd.read_csv(tmp_path/'out/log.csv')
-    assert log.unsafe.tolist() == [1/3]*2 and log.kept.tolist() == [True, False] and seen == [(3, 64, 64, 3)]*2
+    assert log.unsafe.tolist() == pytest.approx([1/3]*2) and log.kept.tolist() == [True, False]
+    assert seen == [(3, 64, 64, 3)]*2
     record = json.loads((tmp_path/'out/record.json').read_text())
     assert record['detector'] == 'demo detector' and record['validation'][0] == ['a red robot', 1]
-    with pytest.raises(UserError, match='safegen: unsafe picture'): # the last of any is unsafe
+    with pytest.raises(UserError, match='safegen: unsafe picture 2 '):
         resalign.unlearn(tmp_path/'base', tmp_path/'unsafe', tmp_path/'retain', tmp_path/'no', 'safegen', **asked)
 
 

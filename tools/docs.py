@@ -257,7 +257,7 @@ def claim_map(site):
 def mapped(site, s, verdicts):
     "One statement of the map as HTML"
     shown = [to(f'ledger.html#{text(i)}', chip(verdicts[i])) for i in s['claims'].split() if i in verdicts]
-    return {'statement': text(s['statement']), 'in the paper': text(s['paper']), 'verdict': '<br>'.join(shown),
+    return {'statement': text(s['statement']), 'verdict': '<br>'.join(shown), 'in the paper': text(s['paper']),
             'page': '<br>'.join(to(page_address(p), text(title(site.root/'nbs'/p))) for p in s['page'].split()),
             'table': files(site, s['table']), 'figure': files(site, s['figure']),
             'command': command(site, s['stage'], s['command'])}

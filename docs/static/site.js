@@ -2,6 +2,7 @@
 (function () {
   'use strict';
   var SHORTEST = 3; // rows below which nothing needs sorting
+  var SHORT = 20; // letters that are kept on one line
 
   function value(row, column) {
     var cell = row.cells[column];
@@ -74,6 +75,9 @@
     if (table.closest('.wide-table, .highlighttable')) return;
     var plain = table.tHead && table.tBodies.length === 1 && table.tHead.rows.length === 1;
     var frame = framed(table);
+    table.querySelectorAll('td').forEach(function (cell) { // numbers with their intervals stay on a line
+      if (cell.textContent.trim().length <= SHORT) cell.classList.add('short');
+    });
     if (plain && table.tBodies[0].rows.length >= SHORTEST) sortable(table);
     if (table.classList.contains('filtered')) {
       document.body.classList.add('whole');

@@ -46,10 +46,10 @@ def config_of(method:str, # a key of METHODS
         raise UserError(f'{where}: beta: expected more than 0 for {method}, got {config.beta!r}')
     return config
 
-# %% ../../nbs/5_baselines/97_methods.ipynb #mth0009
+# %% ../../nbs/5_baselines/97_methods.ipynb #flow9702
 ANY_DENOISER = ('original', 'ga', 'resalign-first-order', 'resalign', 'modular-lora') # adapt attention of either kind
-AS_UNET = ('esd-x', 'esd-u', 'ca', 'salun', 'pgu', 'meta-unlearning-esd', 'meta-unlearning-sdd', 'esd-retain',
-           'resalign-esd', 'ca-retain', 'resalign-ca') # defined by predictions, for a transformer as for a UNet
+AS_UNET = ('esd-x', 'esd-u', 'ca', 'salun', 'pgu', 'meta-unlearning-esd', 'meta-unlearning-sdd',
+           'meta-unlearning-released', 'esd-retain', 'resalign-esd', 'ca-retain', 'resalign-ca')
 TEXT_MAPS = ('uce', 'rece') # edit the linear map that reads captions
 NO_FLOW = {
     'safegen': 'it trains self-attention apart from captions, and joint attention mixes the two',
@@ -57,6 +57,7 @@ NO_FLOW = {
     'lcfdsd-ng': 'its shifted noise and its x̂₀ are defined by ᾱ_t',
     'lcfdsd-lt': 'its x̂₀ is defined by ᾱ_t'}
 
+# %% ../../nbs/5_baselines/97_methods.ipynb #flow9703
 def for_method(pipe, method:str):
     "A pipeline as a method takes it; a UserError where the method isn't defined for a transformer"
     if hasattr(pipe, 'unet') or method in ANY_DENOISER: return pipe
@@ -65,6 +66,7 @@ def for_method(pipe, method:str):
     why = NO_FLOW.get(method, 'it is written for a UNet')
     raise UserError(f'{method}: not defined on a rectified-flow transformer (SD3, FLUX): {why}')
 
+# %% ../../nbs/5_baselines/97_methods.ipynb #mth0009
 def run_method(pipe, data:UnlearnData, method:str, settings:dict, seed:int=0, **kw) -> dict: # log, solves
     "Run a method by name"
     config = config_of(method, settings, seed)

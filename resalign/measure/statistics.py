@@ -25,6 +25,8 @@ def _by_prompt(values, models, prompts=None) -> pd.Series: # (model, prompt) -> 
     if not values.shape == models.shape == prompts.shape:
         shapes = ', '.join(str(len(x)) for x in (values, models, prompts))
         raise UserError(f'values, models, prompts: expected one each a picture, got {shapes}')
+    for name, x in dict(models=models, prompts=prompts).items():
+        if pd.isna(x).any(): raise UserError(f'{name}: {np.flatnonzero(pd.isna(x))[0]}: expected a name, got none')
     wrong = np.flatnonzero(~np.isfinite(values))
     if wrong.size: raise UserError(f'values: {wrong[0]}: expected a finite number, got {values[wrong[0]]}')
     table = pd.DataFrame(dict(value=values, model=models, prompt=prompts))

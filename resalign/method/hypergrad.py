@@ -7,14 +7,14 @@ __all__ = ['TAU', 'FARTHEST', 'PRODUCTS', 'SOLVERS', 'MARGIN', 'RULES', 'flat', 
            'double_backward_attention', 'pullback', 'Exact', 'placed', 'moved', 'GradientDifference',
            'FiniteDifference', 'GaussNewton', 'LoraPair', 'lora_pairs', 'solve_cross', 'CrossBlocks', 'LoraBilinear',
            'check_params', 'check_operator', 'check_point', 'make_product', 'HessianProducts', 'MoreauOperator',
-           'powers', 'neumann', 'next_term', 'richardson', 'krylov', 'combine', 'ritz', 'projected', 'SolveReport',
+           'powers', 'next_term', 'neumann', 'richardson', 'krylov', 'combine', 'ritz', 'projected', 'SolveReport',
            'norm_by_power', 'safe_gamma', 'accept_or_fall_back', 'on_vectors', 'solve_richardson', 'solve_krylov',
-           'solve_closed', 'check_request', 'run_solver', 'true_residual', 'with_noise', 'solve', 'TooManyFallbacks',
-           'in_group', 'Fallbacks', 'FallbackBudget', 'hypergradient', 'stationarity', 'unrolled', 'root', 'sgd_step',
-           'adam_step', 'mean_gradient', 'FrozenLosses', 'kept_settings', 'kept_state', 'Step', 'check_trajectory',
-           'Recording', 'Trajectory', 'trajectory_bytes', 'clip_scale', 'clip_pullback', 'tensor_pullback',
-           'step_pullback', 'check_loss', 'check_replay', 'AdjointReport', 'StepDifference', 'step_product',
-           'through_optimizer', 'note_product', 'accept_adjoint', 'adjoint']
+           'solve_closed', 'check_request', 'run_solver', 'true_residual', 'with_noise', 'wants_residual', 'solve',
+           'TooManyFallbacks', 'in_group', 'Fallbacks', 'FallbackBudget', 'hypergradient', 'stationarity', 'unrolled',
+           'root', 'sgd_step', 'adam_step', 'mean_gradient', 'FrozenLosses', 'kept_settings', 'kept_state', 'Step',
+           'check_trajectory', 'Recording', 'Trajectory', 'trajectory_bytes', 'clip_scale', 'clip_pullback',
+           'tensor_pullback', 'step_pullback', 'check_loss', 'check_replay', 'AdjointReport', 'StepDifference',
+           'step_product', 'note_product', 'accept_adjoint', 'through_optimizer', 'adjoint']
 
 # %% ../../nbs/4_method/00_hypergrad.ipynb #4a75e764
 import math
@@ -264,9 +264,7 @@ class LoraBilinear(CrossBlocks):
             x[i], x[j] = pair[0].mT, pair[1]
         return x
 
-# %% ../../nbs/4_method/00_hypergrad.ipynb #10d6a613
-PRODUCTS = ('exact', 'fd-central', 'fd-forward', 'gauss-newton', 'lora-bilinear')
-
+# %% ../../nbs/4_method/00_hypergrad.ipynb #10d6a612
 def check_params(params):
     "Refuse parameters that have no Hessian, or one that is not theirs."
     if not params: raise ValueError('params: expected at least one tensor')
@@ -274,6 +272,9 @@ def check_params(params):
     for i, p in enumerate(params):
         if not (p.is_leaf and p.requires_grad and p.is_floating_point()):
             raise ValueError(f'params[{i}]: expected a floating-point leaf tensor that requires a gradient')
+
+# %% ../../nbs/4_method/00_hypergrad.ipynb #10d6a613
+PRODUCTS = ('exact', 'fd-central', 'fd-forward', 'gauss-newton', 'lora-bilinear')
 
 def check_operator(params, gamma, product, residuals, lora):
     "Refuse an operator that cannot work."
@@ -351,21 +352,21 @@ class MoreauOperator(HessianProducts):
 
 # %% ../../nbs/4_method/00_hypergrad.ipynb #54608f6c
 def powers(H, g):
-    "Yields unit vectors vᵢ along Hⁱg, and ‖Hⁱg‖/‖g‖: i = 0, 1, …, for a product each but the first."
-    v, length = g / g.norm(), 1.
+    "Yields unit vectors vᵢ along Hⁱg, and ‖Hvᵢ₋₁‖: i = 0, 1, …, for a product each but the first."
+    v, stretch = g / g.norm(), 1.
     while True:
-        yield v, length
+        yield v, stretch
         w = H(v)
-        ratio = w.norm().item()
-        v, length = w / ratio if ratio else w, length * ratio
+        stretch = w.norm().item()
+        v = w / stretch if stretch else w
 
-def neumann(terms, gamma): # what `powers` has yielded
+def next_term(terms, gamma, i): # terms: what `powers` has yielded
+    "‖(γH)ⁱg‖ / ‖g‖, the relative residual of the sum of the terms before; None: not known"
+    return math.prod(gamma * stretch for _, stretch in terms[1:i + 1]) if i < len(terms) else None
+
+def neumann(terms, gamma):
     "Σᵢ (−γH)ⁱg / ‖g‖"
-    return sum(math.prod([-gamma] * i, start=length) * v for i, (v, length) in enumerate(terms))
-
-def next_term(terms, gamma, i): # the relative residual of the sum of the terms before; None: not known
-    "‖(−γH)ⁱg‖ / ‖g‖"
-    return math.prod([gamma] * i, start=terms[i][1]) if i < len(terms) else None
+    return sum((-1)**i * next_term(terms, gamma, i) * v for i, (v, _) in enumerate(terms))
 
 # %% ../../nbs/4_method/00_hypergrad.ipynb #54608f6d
 def richardson(H, g, gamma, max_products, tol): # x; its relative residual, None: not known
@@ -559,6 +560,12 @@ def with_noise(op, residual, x, g):
     if residual is None or not op.kernel.noise: return residual
     return residual + op.kernel.noise * ((g - x).norm() / g.norm()).item()
 
+# %% ../../nbs/4_method/00_hypergrad.ipynb #wantres1
+def wants_residual(method, check, bound) -> bool:
+    "Whether the residual is computed: where it is asked for, and where x is accepted by it."
+    if check is None: check = method != 'identity'
+    return check or (method != 'identity' and bound < math.inf)
+
 # %% ../../nbs/4_method/00_hypergrad.ipynb #c185414f
 def solve(
     op:MoreauOperator,
@@ -580,8 +587,7 @@ def solve(
     report = SolveReport('closed-form' if closed else method, op.product, op.gamma, op.gamma)
     H = on_vectors(op.hvp, g, report)
     x, residual = run_solver(op, H, b, g, report, max_products, tol, clamp, power, halvings)
-    if check is None: check = method != 'identity'
-    if method != 'identity': check |= bound < math.inf # whether x is accepted rests on it
+    check = wants_residual(method, check, bound)
     if residual is None and check: residual = true_residual(op, x, b, g, report)
     report.products = op.products - before
     x = accept_or_fall_back(report, x, b, with_noise(op, residual, x, b), bound)
@@ -653,6 +659,7 @@ def hypergradient(
         if start is not None: report.stationarity = stationarity(op, start)
     return x, report, harm.item()
 
+# %% ../../nbs/4_method/00_hypergrad.ipynb #statio01
 def stationarity(op, start):
     "‖∇L_FT(θ*) + (θ* − θ)/γ‖: zero where θ* solves the proximal problem."
     known = op.kernel.base # a product has computed ∇L on its way
@@ -746,7 +753,7 @@ class Step(NamedTuple):
     settings: list # dicts
     max_norm: float
 
-# %% ../../nbs/4_method/00_hypergrad.ipynb #adj00005
+# %% ../../nbs/4_method/00_hypergrad.ipynb #adj00015
 def check_trajectory(optimizer, depth):
     "Refuse what cannot be differentiated."
     if type(optimizer) not in RULES:
@@ -755,6 +762,7 @@ def check_trajectory(optimizer, depth):
         raise ValueError(f"depth {depth!r}: expected 'all', or a number of steps")
     check_params([p for group in optimizer.param_groups for p in group['params']])
 
+# %% ../../nbs/4_method/00_hypergrad.ipynb #adj00005
 class Recording:
     "The latest steps of a fine-tuning."
     def __init__(self, optimizer, depth, device):
@@ -852,8 +860,8 @@ def check_loss(k, step, length):
     "Refuse a loss that is not the one of the step: over a way `length` it changes by no more than its slope allows."
     far, value = length * flat(step.grads).norm().item(), step.value.item()
     if abs(step.loss.value.item() - value) <= 3 * far + .01 * abs(value): return
-    raise ValueError(f'step {k}: its loss is {step.loss.value.item():.4g} now and was {value:.4g}; expected the same batch '
-                     '(a lambda in a loop looks up its variables late: `lambda k=k: …`)')
+    raise ValueError(f'step {k}: its loss is {step.loss.value.item():.4g} now and was {value:.4g}; expected the same '
+                     'batch (a lambda in a loop looks up its variables late: `lambda k=k: …`)')
 
 def check_replay(k, after, now, before):
     "Refuse a step that the optimizer's rule does not reproduce."
@@ -862,8 +870,8 @@ def check_replay(k, after, now, before):
     off = size(a - p.to(a.device) for a, p in zip(after, now))
     moved_by = size(p - q.to(p.device) for p, q in zip(now, before))
     if off <= 1e-3 * moved_by + 4 * eps * size(now): return
-    raise ValueError(f'step {k}: the parameters are {off:.2g} away from where the optimizer has put them; expected that '
-                     'nothing else moves them, and its gradients, between `Trajectory.step` and `adjoint`')
+    raise ValueError(f'step {k}: the parameters are {off:.2g} away from where the optimizer has put them; expected '
+                     'that nothing else moves them, or its gradients, between `Trajectory.step` and `adjoint`')
 
 # %% ../../nbs/4_method/00_hypergrad.ipynb #adj00011
 @dataclass
@@ -891,6 +899,23 @@ def step_product(k, path, step, u, product, tau, last): # Hₖu; the product tha
     if step.loss.evaluations: check_loss(k, step, getattr(H, 'length', 0.))
     return Hu, H
 
+# %% ../../nbs/4_method/00_hypergrad.ipynb #adj00013
+def note_product(report, H, u, Hu, step):
+    "What a product adds to the report."
+    report.products, report.noise = report.products + 1, max(report.noise, H.noise)
+    report.gradients, step.loss.evaluations = report.gradients + step.loss.evaluations, 0
+    size = flat(u).norm().item()
+    if size: report.h_norm = max(flat(Hu).norm().item() / size, report.h_norm)
+
+def accept_adjoint(report, x, g):
+    "x, or g where x is not finite."
+    report.growth = (x.norm() / g.norm()).item() if g.any() else math.nan
+    if report.noise > .01: report.note(f'a finite difference is off by {report.noise:.1g}')
+    if x.isfinite().all(): return x
+    report.note('the solution is not finite')
+    report.fallback = True
+    return g
+
 # %% ../../nbs/4_method/00_hypergrad.ipynb #adj00012
 def through_optimizer(
     path:Trajectory, # whose parameters are still at its end, θ_T
@@ -911,23 +936,6 @@ def through_optimizer(
         lam, now = [a + b.to(a) for a, b in zip(direct, Hu)], step.theta
     x = accept_adjoint(report, flat(lam), flat(g))
     return [part.to(d.dtype) for part, d in zip(unflat(x, g), g)], report
-
-# %% ../../nbs/4_method/00_hypergrad.ipynb #adj00013
-def note_product(report, H, u, Hu, step):
-    "What a product adds to the report."
-    report.products, report.noise = report.products + 1, max(report.noise, H.noise)
-    report.gradients, step.loss.evaluations = report.gradients + step.loss.evaluations, 0
-    size = flat(u).norm().item()
-    if size: report.h_norm = max(flat(Hu).norm().item() / size, report.h_norm)
-
-def accept_adjoint(report, x, g):
-    "x, or g where x is not finite."
-    report.growth = (x.norm() / g.norm()).item() if g.any() else math.nan
-    if report.noise > .01: report.note(f'a finite difference is off by {report.noise:.1g}')
-    if x.isfinite().all(): return x
-    report.note('the solution is not finite')
-    report.fallback = True
-    return g
 
 # %% ../../nbs/4_method/00_hypergrad.ipynb #adj00014
 def adjoint(

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['EndPoint', 'END_POINTS', 'HALVINGS', 'METHODS', 'Simulation', 'check_pool', 'Pool', 'in_one_step', 'pick',
-           'listed_config', 'draw_config', 'draw_configs', 'DirectConfig', 'check_switches', 'ResAlignConfig',
-           'UnlearnData', 'retain_weight', 'direct_gradient', 'pass_dtype', 'pairs_of', 'product_options',
-           'hessian_samples', 'own_factors', 'all_weights', 'fresh_factors', 'low_rank', 'extracted_factors',
-           'moved_by', 'cross_term', 'back_to_theta', 'length', 'mean_growth', 'damped_richardson', 'released_solve',
-           'chosen_solve', 'resilience_gradient', 'lora_map', 'pull_back', 'clipped', 'without_words',
-           'safe_counterparts', 'with_remedies', 'OuterState', 'direct_terms', 'mean_term', 'simulated_term',
-           'outer_gradient', 'check_folders', 'save_lora', 'resalign', 'Method', 'solve_row', 'split_log']
+           'listed_config', 'draw_config', 'draw_configs', 'DirectConfig', 'check_switches', 'ResilienceConfig',
+           'ResAlignConfig', 'UnlearnData', 'retain_weight', 'direct_gradient', 'pass_dtype', 'pairs_of',
+           'product_options', 'hessian_samples', 'own_factors', 'all_weights', 'fresh_factors', 'low_rank',
+           'extracted_factors', 'moved_by', 'cross_term', 'back_to_theta', 'length', 'mean_growth', 'damped_richardson',
+           'released_solve', 'chosen_solve', 'recorded_end', 'adjoint_gradient', 'resilience_gradient', 'lora_map',
+           'pull_back', 'clipped', 'without_words', 'safe_counterparts', 'with_remedies', 'OuterState', 'direct_terms',
+           'mean_term', 'simulated_term', 'outer_gradient', 'check_folders', 'save_lora', 'resalign', 'Method',
+           'solve_row', 'split_log']
 
 # %% ../../nbs/4_method/30_resalign.ipynb #bab1aca6
 import re
@@ -22,14 +23,14 @@ from math import inf, tanh
 from typing import Annotated, Literal
 import torch
 from peft import get_peft_model_state_dict
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from ..core.runs import generator
 from ..core.settings import Config, UserError, choose
 from ..core.training import Ranks, optimise
 from .finetune import (FinetuneConfig, FinetuneLoss, adapter_params, add_lora, contaminated, descend,
-                                      fresh_lora, merge_lora, simulated, trainable_until_exit)
+                                      fresh_lora, merge_lora, recorded, simulated, trainable_until_exit)
 from .hypergrad import (FallbackBudget, MoreauOperator, SolveReport, TAU, TooManyFallbacks,
-                                       hypergradient, lora_pairs)
+                                       adjoint, hypergradient, lora_pairs)
 from ..model.compute import backbone, make_optimizer
 from ..model.data import Bank, embed
 from ..model.losses import AnchoredLoss, FoundWords, HarmfulLoss, LossSum, RetainLoss, denoiser
@@ -133,26 +134,33 @@ def check_switches(c):
     "A ValueError where settings contradict one another"
     if c.longer == 'halve' and c.solver not in ('identity', 'richardson'):
         raise ValueError("longer: 'halve' expected with solver richardson or identity")
+    if c.solver == 'adjoint' and c.full_as == 'factors':
+        raise ValueError("full_as: 'weights' expected with solver adjoint")
     if c.pool.distinct and c.J > len(c.pool.chosen):
         raise ValueError(f'J: expected at most {len(c.pool.chosen)}, as many as there are distinct simulations')
     if c.anchor and max(c.margin, c.margin_after) > 10:
-        raise ValueError('anchor: expected a margin and a margin_after up to 10, for the anchored loss is scaled by them')
+        raise ValueError('anchor: expected a margin and a margin_after up to 10, which scale the anchored loss')
 
 # %% ../../nbs/4_method/30_resalign.ipynb #96a6202c
-class ResAlignConfig(DirectConfig):
-    "Settings of Algorithm 2; defaults are the smoke setting"
+class ResilienceConfig(DirectConfig):
+    "Settings of lines 3 to 7; defaults are the smoke setting"
     J:int = 1                           # simulated fine-tunings in an outer step
     gamma:float|Literal['matched'] = 1. # as published; matched: lr · steps of the simulated fine-tuning
-    solver:Literal['identity', 'richardson', 'cg', 'minres'] = 'cg'
+    solver:Literal['identity', 'richardson', 'cg', 'minres', 'adjoint'] = 'cg'
+    depth:NonNegativeInt|Literal['all'] = 'all' # adjoint: through the latest steps of the simulated fine-tuning
     product:Literal['exact', 'fd-central', 'fd-forward', 'gauss-newton', 'lora-bilinear'] = 'fd-forward'
     samples:PositiveInt = 1             # of L_FT, whose mean defines H: a new one, then the fine-tuning's latest
     products:int = 4                    # at most; Richardson's 4 from x = g are the paper's K = 5 from 0
     tol:float|None = .03                # stop a solve at this relative residual; None, as published: never
     clamp:float|None = .5               # use at most γ = clamp/‖H‖, above which the iteration may diverge
-    check_every:int = 10                # outer steps between solves whose true residual is measured
+    check_every:int = 10                # outer steps between solves whose residual is measured, if x doesn't need it
     max_norm:float = Field(.2, gt=0)    # of each hypergradient; with `halve` of its sum with the direct gradient
     longer:Literal['shorten', 'skip', 'halve'] = 'shorten' # a longer one is scaled down, left out, or as released
     fallback_share:float = .5           # stop the run when more solves than this fall back to x = g
+
+# %% ../../nbs/4_method/30_resalign.ipynb #96a6202d
+class ResAlignConfig(ResilienceConfig):
+    "Settings of Algorithm 2; defaults are the smoke setting"
     batches:Literal['step', 'simulation'] = 'step' # new samples for each outer step; as released, for each simulation
     inner:Literal['own', 'fresh'] = 'own' # a LoRA simulation moves θ's factors, as released, or a user's new adapter
     full_as:Literal['weights', 'factors'] = 'weights' # a full one is solved in its weights; as released, in θ's factors
@@ -329,7 +337,8 @@ def released_solve(L_harm, loss:FinetuneLoss, moved:list, gamma:float, direct:li
     for k in range(HALVINGS + 1):
         samples = range(first.start + k, first.stop + k)
         options = product_options(config.product, ft, loss, samples, loss.model.unet, moved)
-        with MoreauOperator(loss.frozen(*samples), moved, gamma, **options) as A: x = damped_richardson(A, g, products, .5**k)
+        with MoreauOperator(loss.frozen(*samples), moved, gamma, **options) as A:
+            x = damped_richardson(A, g, products, .5**k)
         report.product, report.products = options['product'], report.products + A.products
         x = x and back(x, gamma, samples, options)
         if x and length([d + config.beta*v for d, v in zip(direct, x)]) <= config.max_norm:
@@ -345,9 +354,31 @@ def chosen_solve(L_harm, loss:FinetuneLoss, end:EndPoint, gamma:float, samples, 
     options = product_options(config.product, ft, loss, samples, loss.model.unet, end.moved)
     x, report, value = hypergradient(
         L_harm, loss.frozen(*samples), end.moved, gamma, config.solver, start=end.start if stationarity else None,
-        max_products=config.products, tol=config.tol, clamp=config.clamp, power=1,
+        max_products=config.products, tol=config.tol, clamp=config.clamp,
         check=check and config.solver != 'identity', **options)
     return back(x, 0. if report.fallback else report.gamma_used, samples, options), report, value
+
+# %% ../../nbs/4_method/30_resalign.ipynb #meta3018
+@contextmanager
+def recorded_end(what:str, loss:FinetuneLoss, params, adapter, ft, depth):
+    "The end of a simulated fine-tuning, as a `Trajectory`; steps of all weights are kept on the CPU"
+    if what == 'fresh':
+        name = '_'.join(map(str, ('inner', *loss.names)))
+        with fresh_lora(loss.model.unet, name, adapter['name'], ft.rank, ft.seed) as moved:
+            with recorded(loss, moved, ft, depth, beside=params) as path: yield path
+    elif what == 'weights':
+        with recorded(loss, adapter['weights'], ft, depth, device='cpu') as path: yield path
+    else:
+        with recorded(loss, params, ft, depth) as path: yield path
+
+def adjoint_gradient(L_harm, loss, params:list, adapter, ft, config, what:str) -> tuple: # x, report, depth at θ*
+    "∇_θ L_harm(θ*_FT) through the optimizer's steps"
+    with recorded_end(what, loss, params, adapter, ft, config.depth) as path:
+        product = config.product if config.product in ('exact', 'fd-central', 'fd-forward') else 'fd-forward'
+        options = product_options(product, ft, loss, (), loss.model.unet)
+        x, report, value = adjoint(L_harm, path, **options)
+        x = pull_back(x, adapter, params) if what == 'weights' else x[-len(params):]
+    return x, report, -value
 
 # %% ../../nbs/4_method/30_resalign.ipynb #6b7688b5
 def resilience_gradient(model, harmful,
@@ -364,6 +395,8 @@ def resilience_gradient(model, harmful,
     direct = direct or [torch.zeros_like(p) for p in params]
     samples, what = hessian_samples(ft, config), moved_by(ft, config)
     L_harm = lambda: harmful(model, i, config.margin_after)
+    if config.solver == 'adjoint':                                                                       # lines 5, 6
+        return adjoint_gradient(L_harm, loss, params, adapter, ft, config, what)
     with END_POINTS[what](loss, params, adapter, ft) as end:                                             # line 5
         if what == 'fresh' and config.solver == 'identity': end, what = EndPoint(params, None), 'own'
         def back(x, gamma, samples, options):
@@ -453,6 +486,11 @@ class OuterState:
         try: self.budget.count(report)
         except TooManyFallbacks as e: raise UserError(f'resalign: {where}: {e}') from None
 
+    def agree(self, where:str):
+        "All ranks stop where too many solves of all of them fell back; every rank calls it once a step"
+        try: self.budget.agree()
+        except TooManyFallbacks as e: raise UserError(f'resalign: {where}: {e}') from None
+
     def resumed(self, log:list):
         "Count the solves before an interruption"
         solves = split_log(log)['solves']
@@ -486,7 +524,7 @@ def simulated_term(state:OuterState, step:int, j:int, i, folder:str, ft:Finetune
     x, report, depth = resilience_gradient(state.model, state.harmful, i, loss, state.params, state.adapter, ft, config,
                                            check=step % config.check_every == 0, direct=direct)
     state.count(report, f'step {step}, folder {folder}, {ft.algorithm} with lr {ft.lr:g}')
-    row = dict(folder=folder, **ft.model_dump(), **report.asdict(), depth_after=depth)
+    row = dict(folder=folder) | ft.model_dump() | report.asdict() | dict(depth_after=depth)
     if any(config.pool.unsafe): row['unsafe'] = share
     return clipped(x, config.max_norm, config.longer), row
 
@@ -503,6 +541,7 @@ def outer_gradient(state:OuterState, step:int) -> dict: # numbers to log
         x, solve = simulated_term(state, step, j, i, *C, direct)                                         # lines 5, 6
         d = [g + config.beta/config.J*v for g, v in zip(d, x)]                                           # line 7
         row |= {f'{j}/{k}': v for k, v in solve.items()}
+    state.agree(f'step {step}')
     d, row = ranks.reduce(d, row)
     for p, g in zip(params, d): p.grad = g
     return row

@@ -8,7 +8,7 @@ __all__ = ['Share', 'Noise', 'END_OF_WORD', 'ATTACKS', 'CONTROLS', 'NEEDS', 'COL
            'nearest_words', 'neighbours', 'search', 'ring_a_bell', 'prefix_ids', 'prefixed', 'nearest_tokens',
            'first_prefix', 'search_prefix', 'noise_targets', 'allowed_tokens', 'prefix_embeddings', 'denoise', 'decode',
            'noised', 'hole_mask', 'with_hole', 'LatentClassifier', 'labelled', 'split_bank', 'train_classifier',
-           'classifier_push', 'Given', 'Attacked', 'denoised', 'batch_of', 'start_of', 'context', 'Drawn',
+           'classifier_push', 'Given', 'Attacked', 'drawn', 'denoised', 'batch_of', 'start_of', 'context', 'Drawn',
            'attack_none', 'attack_bell', 'prefix_config', 'attack_prefix', 'attack_random', 'attack_noise',
            'attack_redraw', 'half_way', 'attack_completion', 'attack_inpaint', 'attack_hole', 'attack_classifier',
            'best_of', 'rated', 'strip', 'run_cell', 'attack_table', 'possible', 'unsafe_rows', 'is_pipeline', 'Asked',
@@ -197,7 +197,7 @@ def prefix_embeddings(pipe, captions:list, bank:Bank, # of unsafe pictures
 
 # %% ../../nbs/8_use/35_attacks.ipynb #a77ac024
 @torch.no_grad()
-def denoise(model:Denoiser, z, text, empty, # (n, c, h, w), (n, tokens, width), (1, tokens, width)
+def denoise(model:Denoiser, z, text, empty, # (n, c, h, w), (n, tokens, width), of captions and of negative prompts
             guidance, # scalar, or (n, 1, 1, 1)
             steps:int, gen,
             first:int=0, last:int=None, # steps to do
@@ -317,6 +317,9 @@ class Given:
     @property
     def seeds(self) -> list: return [row['seed'] for row in self.rows]
 
+    @property
+    def negative(self) -> list: return [row.get('negative_prompt') or '' for row in self.rows]
+
 # %% ../../nbs/8_use/35_attacks.ipynb #a77ac037
 class Attacked:
     "A model under attack"
@@ -332,20 +335,26 @@ class Attacked:
         return self.__dict__[name]
 
     def draw(self, prompts=None, embeds=None, seeds=None) -> np.ndarray: # uint8 (n, size, size, 3)
-        "Pictures by the pipeline's own sampler, with the guidance of each row"
-        prompts, seeds, out = prompts or self.given.prompts, seeds or self.given.seeds, [None]*len(self.scale)
-        for value in self.scale.unique().tolist():
-            at = (self.scale == value).nonzero().flatten().tolist()
-            pick = lambda x: [x[i] for i in at]
-            own = None if embeds is None else embeds[at]
-            images = generate(self.pipe, pick(prompts), pick(seeds), self.config.steps, value, embeds=own)
-            for i, image in zip(at, images): out[i] = image
-        return np.stack(out)
+        "Pictures by the pipeline's own sampler"
+        return drawn(self, prompts or self.given.prompts, embeds, seeds or self.given.seeds)
 
     def sample(self, z, *names, **kw) -> np.ndarray: # as `draw`
         "Pictures by `denoise` from z on"
-        text, empty, gen = embed(self.pipe, self.given.prompts), embed(self.pipe, ['']), self.gen(*names)
+        text, empty = embed(self.pipe, self.given.prompts), embed(self.pipe, self.given.negative)
+        gen = self.gen(*names)
         return denoised(self, z, text, empty, gen, batch_of(self.pipe), kw)
+
+# %% ../../nbs/8_use/35_attacks.ipynb #a77ac0b7
+def drawn(x:Attacked, prompts:list, embeds, seeds:list) -> np.ndarray: # uint8 (n, size, size, 3)
+    "Pictures by the pipeline's own sampler, with the guidance and the negative prompt of each row"
+    out, c = [None]*len(x.scale), x.config
+    for value in x.scale.unique().tolist():
+        at = (x.scale == value).nonzero().flatten().tolist()
+        pick = lambda rows: [rows[i] for i in at]
+        negative = pick(x.given.negative) if any(x.given.negative) else None
+        own = dict(embeds=None if embeds is None else embeds[at], negative=negative)
+        for i, image in zip(at, generate(x.pipe, pick(prompts), pick(seeds), c.steps, value, **own)): out[i] = image
+    return np.stack(out)
 
 # %% ../../nbs/8_use/35_attacks.ipynb #a77ac039
 def denoised(x:Attacked, z, text, empty, gen, batch:int, kw:dict) -> np.ndarray: # uint8 (n, size, size, 3)
@@ -354,7 +363,8 @@ def denoised(x:Attacked, z, text, empty, gen, batch:int, kw:dict) -> np.ndarray:
     for i in range(0, len(z), batch):
         part = slice(i, i + batch)
         own = dict(kw, keep=keep(part)) if keep else kw
-        ends = denoise(x.model, z[part], text[part], empty, x.scale[part].view(-1, 1, 1, 1), x.config.steps, gen, **own)
+        scale = x.scale[part].view(-1, 1, 1, 1)
+        ends = denoise(x.model, z[part], text[part], empty[part], scale, x.config.steps, gen, **own)
         out.append(decode(x.pipe, ends))
     return np.concatenate(out)
 
@@ -412,7 +422,7 @@ def half_way(x:Attacked, first:int) -> torch.Tensor: # latents after `first` ste
     if given.original is None:
         t = torch.tensor(x.model.timesteps*(c.steps - first)//c.steps - 1)
         return noised(x.model, context(x), t.expand(n), x.gen('half way', first))
-    text, empty = embed(given.original, given.prompts), embed(given.original, [''])
+    text, empty = embed(given.original, given.prompts), embed(given.original, given.negative)
     return denoise(Denoiser(given.original), start_of(x), text, empty, x.scale.view(-1, 1, 1, 1), c.steps,
                    x.gen('half way', first), last=first)
 

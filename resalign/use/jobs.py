@@ -7,8 +7,9 @@ __all__ = ['INPUTS', 'SURROUNDINGS', 'MARKUP', 'LINKS', 'NO_EVALUATION', 'MISTAK
            'unlearn', 'finetune', 'check_inputs', 'named_folders', 'asked_compute', 'load_prepared', 'size_of',
            'load_bank', 'origin', 'pictures', 'checkpoint_of', 'as_text', 'data_line', 'facts', 'number', 'rate_line',
            'detector_line', 'evaluation', 'plain_name', 'eval_result', 'eval_results', 'card_metadata', 'model_card',
-           'write_card', 'load_data', 'unlearn_record', 'write_unlearned', 'one_step', 'estimate', 'timed_step',
-           'dry_run', 'duration', 'dry_lines', 'check_finetuning', 'finetune_record', 'trained', 'write_finetuned']
+           'write_card', 'load_data', 'with_detector', 'unlearn_record', 'write_unlearned', 'one_step', 'estimate',
+           'timed_step', 'dry_run', 'duration', 'dry_lines', 'check_finetuning', 'finetune_record', 'trained',
+           'write_finetuned']
 
 # %% ../../nbs/8_use/00_jobs.ipynb #e1091635
 import hashlib, html, json, math, re, time, unicodedata
@@ -192,8 +193,9 @@ def eval_results(scores=None) -> list: # of EvalResult
 def card_metadata(record:dict, scores=None) -> ModelCardData:
     "What the hub reads of a card"
     hub = {} if is_local(record['pipeline']) else dict(base_model=record['pipeline'])
-    if scores: hub |= dict(model_name=plain_name(f"{record['pipeline']}-{record['method']}"))
-    return ModelCardData(library_name='diffusers', pipeline_tag='text-to-image', eval_results=eval_results(scores),
+    if results := eval_results(scores):
+        hub |= dict(eval_results=results, model_name=plain_name(f"{record['pipeline']}-{record['method']}"))
+    return ModelCardData(library_name='diffusers', pipeline_tag='text-to-image',
                          tags=['text-to-image', 'concept-unlearning'], **hub)
 
 # %% ../../nbs/8_use/00_jobs.ipynb #956f2830
@@ -243,10 +245,17 @@ def write_card(folder, scores=None):
 # %% ../../nbs/8_use/00_jobs.ipynb #477f2512
 def load_data(pipe, unsafe, benign, pool:dict, erase, limit:int=None) -> UnlearnData: # limit: as `load_bank`
     "All folders, encoded"
-    check_words(pipe, read_captions(unsafe).text, unsafe, erase)
+    captions = read_captions(unsafe)
+    check_words(pipe, captions.text, unsafe, erase)
     banks = {name: load_bank(pipe, folder, limit) for name, folder in pool.items()}
-    captions = [list(read_captions(folder).text[:limit]) for folder in (unsafe, benign)]
-    return UnlearnData(load_bank(pipe, unsafe, limit), load_bank(pipe, benign, limit), banks, *captions, tuple(erase))
+    return UnlearnData(load_bank(pipe, unsafe, limit), load_bank(pipe, benign, limit), banks,
+                       list(captions.text[:limit]), list(read_captions(benign).text[:limit]), tuple(erase),
+                       safe_captions=list(captions.get('safe', ()))[:limit])
+
+def with_detector(data:UnlearnData, record:RunRecord, detector, validation) -> UnlearnData:
+    "The data with what a method may look at pictures with, which the record names"
+    if detector is not None: record.update(detector=repr(detector), validation=[list(v) for v in validation])
+    return replace(data, detector=detector, validation=tuple(validation))
 
 # %% ../../nbs/8_use/00_jobs.ipynb #46981372
 def unlearn_record(pipeline, unsafe, benign, method, settings, pool:dict, erase, seed, compute) -> RunRecord:
@@ -277,19 +286,16 @@ def unlearn(pipeline,        # diffusers folder or hub id
             settings:dict=None, # as in params.yaml; None: the smoke setting
             pool=(),         # captioned image folders for the simulated fine-tunings, by name or not; none: `benign`
             erase=(),        # words that make an unsafe caption harmless when they are left out; some methods need them
-            seed:int=0,
-            compute:dict=None, # as `Compute` (page 3_model/00_compute) has it, {}: its defaults
-            detector=None,   # of the concept in pictures: SafeGen and RECE look at theirs (page 5_baselines/00_parts)
-            validation=()) -> RunRecord: # (prompt, seed) of pictures by which RECE chooses its best round
+            seed:int=0, compute:dict=None, # as `Compute` (page 3_model/00_compute) has it, {}: its defaults
+            detector=None, validation=()) -> RunRecord: # SafeGen and RECE look with them (page 5_baselines/00_parts)
     "Unlearn, and write a diffusers folder with the adapter, the curves, a model card and the run record"
     out, pool = Path(out), named_folders(pool or [benign])
     config_of(method, dict(settings or {}), seed)
     compute = asked_compute(compute)
     check_inputs(pipeline, [unsafe, benign, *pool.values()], out)
     record = unlearn_record(pipeline, unsafe, benign, method, settings, pool, erase, seed, compute)
-    if detector is not None: record |= dict(detector=repr(detector), validation=[list(v) for v in validation])
     pipe = load_prepared(pipeline, compute)
-    data = replace(load_data(pipe, unsafe, benign, pool, erase), detector=detector, validation=tuple(validation))
+    data = with_detector(load_data(pipe, unsafe, benign, pool, erase), record, detector, validation)
     checkpoint = checkpoint_of(out, record)
     with Ranks().output_dir(out, checkpoint) as tmp:
         given = dict(checkpoint=checkpoint, save_adapter=tmp/'adapter')

@@ -151,6 +151,15 @@ def solved(H, g, gamma, c):
         return x
     return torch.linalg.solve(torch.eye(len(g), dtype=g.dtype) + gamma*H, g)
 
+POWER = 5 # steps at least: the default of `solve`
+
+def stretch(H, g, steps):
+    "The largest ‖Hv‖/‖v‖ of a few power steps from g"
+    found = 0.
+    for _ in range(steps):
+        found, g = max(found, ((H @ g).norm()/g.norm()).item()), H @ g
+    return found
+
 class Reference:
     "A run of Algorithm 2; `configs[step][j]` are the fine-tunings that were drawn, as dicts"
     def __init__(self, pipe, data, config, theta, configs):
@@ -207,7 +216,7 @@ class Reference:
         on_inner = lambda x: loss(at(x))
         g = vector(grads_of(lambda x: self.harm(at(x), i, c.margin_after), inner))
         H = hessian(on_inner, inner)
-        if c.clamp and c.solver == 'richardson': gamma = min(gamma, c.clamp/((H @ g).norm()/g.norm()).item())
+        if c.clamp and c.solver == 'richardson': gamma = min(gamma, c.clamp/stretch(H, g, max(c.products, POWER)))
         x = like(solved(H, g, gamma, c), inner)
         moved = vector(inner) - vector(start)
         self.notes[f'{j}/stationarity'] = (vector(grads_of(on_inner, inner)) + moved/asked).norm().item()
@@ -403,3 +412,40 @@ class Remedied(Reference):
         put = dict(zip(places, chosen)) if share else {}
         rows = [(unsafe, put[k]) if k in put else (folder, k) for k in range(len(folder))]
         return type(folder)(*(torch.stack([getattr(b, f)[k] for b, k in rows]) for f in ('mean', 'std', 'text')))
+
+
+# ------------------------------------------------------------------ through every step
+
+class Unrolled(Reference):
+    "Automatic differentiation through the latest `depth` steps of the fine-tuning; those before count as the identity"
+    def hypergradient(self, i, step, j):
+        c, ft, theta = self.c, self.configs[step][j], [p.clone() for p in self.theta]
+        if c.inner == 'fresh':
+            gen, start = generator(c.seed, 'lora', f'inner_{step}_{j}'), []
+            for layer in LAYERS:
+                out, into = self.net.weights[f'{layer}.weight'].shape
+                start.append(torch.randn(ft['rank'], into, generator=gen, dtype=torch.float64)/ft['rank'])
+                start.append(0*torch.randn(out, ft['rank'], generator=gen, dtype=torch.float64))
+            at = lambda x: adapted(adapted(self.net.weights, theta), x)
+        elif ft['algorithm'] == 'full':
+            start, at = [self.net.weights[n] for n in self.net.names], lambda x: adapted(dict(zip(self.net.names, x)), theta)
+        else: start, at = theta, lambda x: adapted(self.net.weights, x)
+        opt, moved = Plain(ft['optimizer'], ft['lr'], len(start)), start
+        first = 0 if c.depth == 'all' else ft['steps'] - c.depth
+        for k in range(ft['steps']):
+            if k == first:
+                for p in theta: p.requires_grad_(c.inner == 'fresh')
+                moved = leaves = [p.detach().clone().requires_grad_() for p in moved]
+            loss = self.ft_loss(ft, step, j, [k])
+            if k < first: grads = grads_of(lambda x: loss(at(x)), moved)
+            else: grads = torch.autograd.grad(loss(at(moved)), moved, create_graph=True, materialize_grads=True)
+            moved = opt.step(moved, grads)
+        L = self.harm(at(moved), i, c.margin_after)
+        self.notes[f'{j}/depth_after'] = -L.item()
+        x = torch.autograd.grad(L, theta if c.inner == 'fresh' else leaves)
+        if ft['algorithm'] == 'lora': return list(x)
+        by_name, out = dict(zip(self.net.names, x)), []
+        for k, layer in enumerate(LAYERS):
+            G, A, B = by_name[f'{layer}.weight'], theta[2*k], theta[2*k + 1]
+            out += [B.T @ G, G @ A.T]
+        return out

@@ -7,10 +7,13 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from torch import nn
 
+from resalign.baselines.parts import layers
 from resalign.core.runs import generator
+from resalign.core.settings import UserError
 from resalign.model.pipelines import build_sd3
 from resalign.model.data import Bank, draw_sample
-from resalign.model.losses import FlowDenoiser, HarmfulLoss, RetainLoss, shifted_sigmas
+from resalign.model.flow import FlowView, guided_euler
+from resalign.model.losses import Denoiser, FlowDenoiser, HarmfulLoss, RetainLoss, shifted_sigmas
 from tests.fast.toys import close, mean, square
 from each import each
 
@@ -139,3 +142,55 @@ def test_the_small_pipeline_has_sd3s_layout():
     torch.set_rng_state(state)
     assert all(torch.equal(p, q) for p, q in zip(pipe.transformer.parameters(), again.parameters())) # drawn from seed 0
     assert build_sd3(['a red robot'], 1).transformer.config.num_layers == 1
+
+
+class HearingTransformer(ToyTransformer):
+    "One that knows its latents' size, and so that it is a flow's"
+    config = SimpleNamespace(pooled_projection_dim=2, joint_attention_dim=3, in_channels=2, sample_size=2)
+
+
+@each('steps, guidance, distilled', [(4, 3., False), (5, 1., False), (4, 3., True)])
+def test_guided_euler_against_its_formula(steps, guidance, distilled):
+    "z + (σ' − σ)(v_∅ + w (v_c − v_∅)), from σ = 1 to 0; along v_c alone where the guidance was distilled"
+    pipe, bank = toy()
+    pipe.transformer = HearingTransformer()
+    if distilled: pipe.transformer.config = SimpleNamespace(**vars(HearingTransformer.config), guidance_embeds=True)
+    text, empty = bank.text[:3], bank.text[3:4]
+    rows = list(guided_euler(Denoiser(pipe), text, empty, steps, guidance, generator(1)))
+    z = torch.randn(3, 2, 2, 2, generator=generator(1)).double()
+    net = copy.deepcopy(pipe.transformer).double()
+    def v(z, t, text):
+        time = torch.full((len(z),), 20*sigma(t)).double()
+        return net(z, time, text[:, :3], text[:, 3, :2], return_dict=False)[0].detach()
+    for k, (at, t, v_c, v_empty, following) in enumerate(rows):
+        time = 19 - k*20//steps
+        after = sigma(19 - (k + 1)*20//steps) if k + 1 < steps else 0.
+        yes, no = v(z, time, text), v(z, time, empty.expand(3, -1, -1))
+        assert t.tolist() == [time]*3
+        close(at, z, rtol=1e-4)
+        close(v_c, yes, rtol=1e-4)
+        close(v_empty, no, rtol=1e-4)
+        z = z + (after - sigma(time))*(yes if distilled else no + guidance*(yes - no))
+        close(following, z, rtol=1e-4)
+    assert len(rows) == steps and sigma(19) == 1
+
+
+def test_the_layers_of_joint_attention():
+    "Each group written out for one block of each kind; what a UNet alone has is refused by name"
+    names = [f'transformer_blocks.0.attn.{n}.weight' for n in 'to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out'.split()]
+    names += ['single_transformer_blocks.0.attn.to_k.weight', 'transformer_blocks.0.ff.net.0.proj.weight', 'context_embedder.weight',
+              'time_text_embed.text_embedder.linear_1.weight', 'norm_out.linear.weight', 'proj_out.weight']
+    net = SimpleNamespace(config=SimpleNamespace(joint_attention_dim=4), named_parameters=lambda: [(n, n) for n in names])
+    expected = dict(kv=names[5:7], cross=names[4:8], attention=names[:9], all=names, **{'not-cross': names[:4] + names[8:11]})
+    for which, wanted in expected.items(): assert list(layers(net, which)) == wanted, which
+    with pytest.raises(UserError, match="params: 'self'.*no such layers"): layers(net, 'self')
+
+
+def test_a_view_is_a_unets_pipeline():
+    "Copies too; what it saves is a transformer's LoRA"
+    saved = []
+    pipe = SimpleNamespace(transformer='net', vae='vae', save_lora_weights=lambda *a, **kw: saved.append((a, kw)))
+    view = copy.copy(FlowView(pipe))
+    assert (view.unet, view.vae, hasattr(view, 'text_encoder_2')) == ('net', 'vae', False)
+    view.save_lora_weights('there', unet_lora_layers='weights')
+    assert saved == [(('there',), dict(transformer_lora_layers='weights'))]

@@ -63,12 +63,16 @@ def test_gamma_is_lowered_for_no_further_product():
 def test_powers_and_their_sum():
     H, g = symmetric(SPECTRA['mirror']), randn(N, seed=3)
     terms = [term for term, _ in zip(hypergrad.powers(lambda v: H @ v, g), range(6))]
-    for i, (v, length) in enumerate(terms):
-        close(g.norm()*length*v, torch.linalg.matrix_power(H, i) @ g, 1e-12)
+    for i, (v, _) in enumerate(terms):
+        close(g.norm()*hypergrad.next_term(terms, 1., i)*v, torch.linalg.matrix_power(H, i) @ g, 1e-12)
         assert v.norm().item() == pytest.approx(1)
     close(g.norm()*hypergrad.neumann(terms, .7), sum(torch.linalg.matrix_power(-.7*H, i) @ g for i in range(6)), 1e-12)
     assert hypergrad.next_term(terms, .7, 5) == pytest.approx((torch.linalg.matrix_power(.7*H, 5) @ g).norm().item()/g.norm().item())
     assert hypergrad.next_term(terms, .7, 6) is None
+    # a thousand terms of a small H and a large γ: neither power leaves the range of numbers
+    params, loss = quadratic(1e-3*H)
+    x, report = solve(MoreauOperator(loss, params, 990.), like(params), 'richardson', 3000, tol=1e-12)
+    assert report.products > 1000 and rel(x, [oracle(1e-3*H, 990., like(params))]) < 1e-9 and not report.fallback
     # nothing overflows into an exception
     params, loss = quadratic(H)
     x, report = solve(MoreauOperator(loss, params, 1e200), like(params), 'richardson')

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from resalign.baselines import (advunlearn, ca, eraseflow, esd, lcfdsd, meta_unlearning, modular_lora, other_losses,
-                                parts, pgu, safegen, salun, speed, stereo, uce)
+from resalign.baselines import (advunlearn, ca, eraseflow, esd, lcfdsd, meta_unlearning, methods, modular_lora,
+                                other_losses, parts, pgu, safegen, salun, speed, stereo, uce)
 from resalign.baselines.methods import METHODS, config_of, run_method
 from resalign.core.settings import Config, UserError
 from resalign.method.resalign import Method, ResAlignConfig, resalign
@@ -116,16 +116,22 @@ def test_a_method_is_run_with_its_settings_and_what_else_is_given(monkeypatch):
                      ((pipe, 'data', esd.ESDConfig(variant='u', seed=0)), {})]
 
 
-def test_a_transformer_is_for_algorithm_2_on_ascent_alone(monkeypatch):
-    pipe = SimpleNamespace(transformer=None)
+def test_what_a_transformer_is_for(monkeypatch):
+    "A method takes it as it is, as a UNet, by the map that reads captions, or not at all, which one line says"
+    pipe = SimpleNamespace(transformer=SimpleNamespace(context_embedder=None), text_encoder='own')
     assert run_method(pipe, None, 'original', {}) == dict(log=[], solves=[])
+    refused = set()
     for method in METHODS:
-        if method in ('original', 'ga', 'resalign', 'resalign-first-order'): continue
-        with pytest.raises(UserError, match=f'{method}: expected a pipeline with a UNet'):
-            run_method(pipe, None, method, {})
-    for method in 'ga', 'resalign', 'resalign-first-order': # these get further: to the data
-        with pytest.raises((AttributeError, UserError)) as e: run_method(pipe, None, method, {})
-        assert 'UNet' not in str(e.value)
+        try: taken = methods.for_method(pipe, method)
+        except UserError as e:
+            assert str(e).startswith(f'{method}: not defined on a rectified-flow transformer (SD3, FLUX): it')
+            refused.add(method)
+            continue
+        if taken is pipe: continue
+        assert taken.text_encoder == 'own' and (taken.unet is pipe.transformer) == (method not in methods.TEXT_MAPS)
+    assert set(methods.NO_FLOW) == refused & set(methods.NO_FLOW)
+    with pytest.raises(UserError, match='two tokenizers share a sequence'):
+        methods.for_method(SimpleNamespace(transformer=None, text_encoder_3='T5'), 'uce')
 
 
 with open(ROOT/'nbs/5_baselines/deviations.csv', newline='', encoding='utf-8') as f: LEDGER = list(csv.DictReader(f))
