@@ -108,6 +108,7 @@ def weights_gb(p:Profile, full:bool) -> float:
     else: unet = 4 + 2 if full else 2
     return (unet + OTHERS*4)*p.parameters
 
+# %% ../../nbs/7_real/20_doctor.ipynb #e047fc1a
 def activations_gb(p:Profile, pictures:int, full:bool, exact=False) -> float:
     one = p.picture_gb*(1 if p.precision == 'float32' else .5)*(FULL if full else 1.)
     if exact: return EXACT*one*pictures
@@ -123,6 +124,7 @@ def training_gb(p:Profile, ft:FinetuneConfig, kept=0) -> float: # kept: vectors 
     step = max(activations_gb(p, pictures, full), vector + .3*activations_gb(p, 1, False)*full)
     return weights_gb(p, full) + step + (kept + moments)*vector
 
+# %% ../../nbs/7_real/20_doctor.ipynb #55103cf9
 def simulation_gb(p:Profile, config, ft:FinetuneConfig) -> float:
     "The peak of a simulated fine-tuning and of the solve at its end"
     full, exact = ft.algorithm == 'full', config.solver != 'identity' and config.product == 'exact'
@@ -142,6 +144,7 @@ def simulations(config) -> list: # of FinetuneConfig
     drawn = itertools.product(pool.algorithm, pool.optimizer, pool.prior_weight)
     return [FinetuneConfig(algorithm=a, optimizer=o, prior_weight=w, batch=pool.batch) for a, o, w in drawn]
 
+# %% ../../nbs/7_real/20_doctor.ipynb #6f3a086f
 def memory_figures(p:Profile) -> dict: # what -> GB
     "The peak of every simulated fine-tuning and of every fine-tuning of a profile"
     out = {}
@@ -172,6 +175,7 @@ def with_method(p:Profile, algorithm=None, **changes) -> Profile:
         return new
     return p.model_copy(update=dict(unlearn={m: changed(dict(v)) for m, v in p.unlearn.items()}))
 
+# %% ../../nbs/7_real/20_doctor.ipynb #739a72ce
 def what_fits(p:Profile, memory:float) -> str:
     "The settings with which the profile fits: none that doesn't help"
     needed, asked = max(memory_figures(p).values()), []
@@ -241,6 +245,7 @@ def repository_kind(what:str) -> str:
     "Model or dataset, as the hub calls it"
     return 'model' if what in ('base', 'weights') or what.startswith('evaluators.') else 'dataset'
 
+# %% ../../nbs/7_real/20_doctor.ipynb #16f622f3
 def fetch_command(what:str, s:Source) -> str:
     "How to get a source"
     if s.kind == 'package': return f'pip install "{s.path[4:]}"'
