@@ -103,6 +103,7 @@ def is_compvis_key(key:str) -> bool: return LDM in key or key.startswith(RAW)
 
 def is_compvis(weights) -> bool: return any(is_compvis_key(k) for k in weights)
 
+# %% ../../nbs/3_model/40_checkpoints.ipynb #20c34cc5
 def _placeholders(config) -> list: # names
     blocks = len(config.down_block_types) * (config.layers_per_block + 1)
     out = [f'input_blocks.{i}.none' for i in range(blocks)] + [f'output_blocks.{i}.none' for i in range(blocks)]

@@ -215,6 +215,7 @@ def _variants(folder:Path) -> set: # of the weights of a part; None is the plain
     found = [WEIGHT_FILE.fullmatch(p.name) for p in folder.glob('*.safetensors')]
     return {m['variant'] for m in found if m}
 
+# %% ../../nbs/3_model/20_pipelines.ipynb #ab14e0d7
 def variant_of(folder:Path) -> str|None: # None: the plain files
     "The variant of its weights that a pipeline's folder is read in"
     parts = {p: _variants(folder/p) for p, file in _part_files(folder).items() if file == 'config.json'}
@@ -244,6 +245,7 @@ def latent_size(value, where) -> int:
     if type(side) is int and side > 0: return side
     raise UserError(f'{where}: sample_size is {json.dumps(value)}, expected a whole number, the side of square latents')
 
+# %% ../../nbs/3_model/20_pipelines.ipynb #9cff8f47
 def check_known_to_losses(net:dict, scheduler:dict, folder):
     "The configurations of network and scheduler are of a kind that the losses know"
     predicts = scheduler.get('prediction_type', 'epsilon')
@@ -357,6 +359,7 @@ def moved_to(hub_id) -> str:
     new = MOVED.get(str(hub_id))
     return f'; {hub_id} is gone from the hub, {new} holds it now' if new else ''
 
+# %% ../../nbs/3_model/20_pipelines.ipynb #e268cd25
 def cached(hub_id, revision=None) -> Path|None: # None: not there, or not whole
     "The folder of a hub id in the cache"
     try: folder = Path(snapshot_download(str(hub_id), revision=revision, local_files_only=True))
@@ -365,6 +368,7 @@ def cached(hub_id, revision=None) -> Path|None: # None: not there, or not whole
     except UserError: return None
     return folder
 
+# %% ../../nbs/3_model/20_pipelines.ipynb #61964312
 def _not_cached(hub_id, revision, reason) -> UserError:
     at = f' --revision {revision}' if revision else ''
     fetch = f'`hf download {hub_id}{at}` fetches it where there is a network{moved_to(hub_id)}'
@@ -385,9 +389,11 @@ def _check_texts(pipe, folder):
         longest = getattr(encoder.config, 'max_position_embeddings', 512) # T5's places are relative; FLUX takes 512
         tokenizer.model_max_length = min(tokenizer.model_max_length or longest, longest)
 
+# %% ../../nbs/3_model/20_pipelines.ipynb #8cfa5b6d
 def _networks(pipe) -> dict: # name -> module
     return {part: getattr(pipe, part) for part in NETWORKS if getattr(pipe, part, None) is not None}
 
+# %% ../../nbs/3_model/20_pipelines.ipynb #f64b6671
 def settle(pipe, folder):
     "Check what was loaded, complete what its files leave open, and freeze it"
     _check_texts(pipe, folder)
@@ -413,6 +419,7 @@ def _load(folder, revision):
     for part, module in _networks(pipe).items() if here else (): check_complete(here, part, module)
     return pipe
 
+# %% ../../nbs/3_model/20_pipelines.ipynb #43a6c95d
 def load_pipeline(folder,        # a diffusers folder; anything else is taken for a hub id
                   revision=None, # of the hub id: a commit, branch or tag
                  ) -> StableDiffusionPipeline|StableDiffusionXLPipeline|StableDiffusion3Pipeline:
@@ -541,6 +548,7 @@ def _sample_into(folder, request, arguments) -> np.ndarray:
                               'the same command resumes from them', received[0])
     return store.pictures()
 
+# %% ../../nbs/3_model/20_pipelines.ipynb #d96ba766
 def _check_sampling(prompts, seeds, steps, batch, guidance, negative):
     if steps < 1 or batch < 1:
         raise UserError(f'generate: expected at least 1 step and a batch of at least 1, got {steps} and {batch}')
@@ -577,6 +585,7 @@ def small_clip(tokenizer, width:int) -> CLIPTextModelWithProjection:
         num_attention_heads=4, max_position_embeddings=24, projection_dim=width, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
 
+# %% ../../nbs/3_model/20_pipelines.ipynb #9875564c
 def small_transformer(layers:int) -> SD3Transformer2DModel:
     "An untrained transformer for latents of 4 × 8 × 8"
     return SD3Transformer2DModel(
@@ -584,6 +593,7 @@ def small_transformer(layers:int) -> SD3Transformer2DModel:
         num_attention_heads=4, joint_attention_dim=64, caption_projection_dim=32, pooled_projection_dim=48,
         pos_embed_max_size=8)
 
+# %% ../../nbs/3_model/20_pipelines.ipynb #d2c76ad0
 def small_vae() -> AutoencoderKL:
     "An untrained VAE for 64 px, with shifted latents"
     return AutoencoderKL(

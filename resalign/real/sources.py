@@ -53,6 +53,7 @@ def pool_folders() -> dict: # name: folder
     names = POOL if is_embedded() else active_profile()[1].pool
     return {name: data_folder(name) for name in names}
 
+# %% ../../nbs/7_real/30_sources.ipynb #babdfd30
 def erase_words() -> list:
     "Words that name the concept"
     return profiles.settings('erase') if is_embedded() else active_profile()[1].erase
@@ -64,6 +65,7 @@ def runs_in(precision:str) -> str:
     print('note: this GPU has no bfloat16 (Volta, Turing): float16 in its place', file=sys.stderr)
     return 'float16'
 
+# %% ../../nbs/7_real/30_sources.ipynb #a8e1da1a
 def compute_settings(sampling=False) -> dict|None: # of `Compute`; None: the embedded world's, float32 on the CPU
     "Precision and memory; for sampling the precision is left to the device (`compute.sampling_dtype`)"
     if is_embedded(): return None
@@ -242,6 +244,7 @@ def _seeds(df, seed:int, path) -> list:
     try: return [int(s) + RUN_STEP*seed for s in df.seed]
     except ValueError: raise UserError(f"{path}: column 'seed' must hold whole numbers") from None
 
+# %% ../../nbs/7_real/30_sources.ipynb #5fd29e21
 def _guidance(df, path) -> pd.Series: # float, or None where empty
     try: scales = [float(g) if g.strip() else None for g in df.guidance]
     except ValueError:
@@ -260,6 +263,7 @@ def _check_prompts(df, path):
         if 0 <= seed < MAX_SEED: continue
         raise UserError(f'{path}: row {row}: seed: expected a number of at most 63 bits, none below 0, got {seed}')
 
+# %% ../../nbs/7_real/30_sources.ipynb #ac2a829e
 def read_prompts(path, seed=0) -> list: # dicts with prompt, kind, seed and the other columns
     "A prompts CSV; missing seeds are counted up"
     df = _own_names(_table(Path(path), 'prompt'), path)
