@@ -1,7 +1,7 @@
 # The names of stages, all in one place. SOURCES are data that no stage makes (`data.dvc`, never `data`: beside other targets
 # dvc 3.67 silently leaves those out); RESTORED are stages whose outputs come out of the committed store.
 SOURCES  := $(wildcard data.dvc)
-RESTORED := base evaluators
+RESTORED := base evaluators emoji_base emoji_evaluators
 STUDIES  := tuning table scores resurgence adversaries contamination ablation landscape attack phenomenon solvers claims
 
 # Tests side by side: one a core, unless told otherwise (make test LANES=1)
@@ -26,12 +26,12 @@ export DVC_NO_ANALYTICS := 1
 unexport PYTHONPATH PYTHONHOME JUPYTER_PATH
 
 # Nothing here asks a model hub for anything; real profiles do, and are run by `dvc` directly
-OFFLINE := test test-faults mutants reproduce table figures reproduce-all bench bench-gpu readme
+OFFLINE := test test-faults mutants reproduce table figures reproduce-all bench bench-gpu readme docs
 $(OFFLINE): export HF_HUB_OFFLINE := 1
 $(OFFLINE): export TRANSFORMERS_OFFLINE := 1
 $(OFFLINE): export MPLBACKEND := agg
 
-.PHONY: help env sources restore reproduce table figures reproduce-all bench bench-gpu test test-faults mutants readme lab clean
+.PHONY: help env sources restore reproduce table figures reproduce-all bench bench-gpu test test-faults mutants readme docs lab clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -105,6 +105,9 @@ mutants: restore ## small faults, one at a time: do the fast tests notice? (unde
 
 readme: env ## README.md from nbs/index.ipynb
 	@$(BIN)/python tools/readme.py
+
+docs: env ## the site, under _docs/html: all pages, the ledger, an explorer of results; needs no network, opens from the disk
+	@$(BIN)/python tools/docs.py
 
 lab: env ## JupyterLab on the pages
 	@cd nbs && $(BIN)/jupyter lab index.ipynb

@@ -1,17 +1,21 @@
 """The commands from end to end, what they say about bad input, and how they end."""
 
-import csv, json, os, shutil, subprocess, sys
+import csv, json, os, re, shutil, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
 
 import pandas as pd, pytest, torch, transformers
 from diffusers import StableDiffusionPipeline
+from huggingface_hub import ModelCard, metadata_load
 
+from compvis import single_file, small
 from resalign.use import batch
 from resalign.use import cli
+from resalign.use import jobs
+from resalign.use import publish
 from resalign.real import doctor
 from resalign.core.runs import Stopped
-from resalign.core.settings import UserError
+from resalign.core.settings import UserError, params
 from resalign.model.data import read_captions
 from resalign.baselines.methods import METHODS
 from resalign.model.pipelines import PretrainConfig, build_pipeline, save_pipeline
@@ -124,10 +128,9 @@ def test_the_entry_points(made):
     lines = done.stderr.strip().splitlines()
     assert (
         done.returncode == 2
-        and len(lines) == 2
-        and lines[0].startswith('warning: no --config')
-        and lines[1].startswith('resalign-unlearn: error: ')
-        and 'model_index.json' in lines[1]
+        and len(lines) == 1 # without a warning: the package carries its defaults
+        and lines[0].startswith('resalign-unlearn: error: ')
+        and 'model_index.json' in lines[0]
         and not done.stdout
     )
 
@@ -254,7 +257,7 @@ def safe(made, tmp_path_factory):
             ],
         )
         lines = []
-        m.setattr('builtins.print', lambda *a, **kw: lines.append(' '.join(map(str, a))))
+        m.setattr('builtins.print', lambda *a, file=None, **kw: None if file else lines.append(' '.join(map(str, a))))
         cli.unlearn()
     return tmp / 'safe', lines
 
@@ -363,6 +366,130 @@ def test_finetune_and_evaluate(safe, made, tmp_path, call):
     assert (record['steps'], record['seed'], list(record['evaluators'])) == (2, 1, ['wiring', 'reader']) and (
         tmp_path / 'scores/sheet.png'
     ).is_file()
+    page = (tmp_path / 'scores/report.html').read_text()
+    assert 'report.html' in out and rows[0]['prompt'] in page and page.count('data:image/jpeg') == 6
+    again = ('evaluate', tmp_path / 'tuned', made / 'prompts.csv', EVALUATORS, tmp_path / 'scores')
+    status, _, err = call(*again, '--before', made / 'unsafe')
+    assert status == 2 and 'expected a folder that resalign-evaluate wrote' in err
+    status, _, err = call(*again, '--before', tmp_path / 'scores')
+    assert status == 2 and 'is, or holds, the input' in err
+
+
+# ------------------------------------------------------------------ before a long run, and after it
+
+
+def test_a_dry_run_writes_nothing(work, call, monkeypatch):
+    "Time, memory and an estimate for all steps, from one step on two pictures"
+    monkeypatch.chdir(work)
+    state = lambda: {p: p.is_file() and p.stat().st_mtime_ns for p in work.rglob('*')}
+    before = state()
+    status, out, err = call(*unlearn(work, '--dry', '--set', 'steps=500'))
+    said = dict(line.split('  ', 1) for line in out.splitlines())
+    assert status == 0 and state() == before, err
+    assert [*said] == ['device', 'loading', 'encoding', 'before the steps', 'one step', 'memory', 'the whole run']
+    assert '22 pictures' in said['encoding'] and 'simulated fine-tunings of ' in said['one step']
+    assert 'GB at most' in said['memory'] and said['the whole run'].endswith('for 500 steps')
+    words = params('erase', ROOT / 'params.yaml')
+    found = jobs.dry_run(work / 'base', work / 'unsafe', work / 'retain', 'uce', erase=words)
+    assert found['steps'] == 1 and found['whole'] >= found['step'] > 0  # in closed form
+
+
+def test_one_file(made, tmp_path, call):
+    """Names and numbers are those of a published checkpoint of this kind; diffusers reads the file that the command
+    writes, and draws the same picture"""
+    wrong = {}
+    for kind in ('v1', 'v2', 'xl'):
+        (tmp_path / kind).mkdir()
+        pipe = small(kind, tmp_path / kind)
+        pipe.save_pretrained(tmp_path / kind / 'folder')
+        ours, theirs = publish.single_file(tmp_path / kind / 'folder'), single_file(pipe, kind)
+        unread = ('position_ids', 'betas', 'alphas_cumprod', 'logit_scale')
+        nobodys = [k for k in theirs if k.endswith(unread)]
+        nobodys += [k for k in theirs if kind == 'v2' and re.search(r'resblocks\.23\.|\.text_projection$', k)]
+        lost = theirs.keys() - ours.keys() - set(nobodys)
+        wrong[kind] = [*lost, *(ours.keys() - theirs.keys()), *(k for k in ours if not torch.equal(ours[k], theirs[k]))]
+    assert not any(wrong.values()), wrong
+    command, *inputs = unlearn(made)[:4]
+    status, out, err = call(command, *inputs, tmp_path / 'out', '--method', 'ga', *QUICK, '--single-file')
+    assert status == 0 and '*.safetensors' in out, err
+    one = StableDiffusionPipeline.from_single_file(
+        str(tmp_path / 'out/out.safetensors'),
+        config=str(tmp_path / 'out'),
+        local_files_only=True,
+        dtype=torch.float32,
+        safety_checker=None,
+        feature_extractor=None,
+    )
+    many = StableDiffusionPipeline.from_pretrained(tmp_path / 'out', dtype=torch.float32)
+    pictures = []
+    for pipe in one, many:
+        pipe.set_progress_bar_config(disable=True)
+        noise = torch.Generator().manual_seed(0)
+        pictures.append(pipe('a robot', num_inference_steps=2, output_type='np', generator=noise).images)
+    assert (pictures[0] == pictures[1]).all() and pictures[0].std() > 0
+
+
+def test_to_the_hub(made, safe, call, monkeypatch):
+    "Offline, without a token, or where the hub refuses it: one line, before anything is computed"
+    asked = []
+    monkeypatch.setattr(jobs, 'unlearn', lambda *a: asked.append(a))
+    monkeypatch.setattr('resalign.unlearn', lambda *a: asked.append(a), raising=False)
+    line = unlearn(made, '--push', 'me/safe')
+
+    def refused(words, line=line):
+        status, out, err = call(*line)
+        assert (status, out, asked) == (2, '', []) and err.count('\n') == 1 and words in err, err
+
+    refused("--push: 'safe': expected OWNER/NAME", unlearn(made, '--push', 'safe'))
+    refused('offline')
+    monkeypatch.setattr(publish.constants, 'is_offline_mode', lambda: False)
+    monkeypatch.setattr(publish, 'get_token', lambda: None)
+    refused('no token')
+    monkeypatch.setattr(publish, 'get_token', lambda: 'hf_x')
+    done = []
+
+    class Hub:
+        def whoami(self):
+            if not done:
+                raise OSError('401\nInvalid token')
+
+        def create_repo(self, repo, **kw):
+            done.append((repo, kw))
+
+        def upload_folder(self, **kw):
+            done.append(kw)
+
+    monkeypatch.setattr(publish, 'HfApi', Hub)
+    refused('401 Invalid token')
+    assert publish.push(safe[0], 'me/safe').endswith('/me/safe')
+    assert done[0] == ('me/safe', dict(private=True, exist_ok=True)) and done[1]['folder_path'] == str(safe[0])
+    Hub.upload_folder = lambda self, **kw: 1 / 0
+    with pytest.raises(UserError, match='is written, but not uploaded'):
+        publish.push(safe[0], 'me/safe')
+
+
+def test_the_card_as_the_hub_reads_it(safe, tmp_path):
+    "huggingface_hub reads back what was measured: values, intervals, detectors; what could not be measured is absent"
+    scores, folder = tmp_path / 'scores', tmp_path / 'safe'
+    scores.mkdir()
+    shutil.copytree(safe[0], folder)
+    about = dict(nudenet=['3', 'ab' * 32, 0.45], inception=['1', 'cd' * 32, None])
+    record = dict(pipeline='x', prompts='a b/my: prompts.csv', steps=1, guidance=1.0, seed=0, evaluators=about)
+    (scores / 'record.json').write_text(json.dumps(record))
+    (scores / 'summary.csv').write_text(
+        'metric,value,low,high,n,detector\nIP,0.125,0.05,0.25,48,nudenet\nFID,31.5,,,48,inception\nUS,,,,48,nudenet\n'
+    )
+    jobs.write_card(folder, scores)
+    card = ModelCard.load(folder / 'README.md')
+    assert (card.data.library_name, card.data.pipeline_tag) == ('diffusers', 'text-to-image')
+    found = {r.metric_type: r for r in card.data.eval_results}
+    assert {k: r.metric_value for k, r in found.items()} == dict(IP=0.125, FID=31.5)
+    assert found['IP'].metric_args == dict(ci95_low=0.05, ci95_high=0.25, threshold=0.45, n=48, detector='nudenet')
+    assert found['FID'].metric_args == dict(n=48, detector='inception')
+    assert found['IP'].dataset_name == 'my-prompts.csv' and 'Residual risk' in card.text
+    again = ModelCard(str(card))
+    assert again.data.to_dict() == card.data.to_dict() and metadata_load(folder / 'README.md') == card.data.to_dict()
+    assert not ModelCard.load(safe[0] / 'README.md').data.eval_results
 
 
 def test_pretrain(made, tmp_path, call):
@@ -377,6 +504,7 @@ def test_pretrain(made, tmp_path, call):
 
 def test_defaults_without_params_yaml_are_announced(work, call, monkeypatch):
     monkeypatch.chdir(work)
+    (work / 'params.yaml').write_text('profile: tiny\nprofiles: {tiny: {size: 64}}\n') # no section of ga
     status, _, err = call('unlearn', 'base', 'unsafe', 'retain', 'out', '--method', 'ga')
     assert status == 0 and 'warning: no --config' in err and 'unlearn.ga' in err
 
@@ -553,7 +681,7 @@ def test_bad_input(made, tmp_path, call):
         state = lambda: {p: p.is_file() and p.stat().st_mtime_ns for p in w.rglob('*')}
         before, args = state(), line(w)
         status, _, err = call(*args)
-        last = err.strip().splitlines()
+        last = [l for l in err.strip().splitlines() if not l.startswith('warning: ')] # of captions that are cut off
         if (
             status != 2
             or len(last) != 1

@@ -269,8 +269,8 @@ def test_the_machine(monkeypatch, tmp_path):
         torch.cuda, 'get_device_properties', lambda i: SimpleNamespace(name='A card', total_memory=24_000_000_000)
     )
     assert device_memory() == ('A card', 24.0) and (state(memory_gb=24), state(memory_gb=24.001)) == ('ok', 'missing')
-    for able, states in ((True, ['ok']), (False, ['ok', 'missing'])):
-        monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda: able)
+    for able, states in ((True, ['ok']), (False, ['ok', 'note'])):
+        monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: able or including_emulation)
         assert [f.state for f in check_device(Profile(memory_gb=16, precision='bfloat16'))] == states and [
             f.state for f in check_device(Profile(memory_gb=16, precision='float16'))
         ] == ['ok']

@@ -78,6 +78,11 @@ def test_plain_code():
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
+    # modules: no name that is undefined, or hidden by a star import
+    done = subprocess.run([sys.executable, '-m', 'ruff', 'check', '--isolated', '--no-cache', '--output-format', 'concise',
+                           '--select', 'F403,F405,F821,F822', 'resalign'], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
     # cells are short and plain: Exported cells: 25 lines at most, 10 in the mean; nowhere a conditional expression
     # inside another
     wrong, length = [], []

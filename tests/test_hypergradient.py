@@ -1,4 +1,7 @@
 """The hypergradient over many systems: properties (hypothesis), torch's gradcheck through the argmin, curvlinops."""
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -146,3 +149,35 @@ def test_cuda_gives_the_same_answer():
         x, report = solve(MoreauOperator(loss_there, there, .1, product), [t.cuda() for t in g], 'cg', 30, tol=1e-12)
         assert x[0].is_cuda and rel([t.cpu() for t in x], [oracle(H, .1, g)]) < 1e-6
     assert torch.equal(states[0], torch.get_rng_state()) and torch.equal(states[1], torch.cuda.get_rng_state())
+
+
+# ------------------------------------------------------------------ several processes
+
+RANK = '''
+import sys, torch
+from resalign.method.hypergrad import FallbackBudget, SolveReport, TooManyFallbacks
+rank, meeting = int(sys.argv[1]), sys.argv[2]
+torch.distributed.init_process_group('gloo', init_method=f'file://{meeting}', rank=rank, world_size=2)
+budget = FallbackBudget(share=.5, least=6)
+bad = SolveReport('cg', 'exact', 1., 1., fallback=True, reason='saddle seen by rank 1')
+good = SolveReport('cg', 'exact', 1., 1.)
+try:
+    for step in range(9):
+        for j in range(1 + rank): budget.count(bad if rank else good) # rank 1 has two solves a step, both fall back
+        budget.agree()
+        print(f'step {step}: {budget.fallbacks} of {budget.solves}', flush=True)
+except TooManyFallbacks as e: print(e, flush=True)
+torch.distributed.barrier() # neither waits for the other
+'''
+
+def test_processes_stop_together(tmp_path):
+    "One of two falls back: both stop after the same step, with the same words, and neither waits"
+    run = lambda rank: subprocess.Popen([sys.executable, '-c', RANK, str(rank), str(tmp_path/'meeting')], text=True,
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    ranks = [run(0), run(1)]
+    said = [p.communicate(timeout=120) for p in ranks]
+    assert [p.returncode for p in ranks] == [0, 0], said
+    (one, _), (two, _) = said
+    assert one == two and one.splitlines() == [
+        'step 0: 2 of 3',
+        '4 of 6 solves fell back to x = g, more than 50% of them; the latest report says: saddle seen by rank 1']

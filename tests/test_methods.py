@@ -6,6 +6,8 @@ import re
 import signal
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from diffusers import PNDMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -17,6 +19,7 @@ from resalign.world import scenes as world
 from resalign.baselines import advunlearn, uce
 from resalign.baselines.parts import changed_params, demo, demo_data
 from resalign.core.runs import Stopped
+from resalign.core.settings import UserError
 from resalign.model.data import embed
 from resalign.model.losses import Denoiser
 from resalign.baselines.methods import METHODS, run_method
@@ -65,12 +68,12 @@ def sdxl_shaped(world_of_demo, tmp_path_factory):
 
 CLASSES = { # which of the UNet's parameters move, and by which methods; `words`: the text encoder's
     'cross': (r'\.attn2\.', ['esd-x']),
-    'not-cross': (r'^(?!.*attn2)(?!time_embedding|conv_out|conv_norm_out)', ['esd-u']),
-    'kv': (r'attn2\.to_[kv]\.weight$', ['ca', 'rece']),
+    'not-cross': (r'^(?!.*attn2)(?!time_embedding|conv_out|conv_norm_out)', ['esd-u', 'stereo']),
+    'kv': (r'attn2\.to_[kv]\.weight$', ['ca', 'rece', 'speed']),
     'self': (r'\.attn1\.', ['safegen']),
     'all': ('', ['lcfdsd-ng', 'salun', 'meta-unlearning-sdd']),
     'linear': (r'attn[12]\.to_(q|k|v|out\.0)\.weight$',
-               ['pgu', 'modular-lora', 'resalign', 'resalign-esd', 'ca-retain']),
+               ['pgu', 'modular-lora', 'resalign', 'resalign-esd', 'ca-retain', 'eraseflow']),
     'words': (r'^$', ['advunlearn'])}
 WORDS = r'(^|\.)(encoder|final_layer_norm)\.'
 
@@ -82,6 +85,7 @@ def check_what_moves(shaped, what, method):
     base, data = shaped
     pipe, out = copy.deepcopy(base), {}
     small = dict(batch=2) if 'batch' in METHODS[method].config.model_fields else {}
+    if method == 'speed': small = dict(fixed='start') # the empty prompt has more tokens than this layout is wide
     changed = changed_params(pipe.unet, lambda: out.update(run_method(pipe, data, method, small, 0)))
     expected = names(pipe.unet, CLASSES[what][0])
     # gradient descent leaves alone how the one pixel of the middle attends to itself
@@ -154,7 +158,9 @@ RESUMED = { # what a run has beside weights and moments
     'salun': {},                    # the mask
     'lcfdsd-ng': {},                # centres and a schedule
     'meta-unlearning-sdd': {},      # a moving average
-    'advunlearn': dict(warm_up=1)}  # the text encoder
+    'advunlearn': dict(warm_up=1),  # the text encoder
+    'stereo': dict(variant='x', rounds=1), # words, searched again
+    'eraseflow': dict(flow_lr=2e-3)} # an adapter and log Z
 
 
 @each('method', RESUMED)
@@ -194,6 +200,30 @@ def test_a_module_is_merged_into_what_was_fine_tuned(given, tmp_path):
     w0, safe, ft, both = (u.get_parameter(name).double() for u in (start.unet, modular.unet, plain, merged))
     assert (safe - w0).abs().max() > 1e-6
     torch.testing.assert_close(both, ft + safe - w0, rtol=0, atol=2e-3*float(w0.abs().max())) # float16 on disk
+
+
+def test_a_detector_and_validation_prompts_reach_the_methods_that_look(given, tmp_path):
+    pipe, _ = given
+    save_pipeline(pipe, tmp_path/'base')
+    for name in ('unsafe', 'retain'): world.write_set(tmp_path/name, world.scenes(name, 3))
+    seen = []
+    class Detector:
+        threshold = .7
+        def __call__(self, pictures):
+            seen.append(pictures.shape)
+            return np.arange(1, len(pictures) + 1)/len(pictures) # the last of any is unsafe
+        def __repr__(self): return 'demo detector'
+    asked = dict(detector=Detector(), validation=[('a red robot', 1), ('a robot', 2), ('a blue robot', 3)],
+                 erase=[' with exposed wiring', ' with its wires showing', ' with an open chest full of wires'])
+    resalign.unlearn(tmp_path/'base', tmp_path/'unsafe', tmp_path/'retain', tmp_path/'out', 'rece',
+                     dict(sampling_steps=2), **asked)
+    log = pd.read_csv(tmp_path/'out/log.csv')
+    assert log.unsafe.tolist() == pytest.approx([1/3]*2) and log.kept.tolist() == [True, False]
+    assert seen == [(3, 64, 64, 3)]*2
+    record = json.loads((tmp_path/'out/record.json').read_text())
+    assert record['detector'] == 'demo detector' and record['validation'][0] == ['a red robot', 1]
+    with pytest.raises(UserError, match='safegen: unsafe picture 2 '):
+        resalign.unlearn(tmp_path/'base', tmp_path/'unsafe', tmp_path/'retain', tmp_path/'no', 'safegen', **asked)
 
 
 def test_writing_a_method_takes_less_than_forty_lines():

@@ -104,7 +104,10 @@ def test_every_profile_holds_settings_that_its_classes_know():
 RELEASED = '''
     d3/1e-4/20/gd d2/1e-4/5/gd/DreamBooth d1/1e-4/30/gd d2/1e-4/5/adam d3/1e-4/5/gd
     d1/1e-4/30/adam d2/1e-5/30/gd d3/1e-5/5/gd d1/1e-5/10/gd d2/1e-4/10/gd
-    d3/1e-5/10/adam d3/1e-5/30/gd d3/1e-6/20/gd d2/1e-5/10/adam d3/1e-6/5/adam/full'''
+    d3/1e-5/10/adam d3/1e-5/30/gd d3/1e-6/20/gd d2/1e-5/10/adam d3/1e-6/5/adamw/full'''
+
+
+ADDED = 'solver product tol clamp longer clip batches full_as alpha_curve fallback_share pool' # by us, in sd14-light
 
 
 def test_the_papers_profiles():
@@ -128,7 +131,10 @@ def test_the_papers_profiles():
         c.alpha,
         c.alpha_end,
         c.longer,
-    ) == (1.6, 2.0, 'skip')
+    ) == (1.6, 2.0, 'halve')
+    assert (c.alpha_curve, c.clip, c.batches, c.inner, c.full_as, c.pool.distinct) == (
+        'released', None, 'simulation', 'own', 'factors', True)
+    assert not (c.anchor or c.found_steps or any(c.pool.unsafe) or c.pool.still)
     assert [(f.folder, f.lr, f.steps, f.optimizer, f.prior_weight, f.algorithm) for f in c.pool.listed] == [
         (d, lr, n, o, float('DreamBooth' in more), 'full' if 'full' in more else 'lora')
         for d, lr, n, o, *more in (l.split('/') for l in RELEASED.split())
@@ -149,13 +155,13 @@ def test_the_papers_profiles():
         and p.prompts['IP'].category == 'sexual'
     )
 
-    # light differs in solver pool and precision alone
+    # light differs in what was added
     a, b = (config_of('resalign', settings('unlearn.resalign', n)).model_dump() for n in ('sd14-paper', 'sd14-light'))
-    assert {k for k in a if a[k] != b[k]} == {'solver', 'product', 'tol', 'clamp', 'fallback_share', 'pool'} and (
+    assert {k for k in a if a[k] != b[k]} == set(ADDED.split()) and (
         b['solver'],
         b['product'],
     ) == ('cg', 'fd-forward')
-    assert {k for k in a['pool'] if a['pool'][k] != b['pool'][k]} == {'algorithm', 'still'}
+    assert {k for k in a['pool'] if a['pool'][k] != b['pool'][k]} == {'algorithm', 'still', 'distinct'}
     assert profile_of('sd14-light').precision == 'bfloat16' and profile_of('sd14') == profile_of('sd14-light')
 
 

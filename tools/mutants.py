@@ -45,7 +45,8 @@ MEMORY = 12*2**30 # bytes that a mutant may ask for
 
 # module -> files of its fast tests; a baseline's is called like the baseline
 MODULES = {
-    'method/hypergrad': ['test_hypergrad.py'], 'method/resalign': ['test_meta.py'],
+    'method/hypergrad': ['test_hypergrad.py', 'test_hypergrad_safe.py', 'test_hypergrad_adjoint.py'],
+    'method/resalign': ['test_meta.py'],
     'method/finetune': ['test_finetune.py', 'test_adversaries.py'], 'core/training': ['test_training.py'],
     'model/losses': ['test_losses.py', 'test_flow.py'], 'model/data': ['test_data.py'],
     'measure/metrics': ['test_metrics.py'], 'studies/claims': ['test_claims.py']}

@@ -37,10 +37,10 @@ class AdvUnlearnConfig(Config):
     seed:int = 0
 
 # %% ../../nbs/5_baselines/90_advunlearn.ipynb #a546d9a1
-def token_ids(pipe, captions:list, prefix:bool) -> torch.Tensor: # (n, length)
+def token_ids(pipe, captions:list, prefix:bool, method='advunlearn') -> torch.Tensor: # (n, length)
     "Token ids; with `prefix`, one position after the start token is left for it"
     if hasattr(pipe, 'text_encoder_2'):
-        raise UserError('advunlearn: expected a pipeline with one text encoder, this one has two (SDXL), for which '
+        raise UserError(f'{method}: expected a pipeline with one text encoder, this one has two (SDXL), for which '
                         'the method is not defined')
     ids = tokenize(pipe, captions, spare=int(prefix)).input_ids.to(pipe.text_encoder.device)
     return torch.cat([ids[:, :1], ids[:, 1:2], ids[:, 1:]], 1) if prefix else ids

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRAINED_LAYERS', 'METHODS', 'ESDConfig', 'esd_target', 'choose_captions', 'trajectory_bank', 'partial_samples',
-           'frozen_denoiser', 'batches', 'esd']
+           'frozen_denoiser', 'batches', 'erase_texts', 'esd']
 
 # %% ../../nbs/5_baselines/10_esd.ipynb #446510c2
 import copy
@@ -16,6 +16,7 @@ from pydantic import Field
 from .parts import epsilon, fit, guided_ddim, layers
 from ..core.runs import generator
 from ..core.settings import Config
+from ..core.training import OPTIMIZERS
 from ..method.resalign import Method, UnlearnData
 from ..model.data import embed
 from ..model.losses import Denoiser
@@ -88,15 +89,21 @@ def batches(model:Denoiser, text, empty, config:ESDConfig): # random generator -
         return {k: v[i] for k, v in bank.items()}
     return from_bank
 
-def esd(pipe, data:UnlearnData, config:ESDConfig=ESDConfig(), checkpoint=None, save_adapter=None) -> dict:
-    "Erase what `data.unsafe_captions` name; the pipeline's UNet is changed in place"
-    model = Denoiser(pipe)
-    batch = batches(model, embed(pipe, choose_captions(data, config)), embed(pipe, ['']), config)
+# %% ../../nbs/5_baselines/10_esd.ipynb #esd-erase
+def erase_texts(model:Denoiser, text, empty, config:ESDConfig, name:str, optimizer=OPTIMIZERS['adam'],
+                checkpoint=None) -> dict: # log, solves
+    "Train the layers of the variant to steer away from what `text` (n, tokens, width) says"
+    batch = batches(model, text, empty, config)
     def loss(step):
         b = batch(generator(config.seed, 'esd', step))
         return (epsilon(model, b['z_t'], b['t'], b['text']) - b['target']).square().mean()
-    params = list(layers(pipe.unet, TRAINED_LAYERS[config.variant]).values())
-    return fit(f'esd-{config.variant}', pipe.unet, params, loss, config.steps, config.lr, checkpoint=checkpoint)
+    params = list(layers(model.unet, TRAINED_LAYERS[config.variant]).values())
+    return fit(name, model.unet, params, loss, config.steps, config.lr, optimizer, checkpoint=checkpoint)
+
+def esd(pipe, data:UnlearnData, config:ESDConfig=ESDConfig(), checkpoint=None, save_adapter=None) -> dict:
+    "Erase what `data.unsafe_captions` name; the pipeline's UNet is changed in place"
+    text, empty = embed(pipe, choose_captions(data, config)), embed(pipe, [''])
+    return erase_texts(Denoiser(pipe), text, empty, config, f'esd-{config.variant}', checkpoint=checkpoint)
 
 # %% ../../nbs/5_baselines/10_esd.ipynb #mth_esd1
 METHODS = {

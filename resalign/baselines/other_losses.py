@@ -25,9 +25,18 @@ class TargetLoss:
 
     def target(self, model, row): return row['target']
 
-    def __call__(self, model:Denoiser, i, margin=None) -> torch.Tensor: # scalar; `margin` is not used
+    def text(self, i): return self.bank['text'][i]
+
+    def difference(self, model:Denoiser, i, text=None) -> torch.Tensor: # like z_t; `text`: in place of the captions'
         row = {k: v[i] for k, v in self.bank.items()}
-        return (epsilon(model, row['z_t'], row['t'], row['text']) - self.target(model, row)).square().mean()
+        return epsilon(model, row['z_t'], row['t'], row['text'] if text is None else text) - self.target(model, row)
+
+    def rise(self, model:Denoiser, i, text=None) -> torch.Tensor: # (n,)
+        "Minus the distance of each row, for the search for words"
+        return -self.difference(model, i, text).square().flatten(1).mean(1)
+
+    def __call__(self, model:Denoiser, i, margin=None, text=None) -> torch.Tensor: # scalar; `margin` is not used
+        return self.difference(model, i, text).square().mean()
 
 class AnchorLoss(TargetLoss):
     "The same, where the target is the model's own current prediction for `anchor`"

@@ -28,7 +28,7 @@ class PGUConfig(Config):
     unsafe_bank:int = 16                  # frozen unsafe samples
     steps:int = Field(2, ge=1)
     lr:float = 1e-3                       # SGD: Adam's rescaling would leave the subspace
-    max_norm:float = Field(1., gt=0)
+    max_norm:float = Field(1., gt=0)      # of the projected gradient; a step is at most lr · max_norm long
     batch:int = 8
     seed:int = 0
 

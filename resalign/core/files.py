@@ -108,8 +108,9 @@ def _umask() -> int:
 
 def as_new_file(path:Path):
     "The permissions of an ordinary new file: some libraries write weights that only their owner may read"
-    if path.is_file() and not path.is_symlink(): path.chmod(path.stat().st_mode & 0o111 | 0o666 & ~_umask())
+    if path.is_file() and not path.is_symlink(): path.chmod((path.stat().st_mode & 0o111 | 0o666) & ~_umask())
 
+# %% ../../nbs/1_core/10_files.ipynb #26d4c7ba
 @contextlib.contextmanager
 def atomic_dir(folder):
     "Fill a temporary folder, which replaces `folder` only if the block ends without an error"

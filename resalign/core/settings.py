@@ -28,6 +28,7 @@ def expand_home(value):
     name, eq, path = value.rpartition('=')
     return f'{name}{eq}{os.path.expanduser(path)}' if path.startswith('~') else value
 
+# %% ../../nbs/1_core/00_settings.ipynb #22686f9b
 def at_home(f):
     "`f`, which finds the home folder in each of its arguments"
     @wraps(f)
@@ -130,6 +131,7 @@ def _has_profiles(file:Path) -> bool:
     try: return re.search(r'^profiles:', file.read_text(encoding='utf-8'), re.M) is not None
     except (OSError, ValueError): return file.exists()
 
+# %% ../../nbs/1_core/00_settings.ipynb #1a587a99
 def params_file() -> Path:
     "The repository's params.yaml; outside of a repository, the one that comes with the package"
     own = root()/'params.yaml'
@@ -152,6 +154,7 @@ def read_section(section:str, # dots lead to inner sections: 'unlearn.resalign'
         node = node[choose(key, known, f'{file.name}: {section}')]
     return node
 
+# %% ../../nbs/1_core/00_settings.ipynb #0998d9ca
 def params(section:str, file=None) -> dict: # as in `read_section`
     "One section of params.yaml, the caller's own"
     return copy.deepcopy(read_section(section, file))

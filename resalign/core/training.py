@@ -168,7 +168,8 @@ def run_step(loop:Loop, step:int) -> dict: # the numbers that `gradients` has re
 def run_steps(loop:Loop, steps:int, state:dict, log:list, received:list, every:int, minutes:float):
     "The steps from the end of `log` on, with their checkpoints; `received` are the signals"
     main, saved = loop.accelerator.is_main_process, time.monotonic()
-    bar = progress(range(len(log), steps), steps, loop.name, 30 if main else math.inf, first=len(log))
+    every_seconds = 30 if main else math.inf
+    bar = progress(range(len(log), steps), total=steps, desc=loop.name, every=every_seconds, first=len(log))
     for step in bar:
         row = run_step(loop, step)
         log.append(dict(step=step, **row))

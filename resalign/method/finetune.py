@@ -6,10 +6,11 @@
 __all__ = ['READ_BY', 'ATTENTION', 'JOINT', 'Trained', 'ALGORITHMS', 'FinetuneConfig', 'FinetuneSamples', 'FinetuneLoss',
            'adapter_params', 'add_lora', 'merge_lora', 'SpectralShift', 'svdiff', 'check_new_token', 'add_token',
            'new_token', 'textual_inversion', 'save_token', 'custom_diffusion', 'full', 'lora', 'MovingAverage',
-           'check_algorithm', 'backward_mean', 'finetune', 'trainable_until_exit', 'descend', 'simulated']
+           'check_algorithm', 'backward_mean', 'finetune', 'trainable_until_exit', 'descend', 'simulated', 'recorded',
+           'fresh_lora', 'contaminated']
 
 # %% ../../nbs/4_method/20_finetune.ipynb #5454be2f
-import contextlib
+import contextlib, warnings
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..core.runs import generator
 from ..core.settings import Config, UserError
 from ..core.training import optimise
+from .hypergrad import Trajectory, kept_buffers
 from ..model.compute import backbone, make_optimizer, restore_float32, to_float32
 from ..model.data import Bank, draw_sample, tokenize
 from ..model.losses import Denoiser, denoiser
@@ -306,7 +308,8 @@ def trainable_until_exit(params:list):
     for p in params:
         p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
         p.requires_grad_(True)
-    try: yield theta
+    try:
+        with kept_buffers(): yield theta
     finally:
         for p, old, flag in zip(params, theta, required_grad):
             p.data = p.data.copy_(old).to(old.dtype)
@@ -329,3 +332,47 @@ def simulated(loss:FinetuneLoss, params:list, config:FinetuneConfig):
     with trainable_until_exit(params) as theta:
         descend(loss, params, config)
         yield theta
+
+# %% ../../nbs/4_method/20_finetune.ipynb #meta2007
+@contextlib.contextmanager
+def recorded(loss:FinetuneLoss, params:list, config:FinetuneConfig,
+             depth, # the latest steps that are kept: a number, or 'all'
+             beside=(), # parameters that stay where they are, and enter the derivative
+             device=None): # where the steps are kept
+    "`simulated`, as a `Trajectory` for the adjoint ([hypergradients](00_hypergrad.ipynb))"
+    with trainable_until_exit(params):
+        groups = [dict(params=params), dict(params=list(beside), lr=0.)] if beside else params
+        path = Trajectory(make_optimizer(config.optimizer, groups, config.lr, loss.model.unet), depth, device)
+        for step in range(config.steps): path.step(loss.frozen(*config.batches(step)))
+        yield path
+
+# %% ../../nbs/4_method/20_finetune.ipynb #meta2002
+@contextlib.contextmanager
+def fresh_lora(net, name:str, beside:str, # an adapter that stays active
+               rank:int, seed:int):
+    "Inside: a new adapter, whose parameters are yielded. Outside: the network as it was"
+    flags = [(p, p.requires_grad) for p in net.parameters()]
+    def restore_flags():
+        for p, flag in flags: p.requires_grad_(flag)
+    with warnings.catch_warnings(action='ignore', category=UserWarning): # peft's, of a second adapter
+        params = add_lora(net, name, rank, seed)
+    net.set_adapters([beside, name])
+    restore_flags()
+    try: yield params
+    finally:
+        net.delete_adapters(name)
+        net.set_adapters([beside])
+        restore_flags()
+
+# %% ../../nbs/4_method/20_finetune.ipynb #meta2005
+def contaminated(bank:Bank, unsafe:Bank,
+                 share:float, # of the pictures, 0 to 1; more than 0 is at least one picture
+                 gen) -> Bank:
+    "`bank`, with a share of its pictures replaced by unsafe ones"
+    if not share: return bank
+    k = max(1, round(share*len(bank)))
+    places = torch.randperm(len(bank), generator=gen)[:k]
+    chosen = torch.randint(len(unsafe), (k,), generator=gen)
+    out = Bank(bank.mean.clone(), bank.std.clone(), bank.text.clone())
+    for name in ('mean', 'std', 'text'): getattr(out, name)[places] = getattr(unsafe, name)[chosen]
+    return out

@@ -11,7 +11,7 @@ __all__ = ['TENSOR_FILES', 'TRAINERS', 'WRAPPERS', 'PART_NAMES', 'OTHER_PARTS', 
            'open_pipeline']
 
 # %% ../../nbs/3_model/40_checkpoints.ipynb #156691ba
-import importlib, json, re
+import importlib, re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from ..core.settings import UserError, choose, root
-from .pipelines import CLASSES, PARTS, is_local, load_pipeline, moved_to, settle
+from .pipelines import CLASSES, PARTS, is_local, load_pipeline, moved_to, read_json, settle
 
 # %% ../../nbs/3_model/40_checkpoints.ipynb #f76128e4
 TENSOR_FILES = ('.safetensors', '.pt', '.pth', '.bin', '.ckpt')
@@ -103,6 +103,7 @@ def is_compvis_key(key:str) -> bool: return LDM in key or key.startswith(RAW)
 
 def is_compvis(weights) -> bool: return any(is_compvis_key(k) for k in weights)
 
+# %% ../../nbs/3_model/40_checkpoints.ipynb #20c34cc5
 def _placeholders(config) -> list: # names
     blocks = len(config.down_block_types) * (config.layers_per_block + 1)
     out = [f'input_blocks.{i}.none' for i in range(blocks)] + [f'output_blocks.{i}.none' for i in range(blocks)]
@@ -255,7 +256,7 @@ def check_config(folder) -> tuple: # the pipeline's class; its model_index.json
                         'tokenizer files of its architecture')
     if not (folder/'model_index.json').is_file():
         raise UserError(f'{folder}: not a pipeline configuration, model_index.json is missing')
-    index = json.loads((folder/'model_index.json').read_text())
+    index = read_json(folder/'model_index.json')
     cls = CLASSES[choose(index.get('_class_name'), CLASSES, f'{folder}: model_index.json: _class_name')]
     for part in index:
         name = PARTS.get(part.removesuffix('_2'))

@@ -150,6 +150,7 @@ def sampling_dtype(c:Compute, device:torch.device) -> torch.dtype:
     if 'dtype' in c.model_fields_set or device.type != 'cuda': return getattr(torch, c.dtype)
     return torch.float16
 
+# %% ../../nbs/3_model/00_compute.ipynb #f3d4e6e6
 def prepare_sampling(pipe, c:Compute) -> str: # the precision, as `Compute` calls it
     "Move a whole pipeline to the device and precision that it samples in"
     device = resolve_device(c)

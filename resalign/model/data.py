@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TABLES', 'FORMATS', 'ON_WHITE', 'SIXTEEN_BITS', 'FIRST_FRAME', 'PROFILE', 'link_root', 'read_text', 'read_csv',
            'read_captions', 'check_captions', 'read_image', 'read_images', 'files_read', 'content_hash', 'Bank',
-           'tokenize', 'embed_one_encoder', 'tokens_of', 'check_lengths', 'with_pooled', 'embed_flux',
-           'embed_two_encoders', 'embed', 'wide_enough', 'moments', 'encode', 'Sample', 'draw_sample']
+           'tokenize', 'embed_one_encoder', 'tokens_of', 'too_long', 'check_lengths', 'check_words', 'with_pooled',
+           'embed_flux', 'embed_two_encoders', 'embed', 'wide_enough', 'moments', 'encode', 'Sample', 'draw_sample']
 
 # %% ../../nbs/3_model/10_data.ipynb #7321a78d
 import contextlib, csv, io, json, re, sys, warnings
@@ -60,6 +60,7 @@ def _csv_head(rows, path) -> list:
     if twice: raise UserError(f"{path}: column '{twice}' stands there twice, expected once")
     return head
 
+# %% ../../nbs/3_model/10_data.ipynb #f4d62cdc
 def _csv_row(row:list, head:list, where:str) -> dict:
     if any(field.strip() for field in row[len(head):]):
         raise UserError(f'{where}: {len(row)} fields, expected {len(head)}: text that holds a comma '
@@ -77,6 +78,7 @@ def read_csv(path) -> pd.DataFrame: # every field as text
     except csv.Error as e: raise UserError(f'{path}: line {rows.line_num}: not a CSV ({e})') from None
     return pd.DataFrame(found, columns=[name for name in dict.fromkeys(head) if name], dtype=object)
 
+# %% ../../nbs/3_model/10_data.ipynb #b9dd0fcb
 def _json_row(line:str, where:str) -> dict:
     try: row = json.loads(line)
     except (ValueError, RecursionError) as e: raise UserError(f'{where}: not JSON ({_first_line(e)[:80]})') from None
@@ -84,6 +86,7 @@ def _json_row(line:str, where:str) -> dict:
     number = lambda v: isinstance(v, int|float) and not isinstance(v, bool) and v == v
     return {k: str(v) if number(v) else v for k, v in row.items()}
 
+# %% ../../nbs/3_model/10_data.ipynb #2ebf216b
 def _read_table(meta:Path) -> pd.DataFrame:
     if meta.suffix == '.csv': return read_csv(meta)
     lines = enumerate(read_text(meta).split('\n'), 1)
@@ -172,6 +175,7 @@ def _as_shown(image) -> tuple: # RGB; what was changed
         shown = converted
     return shown.convert('RGB'), changes
 
+# %% ../../nbs/3_model/10_data.ipynb #2ff6fe41
 def _to_square(image, size:int) -> np.ndarray: # (size, size, 3), uint8
     return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
 
@@ -187,6 +191,7 @@ def _open_image(path, size:int) -> tuple: # (size, size, 3), uint8; what was cha
     formats = f'{", ".join(FORMATS[:-1])} or {FORMATS[-1]}'
     raise UserError(f'{path}: not a readable image ({reason}); expected {formats}') from None
 
+# %% ../../nbs/3_model/10_data.ipynb #62df9d02
 def read_image(path, size:int) -> np.ndarray: # (size, size, 3), uint8
     "One picture, cropped to the centre square and resized"
     return _open_image(path, size)[0]
@@ -216,6 +221,7 @@ def files_read(path) -> list: # of Path
     pictures = dict.fromkeys(path/str(name) for name in read_captions(path).file_name)
     return [_metadata_file(path), *pictures]
 
+# %% ../../nbs/3_model/10_data.ipynb #c623974e
 def content_hash(path) -> str: # 64 hex digits
     "SHA-256 of an input's files by name and content"
     return sha256(path, files_read(path))
@@ -249,26 +255,36 @@ def tokens_of(tokenizer, text:str) -> int:
     "Tokens of a caption, with the marks of its beginning and end"
     return len(tokenizer(text, truncation=False).input_ids)
 
+def too_long(pipe, texts) -> dict: # row, from 1 -> tokens
+    "Captions of which the text encoder takes only the beginning"
+    counts = {k: tokens_of(pipe.tokenizer, text) for k, text in enumerate(texts, 1)}
+    return {k: n for k, n in counts.items() if n > pipe.tokenizer.model_max_length}
+
+# %% ../../nbs/3_model/10_data.ipynb #1207786c
+def check_lengths(pipe, texts:list, where, # file or folder, for the message
+                  what='captions'):
+    "Count the captions that are too long, and say which"
+    texts, most = list(texts), pipe.tokenizer.model_max_length
+    long = too_long(pipe, texts)
+    if not long: return
+    rows = ', '.join(f'{k} ({n})' for k, n in list(long.items())[:5]) + (', ...' if len(long) > 5 else '')
+    print(f'warning: {where}: {len(long)} of {len(texts)} {what} are longer than the {most} tokens that the text '
+          f'encoder takes, and their ends are not seen: rows (tokens) {rows}', file=sys.stderr)
+
+# %% ../../nbs/3_model/10_data.ipynb #e80974f8
 def _words_lost(tokenizer, text:str, words) -> bool:
     "Does the caption name the concept, but only behind what the text encoder takes?"
     found = [m.end() for w in words if w.strip() for m in re.finditer(re.escape(w.strip()), text, re.IGNORECASE)]
     return bool(found) and tokens_of(tokenizer, text[:min(found)]) > tokenizer.model_max_length
 
-def check_lengths(pipe, texts:list, where, # file or folder, for the message
-                  words=(), # that name the concept; a UserError where one is cut off
-                  what='captions'):
-    "Count the captions that are longer than the text encoder takes, and say which"
-    tokenizer, texts = pipe.tokenizer, list(texts)
-    most = tokenizer.model_max_length
-    long = {k: n for k, text in enumerate(texts, 1) if (n := tokens_of(tokenizer, text)) > most}
-    if not long: return
-    rows = ', '.join(f'{k} ({n})' for k, n in list(long.items())[:5]) + (', ...' if len(long) > 5 else '')
-    for k in long:
-        if not _words_lost(tokenizer, texts[k-1], words): continue
-        raise UserError(f'{where}: row {k}: {long[k]} tokens, expected at most {most}: the words that name the '
-                        f"concept ({', '.join(w.strip() for w in words)}) are cut off; shorten the caption")
-    print(f'warning: {where}: {len(long)} of {len(texts)} {what} are longer than the {most} tokens that the text '
-          f'encoder takes, and their ends are not seen: rows (tokens) {rows}', file=sys.stderr)
+# %% ../../nbs/3_model/10_data.ipynb #e437f029
+def check_words(pipe, texts:list, where, words):
+    "A UserError where a caption names the concept in the part that is cut off"
+    texts, named = list(texts), ', '.join(w.strip() for w in words)
+    for k, n in too_long(pipe, texts).items():
+        if not _words_lost(pipe.tokenizer, texts[k-1], words): continue
+        raise UserError(f'{where}: row {k}: {n} tokens, expected at most {pipe.tokenizer.model_max_length}: the words '
+                        f'that name the concept ({named}) are cut off; shorten the caption')
 
 # %% ../../nbs/3_model/10_data.ipynb #1df3170a
 def with_pooled(rows, pooled) -> torch.Tensor: # (n, tokens + 1, width)
@@ -276,12 +292,14 @@ def with_pooled(rows, pooled) -> torch.Tensor: # (n, tokens + 1, width)
     padded = torch.nn.functional.pad(pooled, (0, rows.shape[-1] - pooled.shape[-1]))
     return torch.cat([rows, padded[:, None]], 1)
 
+# %% ../../nbs/3_model/10_data.ipynb #6762c58f
 def embed_flux(pipe, texts:list) -> torch.Tensor: # (n, tokens + 1, width)
     "T5's embeddings, and CLIP's pooled one"
     length = pipe.tokenizer_2.model_max_length
     rows, pooled, _ = pipe.encode_prompt(texts, None, pipe.text_encoder_2.device, max_sequence_length=length)
     return with_pooled(rows, pooled)
 
+# %% ../../nbs/3_model/10_data.ipynb #13f6c56c
 def embed_two_encoders(pipe, texts:list) -> torch.Tensor: # (n, tokens + 1, width)
     "The embeddings of SDXL and SD3, and the pooled embedding as one more row, padded with zeros"
     more = dict(prompt_2=None, prompt_3=None) if hasattr(pipe, 'text_encoder_3') else {}
@@ -309,6 +327,7 @@ def wide_enough(vae):
     finally:
         if narrow: vae.to(torch.float16)
 
+# %% ../../nbs/3_model/10_data.ipynb #5ab7036b
 @torch.no_grad()
 def moments(vae, images, # uint8 (n, size, size, 3)
             batch:int=None, # None: 64, or fewer where they are large (8 of 512 pixels a side)

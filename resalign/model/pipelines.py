@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Of16', 'BETAS', 'LOWER', 'BROKEN', 'PARTS', 'SAFE_LIBRARIES', 'WEIGHT_FILE', 'PREDICTIONS', 'CONDITIONS',
            'EARLIER_NAMES', 'CLASSES', 'MOVED', 'NETWORKS', 'PretrainSizes', 'PretrainConfig', 'train_tokenizer',
-           'init_vae', 'build_vae', 'build_text_encoder', 'build_unet', 'build_pipeline', 'save_pipeline', 'variant_of',
-           'latent_size', 'check_known_to_losses', 'latent_shape', 'flux_inputs', 'check_pipeline', 'is_local',
-           'check_complete', 'moved_to', 'cached', 'settle', 'load_pipeline', 'has_bf16', 'autocast', 'SamplingConfig',
-           'initial_latents', 'ImageStore', 'sample_batches', 'generate', 'small_clip', 'small_transformer',
-           'small_vae', 'build_sd3']
+           'init_vae', 'build_vae', 'build_text_encoder', 'build_unet', 'build_pipeline', 'save_pipeline', 'read_json',
+           'variant_of', 'latent_size', 'check_known_to_losses', 'latent_shape', 'flux_inputs', 'check_pipeline',
+           'is_local', 'check_complete', 'moved_to', 'cached', 'settle', 'load_pipeline', 'has_bf16', 'autocast',
+           'SamplingConfig', 'initial_latents', 'ImageStore', 'sample_batches', 'generate', 'small_clip',
+           'small_transformer', 'small_vae', 'build_sd3']
 
 # %% ../../nbs/3_model/20_pipelines.ipynb #76403d3b
-import contextlib, copy, hashlib, json, math, os, re, sys, tempfile
+import contextlib, copy, hashlib, inspect, json, math, os, re, sys, tempfile
 from pathlib import Path
 from typing import Annotated
 import numpy as np, torch
@@ -181,8 +181,9 @@ PARTS = dict(unet='config.json', vae='config.json', text_encoder='config.json', 
              tokenizer='tokenizer_config.json')
 SAFE_LIBRARIES = (None, 'diffusers', 'transformers', 'stable_diffusion')
 
-def _read_json(path) -> dict:
-    try: values = json.loads(path.read_text(encoding='utf-8'))
+def read_json(path) -> dict:
+    "A JSON mapping that others have written, with a byte order mark or without"
+    try: values = json.loads(Path(path).read_text(encoding='utf-8-sig'))
     except (ValueError, RecursionError): raise UserError(f'{path}: not JSON') from None
     except OSError as e: raise UserError(f'{path}: cannot be read ({e.strerror})') from None
     if not isinstance(values, dict): raise UserError(f'{path}: expected a mapping')
@@ -190,7 +191,7 @@ def _read_json(path) -> dict:
 
 # %% ../../nbs/3_model/20_pipelines.ipynb #b943da23
 def _check_index(folder:Path):
-    for name, v in _read_json(folder/'model_index.json').items():
+    for name, v in read_json(folder/'model_index.json').items():
         if isinstance(v, list) and (len(v) != 2 or v[0] not in SAFE_LIBRARIES):
             raise UserError(f"{folder}: model_index.json: {name}: comes from '{v[0] if v else ''}', "
                             'expected diffusers or transformers (other code is refused)')
@@ -214,6 +215,7 @@ def _variants(folder:Path) -> set: # of the weights of a part; None is the plain
     found = [WEIGHT_FILE.fullmatch(p.name) for p in folder.glob('*.safetensors')]
     return {m['variant'] for m in found if m}
 
+# %% ../../nbs/3_model/20_pipelines.ipynb #ab14e0d7
 def variant_of(folder:Path) -> str|None: # None: the plain files
     "The variant of its weights that a pipeline's folder is read in"
     parts = {p: _variants(folder/p) for p, file in _part_files(folder).items() if file == 'config.json'}
@@ -243,6 +245,7 @@ def latent_size(value, where) -> int:
     if type(side) is int and side > 0: return side
     raise UserError(f'{where}: sample_size is {json.dumps(value)}, expected a whole number, the side of square latents')
 
+# %% ../../nbs/3_model/20_pipelines.ipynb #9cff8f47
 def check_known_to_losses(net:dict, scheduler:dict, folder):
     "The configurations of network and scheduler are of a kind that the losses know"
     predicts = scheduler.get('prediction_type', 'epsilon')
@@ -271,7 +274,7 @@ def _check_schedule(pipe, folder):
     "Training needs the betas of a diffusion, or the path of a flow"
     c, kind = pipe.scheduler.config, type(pipe.scheduler).__name__
     expected = 'beta_schedule' if hasattr(pipe, 'unet') else 'shift'
-    if expected not in c:
+    if expected not in inspect.signature(type(pipe.scheduler)).parameters:
         raise UserError(f"{folder}: scheduler: {kind} has no {expected}, expected a schedule like Stable Diffusion's")
     if not hasattr(pipe, 'unet'): return
     try: DDPMScheduler.from_config(c)
@@ -281,7 +284,7 @@ def _check_schedule(pipe, folder):
 def _check_sizes(folder:Path, parts:dict):
     "Latent channels of UNet and VAE agree; the UNet takes embeddings of the text encoders' width"
     net = 'unet' if 'unet' in parts else 'transformer'
-    unet, vae, *text = (_read_json(folder/p/'config.json') for p, file in parts.items() if file == 'config.json')
+    unet, vae, *text = (read_json(folder/p/'config.json') for p, file in parts.items() if file == 'config.json')
     packed = 4 if 'axes_dims_rope' in unet else 1 # FLUX: 2 × 2 latents a token
     if unet.get('in_channels') != packed*vae.get('latent_channels', 0):
         raise UserError(f"{folder}: {net}/config.json: in_channels is {unet.get('in_channels')}, "
@@ -291,7 +294,7 @@ def _check_sizes(folder:Path, parts:dict):
         raise UserError(f"{folder}: unet/config.json: cross_attention_dim is {unet.get('cross_attention_dim')}, "
                         f"expected the text encoder's hidden_size, {width}")
     if packed == 1: latent_size(unet.get('sample_size'), f'{folder}: {net}/config.json')
-    scheduler = _read_json(folder/'scheduler/scheduler_config.json')
+    scheduler = read_json(folder/'scheduler/scheduler_config.json')
     check_known_to_losses(unet, scheduler, folder)
 
 # %% ../../nbs/3_model/20_pipelines.ipynb #f58a282a
@@ -356,6 +359,7 @@ def moved_to(hub_id) -> str:
     new = MOVED.get(str(hub_id))
     return f'; {hub_id} is gone from the hub, {new} holds it now' if new else ''
 
+# %% ../../nbs/3_model/20_pipelines.ipynb #e268cd25
 def cached(hub_id, revision=None) -> Path|None: # None: not there, or not whole
     "The folder of a hub id in the cache"
     try: folder = Path(snapshot_download(str(hub_id), revision=revision, local_files_only=True))
@@ -364,6 +368,7 @@ def cached(hub_id, revision=None) -> Path|None: # None: not there, or not whole
     except UserError: return None
     return folder
 
+# %% ../../nbs/3_model/20_pipelines.ipynb #61964312
 def _not_cached(hub_id, revision, reason) -> UserError:
     at = f' --revision {revision}' if revision else ''
     fetch = f'`hf download {hub_id}{at}` fetches it where there is a network{moved_to(hub_id)}'
@@ -384,9 +389,11 @@ def _check_texts(pipe, folder):
         longest = getattr(encoder.config, 'max_position_embeddings', 512) # T5's places are relative; FLUX takes 512
         tokenizer.model_max_length = min(tokenizer.model_max_length or longest, longest)
 
+# %% ../../nbs/3_model/20_pipelines.ipynb #8cfa5b6d
 def _networks(pipe) -> dict: # name -> module
     return {part: getattr(pipe, part) for part in NETWORKS if getattr(pipe, part, None) is not None}
 
+# %% ../../nbs/3_model/20_pipelines.ipynb #f64b6671
 def settle(pipe, folder):
     "Check what was loaded, complete what its files leave open, and freeze it"
     _check_texts(pipe, folder)
@@ -412,6 +419,7 @@ def _load(folder, revision):
     for part, module in _networks(pipe).items() if here else (): check_complete(here, part, module)
     return pipe
 
+# %% ../../nbs/3_model/20_pipelines.ipynb #43a6c95d
 def load_pipeline(folder,        # a diffusers folder; anything else is taken for a hub id
                   revision=None, # of the hub id: a commit, branch or tag
                  ) -> StableDiffusionPipeline|StableDiffusionXLPipeline|StableDiffusion3Pipeline:
@@ -540,6 +548,7 @@ def _sample_into(folder, request, arguments) -> np.ndarray:
                               'the same command resumes from them', received[0])
     return store.pictures()
 
+# %% ../../nbs/3_model/20_pipelines.ipynb #d96ba766
 def _check_sampling(prompts, seeds, steps, batch, guidance, negative):
     if steps < 1 or batch < 1:
         raise UserError(f'generate: expected at least 1 step and a batch of at least 1, got {steps} and {batch}')
@@ -576,6 +585,7 @@ def small_clip(tokenizer, width:int) -> CLIPTextModelWithProjection:
         num_attention_heads=4, max_position_embeddings=24, projection_dim=width, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
 
+# %% ../../nbs/3_model/20_pipelines.ipynb #9875564c
 def small_transformer(layers:int) -> SD3Transformer2DModel:
     "An untrained transformer for latents of 4 × 8 × 8"
     return SD3Transformer2DModel(
@@ -583,6 +593,7 @@ def small_transformer(layers:int) -> SD3Transformer2DModel:
         num_attention_heads=4, joint_attention_dim=64, caption_projection_dim=32, pooled_projection_dim=48,
         pos_embed_max_size=8)
 
+# %% ../../nbs/3_model/20_pipelines.ipynb #d2c76ad0
 def small_vae() -> AutoencoderKL:
     "An untrained VAE for 64 px, with shifted latents"
     return AutoencoderKL(

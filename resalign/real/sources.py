@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['POOL', 'SHARED_CLIP', 'STEP', 'RUN_STEP', 'I2P', 'I2P_FILE', 'I2P_SEXUAL', 'KINDS', 'MAX_SEED', 'OTHER_NAMES',
-           'is_embedded', 'use_profile', 'data_folder', 'pool_folders', 'erase_words', 'compute_settings', 'open_base',
-           'write_base', 'evaluator_parts', 'write_evaluator_card', 'rows_of', 'count_seeds', 'find_i2p', 'read_i2p',
-           'read_lines', 'read_coco', 'read_prompts', 'save_prompts', 'read_prompt_set', 'prompts_file']
+           'is_embedded', 'use_profile', 'data_folder', 'pool_folders', 'erase_words', 'runs_in', 'compute_settings',
+           'open_base', 'write_base', 'evaluator_parts', 'write_evaluator_card', 'rows_of', 'count_seeds', 'find_i2p',
+           'read_i2p', 'read_lines', 'read_coco', 'read_prompts', 'save_prompts', 'read_prompt_set', 'prompts_file']
 
 # %% ../../nbs/7_real/30_sources.ipynb #36ed86d5
-import contextlib, json, os
+import contextlib, json, os, sys
 from pathlib import Path
 import pandas as pd
 from huggingface_hub import hf_hub_download
 from ..core.files import atomic_dir, atomic_file, write_json
+from ..core.runs import device
 from ..core.settings import UserError, choose, root
 from ..measure.photographs import write_card
 from ..model.checkpoints import open_pipeline
+from ..model.compute import computes_bfloat16
 from ..model.data import read_csv, read_text
 from ..model.pipelines import is_local, save_pipeline
 from . import profiles
@@ -51,16 +53,25 @@ def pool_folders() -> dict: # name: folder
     names = POOL if is_embedded() else active_profile()[1].pool
     return {name: data_folder(name) for name in names}
 
+# %% ../../nbs/7_real/30_sources.ipynb #babdfd30
 def erase_words() -> list:
     "Words that name the concept"
     return profiles.settings('erase') if is_embedded() else active_profile()[1].erase
 
 # %% ../../nbs/7_real/30_sources.ipynb #1c493c47
-def compute_settings() -> dict|None: # of `Compute`; None: the embedded world's, float32 on the CPU
-    "Precision and memory"
+def runs_in(precision:str) -> str:
+    "A profile's precision; float16 in place of bfloat16 on a GPU that would only emulate that"
+    if precision != 'bfloat16' or device().type != 'cuda' or computes_bfloat16(): return precision
+    print('note: this GPU has no bfloat16 (Volta, Turing): float16 in its place', file=sys.stderr)
+    return 'float16'
+
+# %% ../../nbs/7_real/30_sources.ipynb #a8e1da1a
+def compute_settings(sampling=False) -> dict|None: # of `Compute`; None: the embedded world's, float32 on the CPU
+    "Precision and memory; for sampling the precision is left to the device (`compute.sampling_dtype`)"
     if is_embedded(): return None
+    if sampling: return {}
     p = active_profile()[1]
-    return dict(dtype=p.precision, gradient_checkpointing=p.gradient_checkpointing,
+    return dict(dtype=runs_in(p.precision), gradient_checkpointing=p.gradient_checkpointing,
                 eight_bit_adam=p.optimizer.endswith('8bit'))
 
 # %% ../../nbs/7_real/30_sources.ipynb #55447b53
@@ -233,6 +244,7 @@ def _seeds(df, seed:int, path) -> list:
     try: return [int(s) + RUN_STEP*seed for s in df.seed]
     except ValueError: raise UserError(f"{path}: column 'seed' must hold whole numbers") from None
 
+# %% ../../nbs/7_real/30_sources.ipynb #5fd29e21
 def _guidance(df, path) -> pd.Series: # float, or None where empty
     try: scales = [float(g) if g.strip() else None for g in df.guidance]
     except ValueError:
@@ -251,6 +263,7 @@ def _check_prompts(df, path):
         if 0 <= seed < MAX_SEED: continue
         raise UserError(f'{path}: row {row}: seed: expected a number of at most 63 bits, none below 0, got {seed}')
 
+# %% ../../nbs/7_real/30_sources.ipynb #ac2a829e
 def read_prompts(path, seed=0) -> list: # dicts with prompt, kind, seed and the other columns
     "A prompts CSV; missing seeds are counted up"
     df = _own_names(_table(Path(path), 'prompt'), path)

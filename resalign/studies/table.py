@@ -64,11 +64,11 @@ def evaluated(model, sampling:dict, seed:int) -> Path: # a folder of `evaluate`
     "The evaluation of a model, made when it is first asked for"
     prompts, reference = sources.prompts_file('test'), sources.data_folder('reference')
     given = dict(prompts=prompts, evaluators=EVALUATORS, reference=reference)
-    asked = dict(model=model.key, sampling=sampling, seed=seed, compute=sources.compute_settings())
+    asked = dict(model=model.key, sampling=sampling, seed=seed, compute=sources.compute_settings(sampling=True))
     code = short(meaning('resalign.use.evaluate'))
     key = digest(asked | dict(data=content(*given.values()), code=code))[:12]
     folder = models_folder().parent/'evaluated'/f'{model.folder.name}-{key}'
-    asked = dict(seed=seed, compute=sources.compute_settings())
+    asked = dict(seed=seed, compute=sources.compute_settings(sampling=True))
     return made(folder, key, lambda out: evaluate(model.made(), out=out, **asked, **given, **sampling))
 
 # %% ../../nbs/9_studies/10_table.ipynb #ef1f1532

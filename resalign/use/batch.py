@@ -44,6 +44,7 @@ def section_or_value(value):
     if isinstance(value, str) and value.startswith(SECTION): return params(value.removeprefix(SECTION))
     return value
 
+# %% ../../nbs/8_use/25_batch.ipynb #ab690176
 def check_grid(grid:Grid):
     "Lists that go together are of one length, and no list is empty"
     lengths = {k: len(v) for k, v in grid.zip.items()}
@@ -159,6 +160,7 @@ def kept_of_study(study:str) -> dict: # cell -> depends
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f'{path}: damaged: put it back (git checkout), or remove it to run all cells again') from None
 
+# %% ../../nbs/8_use/25_batch.ipynb #626b5e76
 def keep(study:str, done:dict): # cell -> depends
     "Write that file; code that several cells share stands there once"
     codes = {digest(d['code'])[:12]: d['code'] for d in done.values()}
@@ -219,6 +221,7 @@ def papermill(cell:Cell, executed:Path):
         env = os.environ | ONE_THREAD | dict.fromkeys(HOMES, homes)
         return subprocess.run(command, env=env, capture_output=True, text=True, encoding='utf-8', errors='replace')
 
+# %% ../../nbs/8_use/25_batch.ipynb #7040f123
 def run_page(cell:Cell, executed:Path) -> tuple: # error, or nothing; may it pass?
     "Run the page once"
     run = papermill(cell, executed)
@@ -435,6 +438,7 @@ def summary_row(record:dict) -> dict:
     columns = {f'parameter {k}' if k in ABOUT else k: v for k, v in record['parameters'].items()}
     return dict(name=record['name'], **columns, **{k: record[k] for k in ABOUT[1:]})
 
+# %% ../../nbs/8_use/25_batch.ipynb #4f41ec34
 def summarise(records:list, out:Path, page:str) -> pd.DataFrame: # a row a cell
     "summary.csv and index.html"
     table = pd.DataFrame([summary_row(r) for r in records])
@@ -443,6 +447,7 @@ def summarise(records:list, out:Path, page:str) -> pd.DataFrame: # a row a cell
     with atomic_file(out/'index.html') as tmp: tmp.write_text(as_page(records, out, page), encoding='utf-8')
     return table
 
+# %% ../../nbs/8_use/25_batch.ipynb #ba82523d
 def thumbnail(executed:Path) -> str: # base64 of a PNG, or nothing
     "The last picture that a notebook shows"
     found = [o['data']['image/png'] for o in outputs_of(executed) if 'image/png' in o.get('data', {})]

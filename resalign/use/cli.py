@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['QUICK_TRIAL', 'RECORDS', 'PIPELINE_FILES', 'LAUNCH', 'PIPELINE', 'OUT', 'CONFIG', 'SET', 'COMPUTE', 'SEED', 'UNSAFE',
-           'BENIGN', 'METHOD', 'POOL', 'ERASE', 'PROCESSES', 'UNLEARNED', 'IMAGES', 'PRIOR', 'FINETUNED', 'PROMPTS',
-           'EVALUATORS', 'REFERENCE', 'DETECTOR', 'CARD', 'SHOW_FLAGGED', 'EVALUATED', 'PRETRAINED', 'TARGET', 'GRID',
-           'BATCH_OUT', 'EXECUTOR', 'WORKERS', 'SCHEDULER', 'RETRIES', 'ONLY', 'DRY', 'BATCHED', 'PROFILE', 'QUICK',
-           'split_help', 'fail', 'quiet', 'end_with_one_line', 'with_methods', 'at_home', 'command', 'split_section',
-           'read_config', 'yaml_value', 'set_one', 'set_pairs', 'section_settings', 'settings_for', 'check_out',
-           'say_written', 'on_processes', 'many', 'unlearn', 'finetune', 'say_evaluated', 'evaluate',
-           'sampling_settings', 'pretrain', 'say_plan', 'batch_study', 'batch_page', 'batch', 'doctor']
+           'BENIGN', 'METHOD', 'POOL', 'ERASE', 'PROCESSES', 'SINGLE_FILE', 'PUSH', 'DRY_RUN', 'UNLEARNED', 'IMAGES',
+           'PRIOR', 'FINETUNED', 'PROMPTS', 'EVALUATORS', 'REFERENCE', 'DETECTOR', 'CARD', 'SHOW_FLAGGED', 'BEFORE',
+           'EVALUATED', 'PRETRAINED', 'TARGET', 'GRID', 'BATCH_OUT', 'EXECUTOR', 'WORKERS', 'SCHEDULER', 'RETRIES',
+           'ONLY', 'DRY', 'BATCHED', 'PROFILE', 'QUICK', 'split_help', 'with_hyphens', 'fail', 'quiet',
+           'end_with_one_line', 'with_methods', 'at_home', 'command', 'split_section', 'read_config', 'yaml_value',
+           'set_one', 'set_pairs', 'section_settings', 'settings_for', 'check_out', 'say_written', 'on_processes',
+           'many', 'check_publishing', 'is_first', 'say_dry', 'unlearn_and_publish', 'folders_of_pool', 'unlearn',
+           'finetune', 'say_evaluated', 'evaluate', 'sampling_settings', 'pretrain', 'say_plan', 'batch_study',
+           'batch_page', 'batch', 'doctor']
 
 # %% ../../nbs/8_use/30_cli.ipynb #4c6ef354
 import argparse, inspect, os, subprocess, sys, textwrap
@@ -27,6 +29,17 @@ def split_help(formatter, text:str, width:int) -> list: # lines
 
 script._HelpFormatter._fill_text = argparse.RawDescriptionHelpFormatter._fill_text # descriptions keep their lines
 script._HelpFormatter._split_lines = split_help
+
+def with_hyphens(*args, make=script.anno_parser, **kw):
+    "The parser of a command; options of several words have hyphens, underscores work too"
+    parser = make(*args, **kw)
+    for action in parser._actions:
+        for name in [n for n in action.option_strings if '_' in n]:
+            action.option_strings.insert(0, name.replace('_', '-'))
+            parser._option_string_actions[action.option_strings[0]] = action
+    return parser
+
+script.anno_parser = with_hyphens
 
 def fail(message, status):
     "One line on stderr, and the exit status"
@@ -219,15 +232,61 @@ METHOD = Param('one of the methods above', str)
 POOL = many('captioned images for the simulated fine-tunings, FOLDER or NAME=FOLDER [BENIGN]')
 ERASE = many('words that make an unsafe caption harmless when they are left out; some methods need them')
 PROCESSES = Param('that share the J simulated fine-tunings of an outer step', int)
+SINGLE_FILE = Param('write OUT/OUT.safetensors too, one file as A1111 and ComfyUI read it (v1, v2, XL)', bool)
+PUSH = Param('OWNER/NAME: upload the result with its model card to the hub, into a repository that is private if it '
+             'is new', str)
+DRY_RUN = Param('one step on two pictures: say how long the run will take and how much memory; write nothing', bool)
 UNLEARNED = PIPELINE_FILES | {
-    'adapter': 'what was learned, as a LoRA for load_lora_weights', 'log.csv': 'losses of each step',
-    'solves.csv': 'a row for each hypergradient', 'README.md': 'the model card'}
+    '*.safetensors': 'the same model as one file', 'adapter': 'what was learned, as a LoRA for load_lora_weights',
+    'log.csv': 'losses of each step', 'solves.csv': 'a row for each hypergradient', 'README.md': 'the model card'}
+
+# %% ../../nbs/8_use/30_cli.ipynb #0e3a0017
+def check_publishing(pipeline, single_file:bool, push):
+    "What would fail after hours is refused now"
+    from resalign.use.publish import check_push, single_file_class
+    if single_file: single_file_class(pipeline)
+    if push: check_push(push)
+
+def is_first() -> bool: # of several processes
+    return os.environ.get('RANK', '0') == '0'
+
+def say_dry(*asked):
+    "What a dry run found"
+    from resalign.use.jobs import dry_lines, dry_run
+    found = dry_run(*asked)
+    for what, words in dry_lines(found) if is_first() else (): print(f'{what:<18}{words}')
+
+# %% ../../nbs/8_use/30_cli.ipynb #406d07d6
+def unlearn_and_publish(asked, single_file:bool, repo):
+    "Unlearn, write one file, say what was written, upload it"
+    from resalign import unlearn
+    from resalign.use.publish import push, write_single_file
+    out = asked[3]
+    unlearn(*asked)
+    if not is_first(): return
+    if single_file: write_single_file(out)
+    say_written(out, UNLEARNED)
+    if repo: print(f'uploaded to {push(out, repo)}')
+
+# %% ../../nbs/8_use/30_cli.ipynb #19e7dba4
+def folders_of_pool(method:str, settings:dict, given) -> dict: # name -> Path
+    "The folders of simulated fine-tunings; a UserError where the method simulates none, and would not read them"
+    from resalign.baselines.methods import config_of
+    from resalign.core.settings import UserError
+    from resalign.model.data import read_captions
+    from resalign.use.jobs import named_folders
+    folders = named_folders(given)
+    for folder in folders.values(): read_captions(folder)
+    config = config_of(method, dict(settings))
+    if folders and not (hasattr(config, 'pool') and getattr(config, 'beta', 0) > 0):
+        raise UserError(f'--pool: {method} simulates no fine-tuning and would not read it, expected none')
+    return folders
 
 # %% ../../nbs/8_use/30_cli.ipynb #5e35fdf1
 @command
 def unlearn(pipeline:PIPELINE, unsafe:UNSAFE, benign:BENIGN, out:OUT, method:METHOD='resalign', config:CONFIG=None,
             set:SET=None, pool:POOL=None, erase:ERASE=None, compute:COMPUTE=None, seed:SEED=None,
-            processes:PROCESSES=1):
+            processes:PROCESSES=1, single_file:SINGLE_FILE=False, push:PUSH=None, dry:DRY_RUN=False):
     """Remove a concept from a pipeline so that benign fine-tuning does not bring it back.
 
     In:  a pipeline and two folders of captioned images. Such a folder holds pictures and a
@@ -237,19 +296,19 @@ def unlearn(pipeline:PIPELINE, unsafe:UNSAFE, benign:BENIGN, out:OUT, method:MET
     Methods: METHOD_NAMES
 
     Example:
-      resalign-unlearn my-model pictures/unsafe pictures/benign my-model-safe --set steps=200
+      resalign-unlearn my-model pictures/unsafe pictures/benign my-model-safe --set steps=200 --dry
       resalign-unlearn my-model pictures/unsafe pictures/benign out --method ga --config mine.yaml:ga"""
-    from resalign import METHODS, unlearn
+    from resalign import METHODS
     from resalign.core.settings import choose
-    from resalign.use.jobs import named_folders
     choose(method, METHODS, '--method')
     settings, seed = settings_for(f'unlearn.{method}', config, set, seed)
-    pool = named_folders(pool or ())
+    pool = folders_of_pool(method, settings, pool or ())
     out = check_out(out, [pipeline, unsafe, benign, *pool.values()])
+    check_publishing(pipeline, single_file, push)
     on_processes(processes)
-    asked = set_pairs({}, compute, '--compute')
-    unlearn(pipeline, unsafe, benign, out, method, settings, pool, erase or (), seed, asked)
-    say_written(out, UNLEARNED)
+    asked = (method, settings, pool, erase or (), seed, set_pairs({}, compute, '--compute'))
+    if dry: return say_dry(pipeline, unsafe, benign, *asked)
+    unlearn_and_publish((pipeline, unsafe, benign, out, *asked), single_file, push)
 
 # %% ../../nbs/8_use/30_cli.ipynb #ff8bb5bc
 IMAGES = Param('captioned images to learn', str)
@@ -279,7 +338,7 @@ def finetune(pipeline:PIPELINE, images:IMAGES, out:OUT, config:CONFIG=None, set:
     say_written(out, FINETUNED)
 
 # %% ../../nbs/8_use/30_cli.ipynb #a0d01b0b
-PROMPTS = Param('CSV with the column prompt and, if there are, kind (explicit, implicit, benign), seed, thing, '
+PROMPTS = Param('CSV with the column prompt and, if there are, kind (explicit, implicit, benign), seed, group, thing, '
                 'colour', str)
 EVALUATORS = Param('folder with the detectors (outs/evaluators; for photographs a folder with a card by '
                    'resalign.measure.photographs.write_card)', str)
@@ -288,10 +347,13 @@ DETECTOR = Param('all, or one of those in the folder: wiring, clip-score, mhsc, 
                  'nudenet, mhsc, q16, clip-score, aesthetics-v1, aesthetics-v2', str)
 CARD = Param("write the rates into PIPELINE's model card too", bool)
 SHOW_FLAGGED = Param('do not blur flagged photographs on sheet.png', bool)
+BEFORE = Param('an earlier evaluation, such as one of the model before: the report shows both side by side', str)
 EVALUATED = {
-    'scores.csv': 'a row for each picture and detector', 'summary.csv': 'the table above',
+    'report.html': 'all of it on one page, for a browser', 'scores.csv': 'a row for each picture and detector',
+    'summary.csv': 'the table above', 'groups.csv': 'rates by group of prompts',
     'objects.csv': 'what was asked for and what was seen', 'flags.csv': 'numbers that should not be trusted, and why',
-    'sheet.png': 'the first pictures'} | {k: PIPELINE_FILES[k] for k in ('record.json', 'cost.json')}
+    'sheet.png': 'the first pictures', 'thumbnails.csv': 'the small pictures of the report'}
+EVALUATED |= {k: PIPELINE_FILES[k] for k in ('record.json', 'cost.json')}
 
 # %% ../../nbs/8_use/30_cli.ipynb #3d20e5d8
 def say_evaluated(out:Path, summary):
@@ -307,24 +369,29 @@ def say_evaluated(out:Path, summary):
 @command
 def evaluate(pipeline:PIPELINE, prompts:PROMPTS, evaluators:EVALUATORS, out:OUT, reference:REFERENCE=None,
              detector:DETECTOR='all', config:CONFIG=None, set:SET=None, compute:COMPUTE=None, card:CARD=False,
-             seed:SEED=None, show_flagged:SHOW_FLAGGED=False):
+             seed:SEED=None, show_flagged:SHOW_FLAGGED=False, before:BEFORE=None):
     """Draw a picture for each prompt and let detectors score it.
 
     In:  a pipeline, a CSV of prompts and a folder of detectors. The detectors of this repository
          know its own drawn world; those of the field for photographs are on page 30_photographs.
-    Out: OUT with scores.csv (a row for each picture and detector), summary.csv (rates and means
-         with 95 % intervals), objects.csv (where the prompts name things) and sheet.png,
-         on which photographs that a detector flags are blurred.
+    Out: OUT with report.html (all of it on one page), scores.csv (a row for each picture and
+         detector), summary.csv (rates and means with 95 % intervals), groups.csv (the same for each
+         group of prompts), objects.csv (where the prompts name things) and sheet.png, on which
+         photographs that a detector flags are blurred.
 
     Example:
-      resalign-evaluate my-model-safe prompts.csv outs/evaluators scores --detector wiring"""
+      resalign-evaluate my-model prompts.csv outs/evaluators scores-before
+      resalign-evaluate my-model-safe prompts.csv outs/evaluators scores --before scores-before"""
     from resalign import evaluate, write_card
+    from resalign.use.report import read_run, write_report
     settings, seed = sampling_settings(config, set, seed)
     if card: write_card(pipeline)
-    out = check_out(out, [pipeline, prompts, evaluators, reference])
+    if before: read_run(before)
+    out = check_out(out, [pipeline, prompts, evaluators, reference, before])
     asked = dict(show_flagged=show_flagged, compute=set_pairs({}, compute, '--compute'))
     summary = evaluate(pipeline, prompts, out, evaluators, reference, detector, **settings, seed=seed, **asked)
     if card: write_card(pipeline, out)
+    write_report(out, before)
     say_evaluated(out, summary)
 
 # %% ../../nbs/8_use/30_cli.ipynb #a303f88d

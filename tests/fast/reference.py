@@ -5,6 +5,7 @@
 θ are LoRA factors of three linear layers of a toy denoiser with 42 weights. Everything is float64. Hessians are dense
 matrices, optimizers are written out, a fine-tuning is a loop. What is shared with the package: which random numbers
 belong to which name (`generator`, `draw_sample`), for the engine promises the same draws to a run that goes on."""
+import math
 from types import SimpleNamespace
 
 import torch
@@ -150,6 +151,15 @@ def solved(H, g, gamma, c):
         return x
     return torch.linalg.solve(torch.eye(len(g), dtype=g.dtype) + gamma*H, g)
 
+POWER = 5 # steps at least: the default of `solve`
+
+def stretch(H, g, steps):
+    "The largest ‖Hv‖/‖v‖ of a few power steps from g"
+    found = 0.
+    for _ in range(steps):
+        found, g = max(found, ((H @ g).norm()/g.norm()).item()), H @ g
+    return found
+
 class Reference:
     "A run of Algorithm 2; `configs[step][j]` are the fine-tunings that were drawn, as dicts"
     def __init__(self, pipe, data, config, theta, configs):
@@ -161,6 +171,8 @@ class Reference:
         self.answers = self.net.predict(self.net.weights, self.kept)
         self.outer = Plain('adamw', config.lr, len(theta))
         self.rows = []
+
+    def draw(self, gen): return torch.randint(self.c.unsafe_bank, (self.c.unsafe_batch,), generator=gen)
 
     def harm(self, w, i, margin):
         "L_harm: minus how far the loss on unsafe pairs has risen above the original's, at most `margin` each"
@@ -178,10 +190,12 @@ class Reference:
         samples = []
         for k in batches:
             streams = [generator(self.c.seed, step, j, what, k) for what in ('finetune', 'prior')]
-            banks = self.data.pool[ft['folder']], self.data.retain
+            banks = self.pictures(ft, step, j), self.data.retain
             samples.append([draw_sample(b, ft['batch'], gen, TIMESTEPS) for b, gen in zip(banks, streams)])
         one = lambda w, own, prior: self.net.loss(w, own) + ft['prior_weight']*self.net.loss(w, prior)
         return lambda w: sum(one(w, *pair) for pair in samples)/len(samples)
+
+    def pictures(self, ft, step, j): return self.data.pool[ft['folder']]
 
     def hypergradient(self, i, step, j):
         "Lines 4 to 6: fine-tune from θ, then the gradient of L_harm(θ*) with respect to θ"
@@ -202,7 +216,7 @@ class Reference:
         on_inner = lambda x: loss(at(x))
         g = vector(grads_of(lambda x: self.harm(at(x), i, c.margin_after), inner))
         H = hessian(on_inner, inner)
-        if c.clamp and c.solver == 'richardson': gamma = min(gamma, c.clamp/((H @ g).norm()/g.norm()).item())
+        if c.clamp and c.solver == 'richardson': gamma = min(gamma, c.clamp/stretch(H, g, max(c.products, POWER)))
         x = like(solved(H, g, gamma, c), inner)
         moved = vector(inner) - vector(start)
         self.notes[f'{j}/stationarity'] = (vector(grads_of(on_inner, inner)) + moved/asked).norm().item()
@@ -219,7 +233,7 @@ class Reference:
         "∇[(1−β)·L_harm(θ) + α·R(θ)] + (β/J)·Σⱼ, each hypergradient at most `max_norm` long"
         c = self.c
         gen = generator(c.seed, 'outer', step)
-        i = torch.randint(c.unsafe_bank, (c.unsafe_batch,), generator=gen)
+        i = self.draw(gen)
         r = torch.randint(c.retain_bank, (c.retain_batch,), generator=gen)
         alpha = alpha_at(c, step)
         harm = lambda x: self.harm(adapted(self.net.weights, x), i, c.margin)
@@ -241,8 +255,197 @@ class Reference:
         for step in range(self.c.steps):
             grads = self.gradient(step)
             length = norm_of(grads)
-            if length > 1: grads = [g/(length + 1e-6) for g in grads] # as torch's clip_grad_norm_ does
+            if self.c.clip and length > self.c.clip: grads = [g*self.c.clip/(length + 1e-6) for g in grads] # as torch does
             row = SimpleNamespace(theta=self.theta, grads=grads, grad_norm=length.item(), notes=self.notes)
             self.rows.append(row)
             self.theta = self.outer.step(self.theta, grads)
         return self
+
+
+# ------------------------------------------------------------------ the outer step of the paper's release
+
+class Released(Reference):
+    """Facts of the release, in our words: an outer and a retain batch of its own for each configuration; the gradient of
+    L_harm(θ) + β[L_harm(θ*) − L_harm(θ)] + αR(θ) over (θ*, θ); one step of gradient descent of length s on the fine-tuning
+    loss plus ½‖θ* − θ‖², whose Jacobians are J = ∂/∂θ* and s = ∂/∂θ; K times v ← Jv + ∂θ* from zero; then s·v + ∂θ. Where
+    J lengthens v in the mean over tensors, or the sum is longer than the limit, s is halved and a new batch is drawn, up to
+    five times; after that ∂θ stands alone. The mean over the configurations goes to AdamW, unclipped."""
+    def alpha(self, step):
+        n, c = self.c.steps, self.c
+        if step + 1 < n/2: return c.alpha
+        x = (step + 1 - n/2)/(n/2)
+        return c.alpha + (c.alpha_end - c.alpha)/(1 + math.exp(-10*(x - .5)))
+
+    def merged(self):
+        "W + BA, all of it"
+        return adapted(self.net.weights, self.theta)
+
+    def end(self, step, j):
+        "θ*: factors"
+        ft, names = self.configs[step][j], self.net.names
+        opt = Plain(ft['optimizer'], ft['lr'], len(names) if ft['algorithm'] == 'full' else len(self.theta))
+        if ft['algorithm'] == 'lora':
+            inner, at = self.theta, lambda x: adapted(self.net.weights, x)
+        else:
+            w = self.merged()
+            inner, at = [w[n] for n in names], lambda x: dict(zip(names, x))
+        for k in range(ft['steps']):
+            loss = self.ft_loss(ft, step, j, [k])
+            inner = opt.step(inner, grads_of(lambda x: loss(at(x)), inner))
+        if ft['algorithm'] == 'lora': return inner
+        out, rank = [], len(self.theta[0])
+        for layer in LAYERS:
+            change = at(inner)[f'{layer}.weight'] - self.net.weights[f'{layer}.weight']
+            u, sigma, v = torch.linalg.svd(change, full_matrices=False) # the same routine: its signs are arbitrary
+            out += [v[:rank], u[:, :rank]*sigma[:rank]]
+        return out
+
+    def gradient(self, step):
+        c, K = self.c, self.c.products + 1
+        total, self.notes, alpha = [torch.zeros_like(p) for p in self.theta], {}, self.alpha(step)
+        for j in range(c.J):
+            gen = generator(c.seed, 'outer', step, j)
+            i = torch.randint(c.unsafe_bank, (c.unsafe_batch,), generator=gen)
+            r = torch.randint(c.retain_bank, (c.retain_batch,), generator=gen)
+            at = lambda x: adapted(self.net.weights, x)
+            own = lambda x: (1 - c.beta)*self.harm(at(x), i, c.margin) + alpha*self.retain(at(x), r)
+            over_theta, star = grads_of(own, self.theta), self.end(step, j)
+            over_star = grads_of(lambda x: c.beta*self.harm(at(x), i, c.margin_after), star)
+            grads, what = over_theta, 'left out'
+            for k in range(6):
+                s, ft = .5**k, self.configs[step][j]
+                loss = self.ft_loss(ft, step, j, [ft['steps'] + k])
+                J = torch.eye(len(vector(star)), dtype=torch.float64)*(1 - s) - s*hessian(lambda x: loss(at(x)), star)
+                v, grows = torch.zeros(len(J), dtype=torch.float64), False
+                for _ in range(K):
+                    old, new = like(v, star), like(J @ v, star)
+                    ratios = [b.norm().item()/a.norm().item() for a, b in zip(old, new) if a.norm() > 0]
+                    grows = grows or bool(ratios) and sum(ratios)/len(ratios) > 1
+                    v = J @ v + vector(over_star)
+                both = [s*a + b for a, b in zip(like(v, star), over_theta)]
+                if grows or norm_of(both) > c.max_norm:
+                    self.notes[f'{j}/{"growth" if grows else "long"}'] = k
+                    continue
+                grads, what = both, k
+                break
+            self.notes[f'{j}/halvings'] = what
+            total = [t + g/c.J for t, g in zip(total, grads)]
+        return total
+
+
+# ------------------------------------------------------------------ a fresh adapter beside θ
+
+class Fresh(Reference):
+    "The simulated fine-tuning trains an adapter φ of its own; ∂θ L_harm − γ·H_θφ·(I + γH_φφ)⁻¹·∂φ L_harm"
+    def hypergradient(self, i, step, j):
+        c, ft, theta = self.c, self.configs[step][j], self.theta
+        gen, phi = generator(c.seed, 'lora', f'inner_{step}_{j}'), []
+        for layer in LAYERS:
+            out, into = self.net.weights[f'{layer}.weight'].shape
+            phi.append(torch.randn(ft['rank'], into, generator=gen, dtype=torch.float64)/ft['rank'])
+            phi.append(0*torch.randn(out, ft['rank'], generator=gen, dtype=torch.float64))
+        start, opt, n = phi, Plain(ft['optimizer'], ft['lr'], len(phi)), len(theta)
+        at = lambda x: adapted(adapted(self.net.weights, x[:n]), x[n:])
+        for k in range(ft['steps']):
+            loss = self.ft_loss(ft, step, j, [k])
+            phi = opt.step(phi, grads_of(lambda x: loss(at(theta + x)), phi))
+        gamma, loss, both = c.gamma, self.ft_loss(ft, step, j, [ft['steps']]), theta + phi
+        g = grads_of(lambda x: self.harm(at(x), i, c.margin_after), both)
+        over_theta, over_phi = vector(g[:n]), vector(g[n:])
+        self.notes[f'{j}/depth_after'] = -self.harm(at(both), i, c.margin_after).item()
+        if c.solver == 'identity': return like(over_theta, theta)
+        H, m = hessian(lambda x: loss(at(x)), both), len(over_theta)
+        y = solved(H[m:, m:], over_phi, gamma, c)
+        moved = vector(phi) - vector(start)
+        ft_grad = vector(grads_of(lambda x: loss(at(x)), both))[m:]
+        self.notes[f'{j}/stationarity'] = (ft_grad + moved/gamma).norm().item()
+        return like(over_theta - gamma*H[:m, m:] @ y, theta)
+
+
+# ------------------------------------------------------------------ the remedies
+
+class Remedied(Reference):
+    """L_harm plus the weighted distance left to the original's answers to the safe captions, in units of the margin, each
+    at the worst embedding near the caption's; a share of unsafe pictures in the folders"""
+    SAFE = torch.randn(7, 3, WIDTH, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        c = self.c
+        self.way = draw_sample(self.data.unsafe, c.unsafe_bank, generator(c.seed, 'anchor bank'), TIMESTEPS)
+        self.goal = self.net.predict(self.net.weights, self.reworded(self.way, self.SAFE[self.way.index]))
+        self.start = [self.far(self.net.weights, k, self.way.text[k]).detach() for k in range(c.unsafe_bank)]
+
+    def reworded(self, s, text): return type(s)(s.z, s.noise, s.t, text, s.index)
+
+    def far(self, w, k, text):
+        one = self.reworded(self.way[[k]], text[None])
+        return ((self.net.predict(w, one) - self.goal[[k]])**2).mean()
+
+    def draw(self, gen): return super().draw(gen), super().draw(gen)
+
+    def found(self, rise, c):
+        limit, delta = self.c.found_radius*c.norm(), torch.zeros_like(c)
+        for _ in range(self.c.found_steps):
+            g, = grads_of(lambda d: rise(c + d[0]), [delta])
+            delta = delta - 2*limit/self.c.found_steps*g/g.norm()
+            delta = delta*torch.clamp(limit/delta.norm(), max=1.)
+        return c + delta
+
+    def harm(self, w, i, margin):
+        still, total = {n: v.detach() for n, v in w.items()}, 0.
+        for k in i[0].tolist():
+            loss = lambda w, text: self.net.losses(w, self.reworded(self.unsafe[[k]], text[None]))[0]
+            risen = loss(w, self.found(lambda text: loss(still, text), self.unsafe.text[k])) - self.before[k]
+            total = total - torch.minimum(risen, torch.tensor(margin, dtype=risen.dtype))
+        for k in i[1].tolist():
+            words = self.found(lambda text: -self.far(still, k, text), self.way.text[k])
+            come = (self.start[k] - self.far(w, k, words))/(sum(self.start)/len(self.start))
+            total = total - self.c.anchor*margin*come
+        return total/len(i[0])
+
+    def pictures(self, ft, step, j):
+        "Some places of the folder have an unsafe picture"
+        folder, share, gen = self.data.pool[ft['folder']], ft['unsafe'], generator(self.c.seed, step, j, 'unsafe')
+        places = torch.randperm(len(folder), generator=gen)[:max(1, round(share*len(folder)))].tolist()
+        chosen, unsafe = torch.randint(len(self.data.unsafe), (len(places),), generator=gen).tolist(), self.data.unsafe
+        put = dict(zip(places, chosen)) if share else {}
+        rows = [(unsafe, put[k]) if k in put else (folder, k) for k in range(len(folder))]
+        return type(folder)(*(torch.stack([getattr(b, f)[k] for b, k in rows]) for f in ('mean', 'std', 'text')))
+
+
+# ------------------------------------------------------------------ through every step
+
+class Unrolled(Reference):
+    "Automatic differentiation through the latest `depth` steps of the fine-tuning; those before count as the identity"
+    def hypergradient(self, i, step, j):
+        c, ft, theta = self.c, self.configs[step][j], [p.clone() for p in self.theta]
+        if c.inner == 'fresh':
+            gen, start = generator(c.seed, 'lora', f'inner_{step}_{j}'), []
+            for layer in LAYERS:
+                out, into = self.net.weights[f'{layer}.weight'].shape
+                start.append(torch.randn(ft['rank'], into, generator=gen, dtype=torch.float64)/ft['rank'])
+                start.append(0*torch.randn(out, ft['rank'], generator=gen, dtype=torch.float64))
+            at = lambda x: adapted(adapted(self.net.weights, theta), x)
+        elif ft['algorithm'] == 'full':
+            start, at = [self.net.weights[n] for n in self.net.names], lambda x: adapted(dict(zip(self.net.names, x)), theta)
+        else: start, at = theta, lambda x: adapted(self.net.weights, x)
+        opt, moved = Plain(ft['optimizer'], ft['lr'], len(start)), start
+        first = 0 if c.depth == 'all' else ft['steps'] - c.depth
+        for k in range(ft['steps']):
+            if k == first:
+                for p in theta: p.requires_grad_(c.inner == 'fresh')
+                moved = leaves = [p.detach().clone().requires_grad_() for p in moved]
+            loss = self.ft_loss(ft, step, j, [k])
+            if k < first: grads = grads_of(lambda x: loss(at(x)), moved)
+            else: grads = torch.autograd.grad(loss(at(moved)), moved, create_graph=True, materialize_grads=True)
+            moved = opt.step(moved, grads)
+        L = self.harm(at(moved), i, c.margin_after)
+        self.notes[f'{j}/depth_after'] = -L.item()
+        x = torch.autograd.grad(L, theta if c.inner == 'fresh' else leaves)
+        if ft['algorithm'] == 'lora': return list(x)
+        by_name, out = dict(zip(self.net.names, x)), []
+        for k, layer in enumerate(LAYERS):
+            G, A, B = by_name[f'{layer}.weight'], theta[2*k], theta[2*k + 1]
+            out += [B.T @ G, G @ A.T]
+        return out

@@ -677,7 +677,7 @@ def test_the_ledger_has_every_claim_with_its_own_scores(tmp_path, monkeypatch):
     (tmp_path / 'settings.ini').touch()
     tables = tmp_path/'results'/'tables'
     tables.mkdir(parents=True)
-    settings = dict(paper=paper, methods=dict(ga={}), table=dict(seeds=[7]))
+    settings = dict(paper=paper, methods=dict(ga={}), table=dict(seeds=[7]), profiles={})
     (tmp_path / 'params.yaml').write_text(yaml.safe_dump(settings))
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv('RESALIGN_RESULTS', raising=False)

@@ -8,8 +8,8 @@ import torch
 from resalign.core.runs import generator
 from resalign.core.training import DRAWN
 from resalign.model.data import Sample
-from resalign.model.losses import (Denoiser, FlowDenoiser, HarmfulLoss, RetainLoss, SizeConditions, denoiser,
-                                   map_batches)
+from resalign.model.losses import (AnchoredLoss, Denoiser, FlowDenoiser, FoundWords, HarmfulLoss, LossSum, RetainLoss,
+                                   SizeConditions, denoiser, map_batches)
 from tests.fast import toys
 from tests.fast.toys import answers, close, denoising, given, goals, gradients, ledger, mean, noisy, same_grads, square
 from each import each
@@ -139,3 +139,103 @@ def test_the_retain_loss_is_the_distance_from_the_frozen_answers(kind):
     far = answers(net, noisy(bank), bank.t, bank.text) - answers(original, noisy(bank), bank.t, bank.text).detach()
     close_with_gradient(model, net, retain(model, 30, generator(2)), mean([square(far[k]) for k in i]))
     assert retain(Denoiser(pipe), 30, generator(2)).item() == pytest.approx(0, abs=1e-9)
+
+
+# ------------------------------------------------------------------ remedies
+
+def safe_texts(pipe): return torch.stack([toys.said(pipe, c) for c in toys.SAFE])
+
+
+def far(net, s, text, targets, k):
+    "d_k: the squared distance of the answer to `text` from the original's to the safe caption"
+    return square(answers(net, noisy(s[k:k + 1]), s.t[k:k + 1], text) - targets[k:k + 1])
+
+
+def anchored_in_plain(net, original, kind, s, safe, i, margin, texts=None):
+    targets = answers(original, noisy(s), s.t, safe[s.index]).detach()
+    start = [far(original, s, s.text[k:k + 1], targets, k).detach() for k in range(len(s.t))]
+    way = [start[k] - far(net, s, s.text[k:k + 1] if texts is None else texts[n:n + 1], targets, k)
+           for n, k in enumerate(i.tolist())]
+    return -margin*mean(way)/mean(start)
+
+
+@each('kind', KINDS)
+def test_the_anchored_loss_is_the_way_left_to_the_safe_captions_answer(kind):
+    pipe, data = given(kind)
+    pipe.unet.requires_grad_(True)
+    original, safe = copy.deepcopy(pipe.unet).double(), safe_texts(pipe)
+    bank = toys.draw_sample(data.unsafe, 4, generator(4, 'anchor bank'), toys.T)
+    loss = AnchoredLoss(Denoiser(pipe), data.unsafe, safe, 4, 4)
+    same_sample(loss.samples, bank)
+    assert not (loss.targets.requires_grad or loss.original_losses.requires_grad) and loss.scale > 1e-5
+    i, (model, net) = torch.tensor([0, 2, 2, 3]), changed(pipe)
+    close_with_gradient(model, net, loss(model, i, .07), anchored_in_plain(net, original, kind, bank, safe, i, .07))
+    assert loss(Denoiser(pipe), torch.arange(4), .07).item() == pytest.approx(0, abs=1e-7) # at the original,
+    model.predict = lambda s: loss.targets[i] # and at the end of the way, where all answers are the safe ones'
+    end = loss.original_losses[i].mean()/loss.original_losses.mean()
+    assert loss(model, i, .07).item() == pytest.approx(-.07*end.item(), rel=1e-5)
+
+
+def found_in_plain(rise, text, i, steps, radius):
+    "Projected gradient descent, a pair at a time; `rise(embedding, which, place)`"
+    out = []
+    for place, k in enumerate(i.tolist()):
+        c = text[place].double()
+        limit, delta = radius*c.norm(), torch.zeros_like(c)
+        for _ in range(steps):
+            d = delta.clone().requires_grad_(True)
+            g, = torch.autograd.grad(rise((c + d)[None], k, place), d)
+            delta = delta - 2*limit/steps*g/g.norm()
+            if delta.norm() > limit: delta = delta*limit/delta.norm()
+        out.append(c + delta)
+    return torch.stack(out)
+
+
+@each('kind', KINDS)
+@each('steps, radius', [(1, .1), (3, .4)])
+def test_words_are_found_by_projected_descent_and_are_constants_of_the_gradient(kind, steps, radius):
+    "Beyond the margin too, where the loss itself has no gradient; each pair by itself; for both harmful losses"
+    pipe, data = given(kind)
+    pipe.unet.requires_grad_(True)
+    original, safe = copy.deepcopy(pipe.unet).double(), safe_texts(pipe)
+    model, net = changed(pipe)
+    i = torch.tensor([0, 2, 3, 3])
+
+    harmful = HarmfulLoss(Denoiser(pipe), data.unsafe, 4, 4)
+    found, bank = FoundWords(harmful, steps, radius), harmful.samples
+    risen = lambda text, k: denoising(net, kind, Sample(bank.z[k:k + 1], bank.noise[k:k + 1], bank.t[k:k + 1], text, bank.index[k:k + 1]))
+    before = [denoising(original, kind, bank[k:k + 1]).detach() for k in range(4)]
+    words = found_in_plain(lambda text, k, place: risen(text, k), bank.text[i], i, steps, radius)
+    close(found.find(model, i), words, 'words', rtol=1e-3)
+    length = (words - bank.text[i]).flatten(1).norm(dim=1)/bank.text[i].flatten(1).norm(dim=1)
+    assert length.max() == pytest.approx(radius, rel=1e-5) # the edge of the ball
+    for margin in .1, -1e6:
+        rises = [risen(words[n:n + 1], k) - before[k] for n, k in enumerate(i.tolist())]
+        formula = -mean([r if r < margin else torch.tensor(margin).double() + 0*r for r in rises])
+        if margin > 0: close_with_gradient(model, net, found(model, i, margin), formula)
+        else: close(found(model, i, margin).item(), 1e6)
+    assert found(model, i, 1e6) > harmful(model, i, 1e6) # more harm than the captions do
+
+    anchored = AnchoredLoss(Denoiser(pipe), data.unsafe, safe, 4, 4)
+    s, targets = anchored.samples, answers(original, noisy(anchored.samples), anchored.samples.t,
+                                           safe[anchored.samples.index]).detach()
+    words = found_in_plain(lambda text, k, place: -far(net, s, text, targets, k), s.text[i], i, steps, radius)
+    formula = anchored_in_plain(net, original, kind, s, safe, i, .05, words)
+    words_found = FoundWords(anchored, steps, radius)
+    close(words_found(model, i, .05).item(), formula.item(), rtol=1e-3)
+
+
+def test_two_harmful_losses_each_draw_and_add_up():
+    seen = []
+    class Part:
+        def __init__(self, value): self.value = value
+        def draw(self, n, gen): return torch.randint(9, (n,), generator=gen)
+        def __call__(self, model, i, margin):
+            seen.append((model, i.tolist(), margin))
+            return torch.tensor(self.value)
+    both = LossSum(Part(2.), Part(5.), .3)
+    i = both.draw(3, generator(1))
+    gen = generator(1)
+    assert [k.tolist() for k in i] == [torch.randint(9, (3,), generator=gen).tolist() for _ in range(2)]
+    assert both('model', i, .1).item() == pytest.approx(3.5)
+    assert seen == [('model', k.tolist(), .1) for k in i]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from reference import LAYERS, Reference, bank, norm_of, pipeline
+from reference import LAYERS, Fresh, Reference, Released, Remedied, Unrolled, bank, norm_of, pipeline
 from resalign.core.runs import generator
 from resalign.core.settings import UserError
 from resalign.method import resalign as meta
@@ -59,12 +59,12 @@ def drawn(out, config):
     table = {(r['step'], r['j']): r for r in out['solves']}
     return [[table[step, j] for j in range(config.J)] if config.beta else [] for step in range(config.steps)]
 
-def agree(data, config, prediction='epsilon', tol=1e-9):
+def agree(data, config, prediction='epsilon', tol=1e-9, by=Reference):
     "Engine and reference: gradients, parameters, log, weights in the end"
     pipe = pipeline(prediction)
     out, seen = engine(pipe, data, config)
     start = pipeline(prediction)
-    ref = Reference(start, data, config, seen[0][0], drawn(out, config)).run()
+    ref = by(start, data, config, seen[0][0], drawn(out, config)).run()
     assert len(seen) == config.steps
     for k, ((theta, grads), row) in enumerate(zip(seen, ref.rows)):
         for a, b in zip(theta, row.theta):
@@ -75,7 +75,7 @@ def agree(data, config, prediction='epsilon', tol=1e-9):
         said = out['log'][k] | {f'{r["j"]}/{key}': r[key] for r in out['solves'] if r['step'] == k for key in r}
         assert said['grad_norm'] == pytest.approx(row.grad_norm, rel=1e-8)
         for key, value in row.notes.items():
-            if not key.endswith('/length'): assert said[key] == pytest.approx(value, rel=1e-7, abs=1e-12), key
+            if key in said: assert said[key] == pytest.approx(value, rel=1e-7, abs=1e-12), key
     for k, layer in enumerate(LAYERS): # the adapter is merged
         weight = start.unet.get_parameter(f'{layer}.weight') + ref.theta[2*k + 1] @ ref.theta[2*k]
         torch.testing.assert_close(pipe.unet.get_parameter(f'{layer}.weight'), weight, rtol=tol, atol=tol)
@@ -102,7 +102,7 @@ SETTINGS = [ # simulated fine-tunings, settings
     *[((), dict(J=J)) for J in (1, 3)],
     ((), dict(steps=4, alpha=.3, alpha_end=4., J=1)), # the retain weight follows its schedule
     *[((), dict(margin=a, margin_after=b)) for a, b in ((1e-3, 9.), (9., 1e-3))], # each bounds its own term
-    *[((simulation(lr=.03, steps=4),), dict(gamma=gamma, clamp=None)) for gamma in ('matched', 1., .05)],
+    *[((simulation(lr=.03, steps=4),), dict(gamma=gamma, clamp=None)) for gamma in ('matched', .2, .05)],
     # the newest sample, and the last ones of the fine-tuning's own; no more than there are
     *[((simulation(steps=2, prior_weight=.3),), dict(samples=n)) for n in (2, 3, 9)],
     # a step's gradient is the mean over its own batches, and the batch that defines H comes after all of them
@@ -114,6 +114,139 @@ def test_every_setting(data, listed, changes):
     "A model that predicts the velocity too"
     changes = dict(changes)
     agree(data, prediction=changes.pop('prediction', 'epsilon'), config=setting(*listed, **changes))
+
+def released(*listed, **changes):
+    "The switches of the release, and nothing of ours"
+    listed = listed or (simulation(), simulation(folder='dogs', optimizer='adam', lr=.02, prior_weight=1.),
+                        simulation(folder='pans', algorithm='full', optimizer='adamw', lr=.01))
+    own = dict(J=3, gamma=1., alpha_end=2., alpha_curve='released', longer='halve', clip=None, batches='simulation',
+               full_as='factors', products=4, pool=Pool(listed=listed, distinct=True))
+    return setting(**own | changes)
+
+def test_the_outer_step_of_the_release(data):
+    """Against its arithmetic in plain loops: accepted at once, after halvings because the iteration grows or because the
+    sum is too long, and left out; over three steps, so that α rises and AdamW's moments count"""
+    met = Counter()
+    for changes in dict(max_norm=1e9), dict(max_norm=.4), dict(max_norm=.05), dict(max_norm=1e9, down_std=2., up_std=2.):
+        ref = agree(data, released(steps=3, **changes), tol=1e-8, by=Released)
+        for row in ref.rows:
+            met.update(f'{j} {row.notes[f"{j}/halvings"]}' for j in range(3))
+            met.update(k.partition('/')[2] for k in row.notes if 'halvings' not in k)
+            assert len({r for r in row.notes if r.endswith('halvings')}) == 3
+    assert met['growth'] > 3 and met['long'] > 3, met # each reason to halve occurs,
+    assert {f'{j} 0' for j in range(3)} <= set(met), met # each simulation is accepted at once,
+    assert any(f'{j} left out' in met for j in range(3)) and any(met[f'{j} {k}'] for j in range(3) for k in range(1, 6)), met
+
+def test_the_release_draws_no_simulation_twice(data):
+    out, _ = engine(pipeline(), data, released(steps=6, J=2))
+    pairs = [{r['folder'] for r in out['solves'] if r['step'] == step} for step in range(6)]
+    assert all(len(p) == 2 for p in pairs) and len(set(map(frozenset, pairs))) > 1
+    with pytest.raises(ValueError, match='J: expected at most 3'): released(J=4)
+    with pytest.raises(ValueError, match='distinct: expected with listed'): Pool(distinct=True)
+    with pytest.raises(ValueError, match="longer: 'halve'"): released(solver='cg')
+
+@each('solver, rank', [('identity', 2), ('richardson', 1), ('cg', 2)])
+def test_a_fresh_adapter_is_trained_in_place_of_its_own(data, solver, rank):
+    "What a user trains: the cross term of the implicit function theorem, and nothing of it is left afterwards"
+    exactly = dict(products=40) if solver == 'cg' else {}
+    listed = simulation(rank=rank), simulation(folder='dogs', optimizer='adam', lr=.02, rank=rank, steps=3)
+    config = setting(*listed, inner='fresh', solver=solver, **exactly)
+    agree(data, config, tol=1e-8, by=Fresh)
+    if solver == 'richardson':
+        own, fresh = (engine(pipeline(), data, config.model_copy(update=dict(inner=k)))[1] for k in ('own', 'fresh'))
+        assert not torch.equal(own[0][1][0], fresh[0][1][0])
+
+@each('product', ['fd-central', 'gauss-newton', 'lora-bilinear'])
+def test_other_products_with_a_fresh_adapter(data, product):
+    "Finite differences agree with exact products; the others give the direction"
+    config = setting(simulation(), inner='fresh', steps=1, J=1)
+    exact, other = (engine(pipeline(), data, config.model_copy(update=dict(product=p)))[1][0][1] for p in ('exact', product))
+    gap = norm_of([a - b for a, b in zip(exact, other)])/norm_of(exact)
+    assert gap < 1e-6 if product == 'fd-central' else gap < .3
+
+UNSAFE = dict(unsafe=(0., .1, .5))
+
+def remedied(**changes):
+    listed = simulation(), simulation(folder='dogs', algorithm='full', lr=.02)
+    given = dict(gamma=.05, anchor=.5, found_steps=2, found_radius=.2, pool=Pool(listed=listed, **UNSAFE), J=3)
+    return setting(**given | changes)
+
+@pytest.fixture
+def safe(data, monkeypatch):
+    "Data with safe captions, whose embeddings are given"
+    monkeypatch.setattr(meta, 'embed', lambda pipe, captions: Remedied.SAFE[[int(c) for c in captions]])
+    return UnlearnData(data.unsafe, data.retain, data.pool, [], safe_captions=[str(k) for k in range(7)])
+
+@each('solver', ['identity', 'richardson'])
+def test_all_remedies_at_once(safe, solver):
+    "An anchor and words found at θ and at θ*, unsafe pictures in some simulated fine-tunings; unlike without"
+    ref = agree(safe, remedied(solver=solver, clip=None), tol=1e-8, by=Remedied)
+    shares = {ft['unsafe'] for row in ref.configs for ft in row}
+    assert shares == {0., .1, .5} or len(shares) == 2 and 0. in shares, shares
+    first = ref.rows[0].grads
+    for off in dict(anchor=0.), dict(found_steps=0), dict(pool=remedied().pool.model_copy(update=dict(unsafe=(0.,)))):
+        _, seen = engine(pipeline(), safe, remedied(solver=solver, clip=None, **off))
+        assert norm_of([a - b for a, b in zip(first, seen[0][1])]) > 1e-4*norm_of(first), off
+
+def test_shares_of_unsafe_pictures(data):
+    gen, pool = generator(0, 'shares'), Pool(**POOL, **UNSAFE)
+    drawn = [share for _ in range(100) for *_, share in meta.draw_configs(pool, 3, list(data.pool), 3, gen)]
+    assert {s: n > 70 for s, n in Counter(drawn).items()} == {0.: True, .1: True, .5: True}
+    out, _ = engine(pipeline(), data, setting())
+    assert all('unsafe' not in r for r in out['solves'])
+    for wrong in [], [1.1], [-.1]:
+        with pytest.raises(ValueError, match='unsafe'): Pool(unsafe=wrong)
+
+def test_safe_counterparts(data):
+    given = UnlearnData(data.unsafe, data.retain, {}, ['a Nude  man', 'woman, nude, by X', 'a nudear'], erase=(' nude',))
+    assert meta.safe_counterparts(given) == ['a man', 'woman, by X', 'a nudear']
+    given.safe_captions = list('abcdefg')
+    assert meta.safe_counterparts(given) == list('abcdefg')
+    given.safe_captions = ['a']
+    with pytest.raises(UserError, match='safe_captions: expected one for each of 7 unsafe pictures, got 1'):
+        meta.safe_counterparts(given)
+    for captions, erase in (['a man'], ('nude',)), (['nude', 'a nude man'], ('nude',)), ([], ('nude',)), (['a man'], ()):
+        with pytest.raises(UserError, match='column `safe`'):
+            meta.safe_counterparts(UnlearnData(data.unsafe, data.retain, {}, captions, erase=erase))
+
+def test_remedies_that_are_refused(data):
+    with pytest.raises(ValueError, match='anchor: expected a margin'): setting(anchor=1., margin=1e6)
+    for field in dict(anchor=-1.), dict(found_steps=-1), dict(found_radius=0.):
+        with pytest.raises(ValueError, match=next(iter(field))): setting(**field)
+    class Other:
+        def draw(self, n, gen): return torch.zeros(n, dtype=torch.long)
+    with pytest.raises(UserError, match='found_steps: Other has no captions'):
+        resalign(pipeline(), data, setting(found_steps=1), harmful=Other())
+
+@each('switches', ['released', 'fresh and remedies'])
+def test_a_killed_run_resumes_to_the_same_bits_with_every_switch(safe, switches, tmp_path, monkeypatch):
+    config = released(steps=5) if switches == 'released' else remedied(steps=5, inner='fresh', J=2)
+    whole, cut, again = pipeline(), pipeline(), pipeline()
+    said = str(resalign(whole, safe, config)) # a residual that wasn't measured is NaN
+    right, calls, often = meta.direct_terms, [], meta.optimise
+    monkeypatch.setattr(meta, 'optimise', lambda *a, **kw: often(*a, **dict(kw, every=2)))
+    def dies(*args):
+        calls.append(args)
+        if len(calls) == 4: raise KeyboardInterrupt
+        return right(*args)
+    monkeypatch.setattr(meta, 'direct_terms', dies)
+    with pytest.raises(KeyboardInterrupt): resalign(cut, safe, config, checkpoint=tmp_path/'c')
+    assert str(resalign(again, safe, config, checkpoint=tmp_path/'c')) == said and len(calls) == 4 + 3
+    for a, b in zip(whole.unet.parameters(), again.unet.parameters()): assert torch.equal(a, b)
+
+@each('algorithm, inner, depth', [('lora', 'own', 'all'), ('lora', 'own', 1), ('full', 'own', 'all'),
+                                  ('lora', 'fresh', 'all'), ('lora', 'fresh', 2)])
+def test_the_adjoint_goes_back_through_every_step(data, algorithm, inner, depth):
+    "Against automatic differentiation through plain loops"
+    listed = [simulation(algorithm=algorithm, optimizer=o, lr=lr, steps=3) for o, lr in (('sgd', .1), ('adam', .02))]
+    if inner == 'fresh': listed.pop() # Adam's root has no derivative at the zero gradient of A at B = 0
+    exact = dict(solver='adjoint', product='exact', depth=depth, inner=inner, max_norm=1e9, steps=1)
+    agree(data, setting(*listed, **exact), tol=1e-6, by=Unrolled)
+    near, far = (engine(pipeline(), data, setting(*listed, **exact | dict(product=p)))[1][0][1] for p in ('fd-forward', 'exact'))
+    assert norm_of([a - b for a, b in zip(near, far)]) < 1e-4*norm_of(far)
+
+def test_the_adjoint_is_refused_in_extracted_factors():
+    with pytest.raises(ValueError, match="full_as: 'weights' expected"): setting(solver='adjoint', full_as='factors')
 
 @each('longer', ['shorten', 'skip'])
 def test_long_hypergradients(data, longer):
@@ -159,13 +292,12 @@ def test_the_reference_sees_a_wrong_engine(data, monkeypatch):
     with pytest.raises(AssertionError): agree(data, setting())
 
 def test_products_spent(data):
-    # gamma times norm is checked where asked: Steps 0, check_every, ... spend one product more on the true residual;
+    # whether a solution is taken rests on its residual, which costs a product at every step, whatever check_every says;
     # first order spends none
     def products(**changes):
         out, _ = engine(pipeline(), data, setting(steps=4, J=1, gamma=.01, margin_after=9., **changes))
         return [r['products'] for r in out['solves']]
-    assert products(check_every=3) == [4, 3, 3, 4]
-    assert products(check_every=1) == [4]*4
+    assert products(check_every=3) == products(check_every=1) == [4]*4
     assert products(check_every=3, solver='identity') == [0]*4
 
     # tolerance ends a solve early
@@ -382,10 +514,11 @@ def test_defaults_and_edges():
         steps=2, lr=2e-3, rank=4, up_std=.002, down_std=.008, unsafe_batch=8, retain_batch=8, retain_bank=16, alpha=8.,
         alpha_end=None, beta=.8, margin=.1, margin_after=.15, unsafe_bank=16, J=1, gamma=1., solver='cg',
         product='fd-forward', samples=1, products=4, tol=.03, clamp=.5, check_every=10, max_norm=.2, longer='shorten',
-        fallback_share=.5, seed=0)
+        depth='all', fallback_share=.5, seed=0, alpha_curve='stretched', clip=1., batches='step', inner='own', full_as='weights',
+        anchor=0., found_steps=0, found_radius=.1)
     assert Pool().model_dump() == dict(
         algorithm=('lora', 'full'), optimizer=('adam', 'sgd'), steps=(2, 3), batch=2, prior_weight=(0., 1.),
-        folders=(), lr=dict(lora=(1e-3,), full=(1e-4,)), listed=(), still=0.)
+        folders=(), lr=dict(lora=(1e-3,), full=(1e-4,)), listed=(), still=0., distinct=False, unsafe=(0.,))
     for field in 'steps', 'margin', 'margin_after', 'max_norm', 'samples':
         with pytest.raises(ValueError, match=field): ResAlignConfig(**{field: 0})
     assert UnlearnData(None, None, {}, []).retain_captions == () == UnlearnData(None, None, {}, []).erase

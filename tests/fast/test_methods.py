@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from resalign.baselines import (advunlearn, ca, esd, lcfdsd, meta_unlearning, methods, modular_lora, other_losses, parts, pgu,
-                                safegen, salun, uce)
+from resalign.baselines import (advunlearn, ca, eraseflow, esd, lcfdsd, meta_unlearning, methods, modular_lora,
+                                other_losses, parts, pgu, safegen, salun, speed, stereo, uce)
 from resalign.baselines.methods import METHODS, config_of, run_method
 from resalign.core.settings import Config, UserError
 from resalign.method.resalign import Method, ResAlignConfig, resalign
@@ -31,7 +31,12 @@ RUNS = {
     'salun': (salun.salun, salun.SalUnConfig), 'modular-lora': (modular_lora.modular_lora, ResAlignConfig),
     'pgu': (pgu.pgu, pgu.PGUConfig),
     'meta-unlearning-esd': (meta_unlearning.meta_unlearning, meta_unlearning.MetaUnlearningConfig),
-    'meta-unlearning-sdd': (meta_unlearning.meta_unlearning, meta_unlearning.MetaUnlearningConfig)}
+    'meta-unlearning-sdd': (meta_unlearning.meta_unlearning, meta_unlearning.MetaUnlearningConfig),
+    'meta-unlearning-released': (meta_unlearning.meta_unlearning, meta_unlearning.ReleasedConfig),
+    'speed': (speed.speed, speed.SPEEDConfig), 'stereo': (stereo.stereo, stereo.StereoConfig),
+    'eraseflow': (eraseflow.eraseflow, eraseflow.EraseFlowConfig)}
+
+WAITING = {'speed', 'stereo', 'eraseflow', 'meta-unlearning-released'} # for their first tuning: not in the tables yet
 
 SAYS = { # what a name decides, and a setting that contradicts it
     'ga': ('beta', 0., .5), 'esd-retain': ('beta', 0., .5), 'ca-retain': ('beta', 0., .5),
@@ -40,7 +45,7 @@ SAYS = { # what a name decides, and a setting that contradicts it
     'esd-u': ('variant', 'u', 'x'),
     'lcfdsd-ng': ('variant', 'ng', 'lt'), 'lcfdsd-lt': ('variant', 'lt', 'ng'),
     'meta-unlearning-esd': ('base', 'esd', 'sdd'),
-    'meta-unlearning-sdd': ('base', 'sdd', 'esd')}
+    'meta-unlearning-sdd': ('base', 'sdd', 'esd'), 'meta-unlearning-released': ('base', 'esd', 'sdd')}
 
 
 def test_names():
@@ -75,23 +80,26 @@ def test_settings():
     with pytest.raises(UserError, match="method.*'esdx'"): config_of('esdx', {})
 
     # the settings of params yaml hold
-    sections = yaml.safe_load((ROOT/'params.yaml').read_text(encoding='utf-8'))['methods']
-    assert set(sections) == set(METHODS)
-    for method, section in sections.items():
-        for settings in [*section.get('trials', []), section['chosen']]: config_of(method, section['start'] | settings)
+    params = yaml.safe_load((ROOT/'params.yaml').read_text(encoding='utf-8'))
+    sections, waiting = params['methods'], params['waiting']
+    assert set(sections) | set(waiting) == set(METHODS) and set(waiting) == WAITING
+    for method, section in (sections | waiting).items():
+        assert method in sections or len(section['trials']) == 4 and 'chosen' not in section, method
+        for settings in [*section.get('trials', []), section.get('chosen', {})]:
+            config_of(method, section['start'] | settings)
 
 
 def test_what_a_method_needs():
     # methods that need the words to erase say so
     pipe, data = toys.given()
     data.erase = ()
-    for method in 'ca', 'salun', 'uce', 'rece', 'meta-unlearning-esd', 'resalign-ca':
+    for method in ('ca', 'salun', 'uce', 'rece', 'meta-unlearning-esd', 'resalign-ca', 'speed', 'stereo', 'eraseflow'):
         with pytest.raises(UserError, match=f'{method[:15]}: expected `erase`'): run_method(pipe, data, method, {})
 
     # methods that need benign captions say so
     pipe, data = toys.given()
     data.retain_captions = ()
-    for method in 'uce', 'rece', 'advunlearn':
+    for method in 'uce', 'rece', 'advunlearn', 'speed':
         with pytest.raises(UserError, match=f'{method}: .*retain_captions'): run_method(pipe, data, method, {})
 
 

@@ -1,12 +1,14 @@
 """Scores, rates, intervals, distances and tests against numbers worked out by hand, by numpy or by scipy itself."""
 
 import hashlib
+import itertools
 import linecache
 import warnings
 from types import SimpleNamespace
 
 import numpy as np, pandas as pd, pytest, torch
 from scipy import linalg, stats
+from torchmetrics.image.kid import KernelInceptionDistance
 
 from resalign.core.settings import UserError
 from resalign.measure import evaluators as E
@@ -439,7 +441,8 @@ def rows_of(summary): return {r.metric: (r.value, r.low, r.high, r.n, r.detector
 
 def test_each_metric_has_its_detector_its_kind_of_prompt_and_its_threshold():
     real, fake = normal(20, 2, 1), normal(10, 2, 2, 1)
-    objects = pd.DataFrame(dict(thing_right=[True, True, False], colour_right=[True, False, False]))
+    objects = pd.DataFrame(dict(thing='fish', colour='red', thing_right=[True, True, False],
+                                colour_right=[True, False, False]))
     got = E.summarise(scored(), objects, real, fake, resamples=7)
     want = dict(
         IP=(0.75, *wilson(3, 4), 4, 'wiring'),
@@ -593,3 +596,96 @@ def test_a_detector_that_fires_on_harmless_pictures_is_flagged():
         ('soft', 0.3, 'mhsc fires on 100% of 20 benign reference pictures, more than 5%')
     ]
     assert list(E.flags(found)) == ['metric', 'value', 'flag']
+
+
+# ------------------------------------------------------------------ KID and CMMD
+
+def plain_mmd(k, x, y):
+    "The formula, pair by pair"
+    mean = lambda pairs: np.mean([k(u, v) for u, v in pairs])
+    different = lambda z: [(u, v) for i, u in enumerate(z) for j, v in enumerate(z) if i != j]
+    return mean(different(x)) + mean(different(y)) - 2*mean([(u, v) for u in x for v in y])
+
+def cubic(u, v): return (u@v/len(u) + 1)**3
+def gaussian(u, v, sigma=10.): return np.exp(-((u - v)**2).sum()/2/sigma**2)
+def unit(x): return x/np.sqrt((x**2).sum(1))[:, None]
+
+A, B = np.random.default_rng(1).normal(size=(12, 5)), np.random.default_rng(2).normal(.5, 1, (9, 5))
+
+def test_kid_and_cmmd_against_their_formulas_pair_by_pair():
+    assert np.isclose(M.kid(A, B).value, plain_mmd(cubic, A, B))
+    assert np.isclose(M.cmmd(A, B).value, 1000*plain_mmd(gaussian, unit(A), unit(B)), rtol=1e-9, atol=1e-9)
+    sharp = M.cmmd(A, B, sigma=.5, scale=3)
+    assert np.isclose(sharp.value, 3*plain_mmd(lambda u, v: gaussian(u, v, .5), unit(A), unit(B)))
+    for f in (M.kid, M.cmmd):
+        assert f(A, B).n == 9 and np.isclose(f(A, B).value, f(B[::-1], A[::-1]).value) # symmetric, in any order
+
+def test_kid_is_that_of_torchmetrics():
+    fake = np.r_[B, B[:3] + .1]
+    peer = KernelInceptionDistance(M.Precomputed(5), subsets=1, subset_size=12)
+    for x, real in ((A, True), (fake, False)): peer.update(torch.tensor(x), real=real)
+    assert np.isclose(M.kid(A, fake).value, float(peer.compute()[0]), rtol=1e-6)
+
+def test_their_intervals_resample_fake_pictures_without_pairs_of_one_picture():
+    for f, k, prepare, scale in ((M.kid, cubic, np.asarray, 1), (M.cmmd, gaussian, unit, 1000)):
+        x, y = prepare(A), prepare(B)
+        rng, found = np.random.default_rng(7), []
+        for counts in rng.multinomial(9, np.full(9, 1/9), size=30):
+            drawn = np.repeat(np.arange(9), counts)
+            pairs = [k(y[i], y[j]) for i in drawn for j in drawn if i != j]
+            cross = np.mean([k(u, y[j]) for u in x for j in drawn])
+            among = np.mean([k(x[i], x[j]) for i in range(12) for j in range(12) if i != j])
+            found.append(scale*(among + np.mean(pairs) - 2*cross))
+        got = f(A, B, resamples=30, level=.8, seed=7)
+        assert np.allclose(got[1:3], np.quantile(found, [.1, .9]), rtol=1e-7)
+        assert np.isnan(f(A, B, resamples=0)[1:3]).all() and f(A, B, resamples=0).value == got.value
+
+def test_without_bias_the_mean_over_all_samples_is_the_value_of_the_whole():
+    for f in (M.kid, M.cmmd):
+        some = [f(A, B[list(k)], resamples=0).value for k in itertools.combinations(range(9), 3)]
+        assert np.isclose(np.mean(some), f(A, B, resamples=0).value, rtol=1e-9) and min(some) < 0 < max(some)
+
+def test_features_that_cannot_be_compared_are_refused():
+    for name, f in dict(kid=M.kid, cmmd=M.cmmd, frechet=M.frechet).items():
+        for real, fake in ((A, B[:, :3]), (A[:1], B), (A, B[:1]), (A[0], B), (A, B[0])):
+            refused(f'{name}: expected at least two rows', f, real, fake)
+        refused(f'{name}: fake feature 3: expected a finite', f, A, np.where(np.arange(45).reshape(9, 5) == 3, NAN, B))
+
+
+# ------------------------------------------------------------------ what is drawn
+
+def test_each_picture_is_one_of_four_things():
+    for right, sure, concept in itertools.product((True, False), (0, .49, .5, 1), (0, .5, .51)):
+        if concept > .5: want = 'the concept'
+        elif sure < .5: want = 'nothing recognisable'
+        elif right: want = 'the subject without it'
+        else: want = 'something else'
+        got = M.what_is_drawn(['fox'], ['fox' if right else 'bear'], [sure], [concept])
+        assert list(got) == [want], (right, sure, concept, got)
+    assert list(M.what_is_drawn(['a', 'a'], ['a', 'a'], [.7, .9], [.3, .3], threshold=.2, least=.8)) == [M.DRAWN[0]]*2
+    assert list(M.what_is_drawn(['a', 'a'], ['a', 'a'], [.7, .9], [.3, .3], least=.8)) == [M.DRAWN[3], M.DRAWN[1]]
+
+def test_rates_of_what_is_drawn():
+    rng = np.random.default_rng(0)
+    wanted, seen = rng.choice(list('ab'), 60), rng.choice(list('ab'), 60)
+    sure, concept, prompts = rng.random(60), rng.random(60), np.arange(60) % 20
+    drawn = M.what_is_drawn(wanted, seen, sure, concept)
+    table = M.drawn_rates(drawn, prompts)
+    assert list(table.index) == list(M.DRAWN) and np.isclose(table.value.sum(), 1)
+    for what in M.DRAWN: assert tuple(table.loc[what]) == M.rate(drawn == what, .5, prompts)
+    kept = (concept <= .5) & (sure >= .5) & (wanted == seen)
+    assert M.subject_kept(wanted, seen, sure, concept) == M.rate(kept, .5)
+    assert M.subject_kept(wanted, seen, sure, concept, groups=prompts) == tuple(table.loc['the subject without it'])
+    learned = (sure >= .3) & (wanted == seen)
+    assert M.plasticity(wanted, seen, sure, .3, prompts, .9) == M.rate(learned, .5, prompts, .9)
+
+def test_readings_that_do_not_fit_are_refused():
+    for name, f in (('what_is_drawn', lambda w, s, p: M.what_is_drawn(w, s, p, [0]*len(w))),
+                    ('plasticity', M.plasticity)):
+        refused(f'{name}: .* got 2, 1, 2', f, ['a', 'b'], ['a'], [1, 1])
+        refused(f'{name}: .* got 0, 0, 0', f, [], [], [])
+        refused(f'{name}: picture 1: expected a probability in 0..1, got 1.5', f, ['a', 'b'], ['a', 'b'], [0, 1.5])
+        refused(f'{name}: probability of picture 0: expected a finite', f, ['a'], ['a'], [NAN])
+    refused(r'one score a picture \(1\), got 2', M.what_is_drawn, ['a'], ['a'], [1], [0, 1])
+    refused('score of picture 0', M.what_is_drawn, ['a'], ['a'], [1], [NAN])
+    refused("drawn_rates: unknown 'a fox'", M.drawn_rates, ['a fox', M.DRAWN[0]])

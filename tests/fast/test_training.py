@@ -127,7 +127,7 @@ def test_the_bar_says_the_mean_loss_of_the_last_20_steps(monkeypatch):
         def note(self, text): said.append(text)
     monkeypatch.setattr(training, 'progress', Bar)
     Run(slopes=[torch.ones(2)]*25)(25)
-    assert asked == [(list(range(25)), dict(desc='toy', every=30))]
+    assert asked == [(list(range(25)), dict(total=25, desc='toy', every=30, first=0))]
     assert (
         said[0] == 'loss 0.0000' and said[19] == 'loss 9.5000' and said[24] == 'loss 14.5000'
     )  # the mean of 0..19, of 5..24

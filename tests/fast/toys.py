@@ -297,8 +297,9 @@ class Step:
         self.kind, self.lr, self.decay = type(optimizer).__name__, group['lr'], group.get('weight_decay')
         names = {id(p): n for n, p in module.named_parameters()}
         self.module = copy.deepcopy(module).double()
-        self.grads = {names.get(id(p), i): p.grad.clone() for i, p in enumerate(group['params'])}
-        self.values = {names.get(id(p), i): p.detach().clone() for i, p in enumerate(group['params'])}
+        params = [p for g in optimizer.param_groups for p in g['params']]
+        self.grads = {names.get(id(p), i): p.grad.clone() for i, p in enumerate(params)}
+        self.values = {names.get(id(p), i): p.detach().clone() for i, p in enumerate(params)}
 
 
 @contextlib.contextmanager

