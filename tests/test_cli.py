@@ -109,7 +109,7 @@ def test_the_entry_points(made):
     ini.read(ROOT / 'settings.ini')
     assert set(ini['DEFAULT']['console_scripts'].split()) == {
         f'resalign-{c}=resalign.use.cli:{c}' for c in COMMANDS
-    } | {'resalign-attack=resalign.use.attacks:main'}
+    } | {'resalign-attack=resalign.use.attack:main'}
     start = 'import sys; from resalign.use import cli; sys.argv[0] = "resalign-unlearn"; cli.unlearn()'
     done = subprocess.run(
         [
