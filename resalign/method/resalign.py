@@ -153,7 +153,7 @@ class ResilienceConfig(DirectConfig):
     products:int = 4                    # at most; Richardson's 4 from x = g are the paper's K = 5 from 0
     tol:float|None = .03                # stop a solve at this relative residual; None, as published: never
     clamp:float|None = .5               # use at most γ = clamp/‖H‖, above which the iteration may diverge
-    check_every:int = 10                # outer steps between solves whose residual is measured though x doesn't depend on it
+    check_every:int = 10                # outer steps between residuals that x doesn't depend on
     max_norm:float = Field(.2, gt=0)    # of each hypergradient; with `halve` of its sum with the direct gradient
     longer:Literal['shorten', 'skip', 'halve'] = 'shorten' # a longer one is scaled down, left out, or as released
     fallback_share:float = .5           # stop the run when more solves than this fall back to x = g
