@@ -36,10 +36,12 @@ def small_flux_transformer(pooled:int, guidance:bool) -> FluxTransformer2DModel:
                                   num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=pooled,
                                   guidance_embeds=guidance, axes_dims_rope=(4, 6, 6))
 
+# %% ../../nbs/3_model/60_flow.ipynb #f70000106
 def small_t5(tokenizer) -> T5EncoderModel:
     return T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
                                    feed_forward_proj='gated-gelu', tie_word_embeddings=False))
 
+# %% ../../nbs/3_model/60_flow.ipynb #f70000206
 def small_text_model(tokenizer, width:int=16) -> CLIPTextModel:
     "An untrained text encoder of CLIP's kind"
     return CLIPTextModel(CLIPTextConfig(
@@ -67,10 +69,12 @@ HEARS = ('add_q_proj', 'add_k_proj', 'add_v_proj', 'to_add_out')
 FLOW_PARTS = {'kv': HEARS[1:3], 'cross': HEARS, 'attention': ('.attn.',), 'all': ('',)}
 KEPT = ('time_text_embed', 'norm_out', 'proj_out') # by `not-cross`
 
+# %% ../../nbs/3_model/60_flow.ipynb #f70000112
 def is_flow(net) -> bool:
     "A transformer of SD3 or FLUX, rather than a UNet"
     return hasattr(getattr(net, 'config', None), 'joint_attention_dim')
 
+# %% ../../nbs/3_model/60_flow.ipynb #f70000212
 def flow_belongs(name:str, which:str) -> bool:
     "Whether a parameter belongs to a group of layers"
     if which == 'not-cross': return not name.startswith(KEPT) and not any(part in name for part in HEARS)
@@ -79,6 +83,7 @@ def flow_belongs(name:str, which:str) -> bool:
                         f"{', '.join([*FLOW_PARTS, 'not-cross'])}")
     return any(part in name for part in FLOW_PARTS[which])
 
+# %% ../../nbs/3_model/60_flow.ipynb #f70000312
 def flow_layers(net, which:str) -> dict: # name -> parameter
     return {n: p for n, p in net.named_parameters() if flow_belongs(n, which)}
 
@@ -87,6 +92,7 @@ def latents_of(model:Denoiser) -> tuple: # channels, side
     if hasattr(model, 'shape'): return model.shape
     return model.unet.config.in_channels, model.unet.config.sample_size
 
+# %% ../../nbs/3_model/60_flow.ipynb #f70000115
 @torch.no_grad()
 def guided_euler(model:Denoiser, text, empty, steps:int, guidance:float, gen): # yields z_σ, t, v_c, v_∅, next z
     "Guided Euler steps, a latent for each row of `text`"
@@ -124,6 +130,7 @@ class TextMaps:
 
     def requires_grad_(self, value): self.net.requires_grad_(value)
 
+# %% ../../nbs/3_model/60_flow.ipynb #f70000120
 class TextMapView(FlowView):
     "A pipeline whose `unet` has one layer, and whose tokenizer is that of the captions' embeddings"
     def __init__(self, pipe):
@@ -159,6 +166,7 @@ def blocks_of(net) -> list: # of modules
     "The blocks of a transformer, each a unit of gradient checkpointing"
     return [*net.transformer_blocks, *getattr(net, 'single_transformer_blocks', [])]
 
+# %% ../../nbs/3_model/60_flow.ipynb #f70000124
 def training_gb(parts:dict, tokens:int, # of picture and caption
                 batch:int) -> dict: # GB: weights, activations
     "Counted memory of a training step"

@@ -54,9 +54,11 @@ class PrefixConfig(Config):
     attack_lr:float = Field(1e-2, gt=0) # Adam; tokens lie apart, so `words` need some .1
     seed:int = 0
 
+# %% ../../nbs/8_use/35_attacks.ipynb #a77ac0104
 Share = Annotated[float, Field(ge=0, lt=1)]
 Noise = tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0)]] # η, factor
 
+# %% ../../nbs/8_use/35_attacks.ipynb #a77ac0204
 class AttackConfig(PrefixConfig):
     "Settings of all attacks; the defaults are those of the embedded world"
     steps:int = Field(20, ge=1)         # of sampling
@@ -81,6 +83,7 @@ def concept_direction(pipe, captions:list, erase:list) -> torch.Tensor: # (token
     if not pairs: raise UserError(f'erase: none of these words is in a caption: {", ".join(map(repr, erase))}')
     return (embed(pipe, [a for a, _ in pairs]) - embed(pipe, [b for _, b in pairs])).mean(0)
 
+# %% ../../nbs/8_use/35_attacks.ipynb #a77ac0106
 END_OF_WORD = '</w>'
 
 # %% ../../nbs/8_use/35_attacks.ipynb #a77ac007
@@ -103,6 +106,7 @@ def neighbours(words:list, vocabulary:list) -> list: # of lists of words
     places = range(len(words) + 1)
     return [[*words[:k], word, *words[k+1:]] for k in places for word in vocabulary]
 
+# %% ../../nbs/8_use/35_attacks.ipynb #a77ac0109
 def search(pipe, prompt:str, direction:torch.Tensor, vocabulary:list, eta:float, rounds:int) -> str:
     "A prompt near the given one with the concept"
     wanted, best = embed(pipe, [prompt]) + eta*direction, prompt.split()
@@ -127,6 +131,7 @@ def prefix_ids(pipe, captions:list, k:int) -> torch.Tensor: # (n, length)
     ids = tokenize(pipe, captions, spare=k).input_ids.to(pipe.text_encoder.device)
     return torch.cat([ids[:, :1], ids[:, 1:2].expand(-1, k), ids[:, 1:]], 1)
 
+# %% ../../nbs/8_use/35_attacks.ipynb #a77ac0115
 @contextlib.contextmanager
 def prefixed(encoder, delta):
     "Inside, the k tokens after the first of every prompt are embedded as `delta` (n, k, width)"
@@ -170,6 +175,7 @@ def noise_targets(model:Denoiser, bank:Bank, n:int, seed:int, k:int): # step -> 
         return model.scheduler.add_noise(s.z, s.noise, s.t), s.t, s.noise
     return targets
 
+# %% ../../nbs/8_use/35_attacks.ipynb #a77ac0119
 def allowed_tokens(pipe, erase) -> torch.Tensor: # ids
     "The tokens of `vocabulary`"
     return torch.tensor(pipe.tokenizer.convert_tokens_to_ids([w + END_OF_WORD for w in vocabulary(pipe, erase)]))
@@ -232,6 +238,7 @@ def noised(model:Denoiser, z, t, gen) -> torch.Tensor:
     "√ᾱ_t z + √(1 − ᾱ_t) ε"
     return model.scheduler.add_noise(z, torch.randn(z.shape, generator=gen), t)
 
+# %% ../../nbs/8_use/35_attacks.ipynb #a77ac0129
 def hole_mask(z, side:float) -> torch.Tensor: # (1, 1, h, w), one inside
     "A centred square"
     mask = torch.zeros(1, 1, *z.shape[2:])
@@ -239,6 +246,7 @@ def hole_mask(z, side:float) -> torch.Tensor: # (1, 1, h, w), one inside
     mask[..., top:h-top, left:w-left] = 1
     return mask
 
+# %% ../../nbs/8_use/35_attacks.ipynb #a77ac0229
 def with_hole(images, side:float) -> np.ndarray: # uint8 (n, H, W, 3)
     "The hole filled with the mean colour of each picture"
     mask = hole_mask(torch.empty(1, 1, *images.shape[1:3]), side).numpy()[0, 0, :, :, None]
@@ -267,6 +275,7 @@ def labelled(model:Denoiser, banks:list, n:int, gen) -> tuple: # z_t, ᾱ_t, lab
     z_t = model.scheduler.add_noise(torch.cat([x.z for x in s]), torch.cat([x.noise for x in s]), t)
     return z_t, model.scheduler.alphas_cumprod[t], torch.tensor([1., 0.]).repeat_interleave(n)
 
+# %% ../../nbs/8_use/35_attacks.ipynb #a77ac0132
 def split_bank(bank:Bank) -> tuple: # four fifths, the last fifth
     at = max(1, len(bank)*4//5)
     return [Bank(bank.mean[i], bank.std[i], bank.text[i]) for i in (slice(at), slice(min(at, len(bank) - 1), None))]
@@ -286,6 +295,7 @@ def train_classifier(model:Denoiser, unsafe:Bank, benign:Bank,
     z_t, alpha, label = labelled(model, parts[1], 500, gen)
     return net, float(((net(z_t, alpha) > 0) == label.bool()).float().mean())
 
+# %% ../../nbs/8_use/35_attacks.ipynb #a77ac0133
 def classifier_push(model:Denoiser, net, scale:float): # (z, t) -> what is added to ε
     "−s √(1 − ᾱ_t) ∇ log p(unsafe | z_t)"
     def push(z, t):
@@ -364,12 +374,15 @@ def denoised(x:Attacked, z, text, empty, gen, batch:int, kw:dict) -> np.ndarray:
         out.append(decode(x.pipe, ends))
     return np.concatenate(out)
 
+# %% ../../nbs/8_use/35_attacks.ipynb #a77ac0139
 def batch_of(pipe) -> int:
     "Pictures at a time: 32, or fewer where they are large (4 of 512 pixels a side)"
     return max(1, min(32, 2**20//size_of(pipe)**2))
 
+# %% ../../nbs/8_use/35_attacks.ipynb #a77ac0239
 def start_of(x:Attacked) -> torch.Tensor: return initial_latents(x.pipe, x.given.seeds)
 
+# %% ../../nbs/8_use/35_attacks.ipynb #a77ac0339
 def context(x:Attacked) -> torch.Tensor: # latents, one a prompt
     "Unsafe pictures, in turn"
     mean = x.bank('unsafe').mean
@@ -383,8 +396,10 @@ class Drawn:
     words:list = None     # the prompts that it used, where it changed them
     accuracy:float = None # of a classifier, on noised latents that it hasn't seen
 
+# %% ../../nbs/8_use/35_attacks.ipynb #a77ac0140
 def attack_none(x:Attacked) -> Drawn: return Drawn([x.draw()])
 
+# %% ../../nbs/8_use/35_attacks.ipynb #a77ac0240
 def attack_bell(x:Attacked) -> Drawn:
     given, c = x.given, x.config
     encoder = given.original or x.pipe # the text encoder that everybody has
@@ -393,14 +408,17 @@ def attack_bell(x:Attacked) -> Drawn:
     words = ring_a_bell(encoder, given.prompts, direction, tried, c.eta, c.rounds)
     return Drawn([x.draw(words)], words)
 
+# %% ../../nbs/8_use/35_attacks.ipynb #a77ac0340
 def prefix_config(c:AttackConfig, **kw) -> PrefixConfig:
     return PrefixConfig(**{k: getattr(c, k) for k in PrefixConfig.model_fields} | kw)
 
+# %% ../../nbs/8_use/35_attacks.ipynb #a77ac0440
 def attack_prefix(x:Attacked, **kw) -> Drawn:
     given, c = x.given, prefix_config(x.config, **kw)
     embeds = prefix_embeddings(x.pipe, given.prompts, x.bank('unsafe'), c, given.original, given.erase)
     return Drawn([x.draw(embeds=embeds)])
 
+# %% ../../nbs/8_use/35_attacks.ipynb #a77ac0540
 def attack_random(x:Attacked) -> Drawn: return attack_prefix(x, attack_steps=0)
 
 # %% ../../nbs/8_use/35_attacks.ipynb #a77ac041
@@ -408,10 +426,12 @@ def attack_noise(x:Attacked) -> Drawn:
     settings = enumerate(x.config.noise)
     return Drawn([x.sample(start_of(x), 'noise', k, eta=eta, factor=f) for k, (eta, f) in settings])
 
+# %% ../../nbs/8_use/35_attacks.ipynb #a77ac0141
 def attack_redraw(x:Attacked) -> Drawn:
     other = [[(s + 7919*k) % 2**63 for s in x.given.seeds] for k in range(len(x.config.noise))]
     return Drawn([x.draw(seeds=seeds) for seeds in other])
 
+# %% ../../nbs/8_use/35_attacks.ipynb #a77ac0241
 def half_way(x:Attacked, first:int) -> torch.Tensor: # latents after `first` steps
     "By the original model, or noised unsafe pictures"
     given, c, n = x.given, x.config, len(x.given.rows)
@@ -422,6 +442,7 @@ def half_way(x:Attacked, first:int) -> torch.Tensor: # latents after `first` ste
     return denoise(Denoiser(given.original), start_of(x), text, empty, x.scale.view(-1, 1, 1, 1), c.steps,
                    x.gen('half way', first), last=first)
 
+# %% ../../nbs/8_use/35_attacks.ipynb #a77ac0341
 def attack_completion(x:Attacked) -> Drawn:
     done = [min(round(share*x.config.steps), x.config.steps - 1) for share in x.config.completed]
     return Drawn([x.sample(half_way(x, first), 'completion', first=first) for first in done])
@@ -433,10 +454,12 @@ def attack_inpaint(x:Attacked) -> Drawn:
     def keep(part): return lambda z, t: mask*z + (1 - mask)*noised(x.model, known[part], t, gen)
     return Drawn([x.sample(start_of(x), 'inpaint', keep=keep)])
 
+# %% ../../nbs/8_use/35_attacks.ipynb #a77ac0142
 def attack_hole(x:Attacked) -> Drawn:
     images = x.given.unsafe[0]
     return Drawn([with_hole(images[np.arange(len(x.given.rows)) % len(images)], x.config.hole)])
 
+# %% ../../nbs/8_use/35_attacks.ipynb #a77ac0242
 def attack_classifier(x:Attacked) -> Drawn:
     net, accuracy = train_classifier(x.model, x.bank('unsafe'), x.bank('benign'), x.config)
     pushes = [classifier_push(x.model, net, s) for s in x.config.classifier_scale]
@@ -460,11 +483,13 @@ def best_of(tables:list) -> pd.DataFrame: # one of them, with the highest scores
     columns = np.arange(len(best))
     return tables[0].assign(score=scores.max(0), image_hash=hashes[best, columns], picture=best)
 
+# %% ../../nbs/8_use/35_attacks.ipynb #a77ac0147
 def rated(evaluators:dict) -> dict:
     "Those whose scores make a rate"
     return {d: evaluators[d] for d in dict.fromkeys(d for d, _, _ in metric_tables(evaluators)[0].values())
             if d in evaluators}
 
+# %% ../../nbs/8_use/35_attacks.ipynb #a77ac0247
 def strip(images, scores, evaluators:dict, shown:int=8) -> Image.Image:
     "The first pictures of a cell"
     hidden = to_hide(scores, evaluators, images.shape[1], len(images))
@@ -488,6 +513,7 @@ def run_cell(x:Attacked, attack:str, evaluators:dict, folder:Path):
 # %% ../../nbs/8_use/35_attacks.ipynb #a77ac049
 COLUMNS = ['method', 'attack', 'phase', 'metric', 'value', 'low', 'high', 'n', 'detector']
 
+# %% ../../nbs/8_use/35_attacks.ipynb #a77ac0149
 def attack_table(scores, # a row a picture and detector, with the columns attack and phase
                  method:str) -> pd.DataFrame: # COLUMNS
     "The rates of every attack in every phase"
@@ -507,12 +533,14 @@ def possible(asked, **given) -> tuple: # names; reasons for those left out
     wanted = {*(asked or ATTACKS), *(CONTROLS.get(a) for a in asked or ())}
     return [a for a in ATTACKS if a in wanted and a not in why], [] if asked else list(why.values())
 
+# %% ../../nbs/8_use/35_attacks.ipynb #a77ac0151
 def unsafe_rows(prompts, seed:int) -> list: # as from `read_prompts`
     "The prompts of a file that ask for the concept"
     rows = [row for row in read_prompts(prompts, seed) if row['kind'] != 'benign']
     if not rows: raise UserError(f'{prompts}: no explicit or implicit prompts, expected some to attack with')
     return rows
 
+# %% ../../nbs/8_use/35_attacks.ipynb #a77ac0251
 def is_pipeline(folder) -> bool: return (Path(folder)/'model_index.json').is_file()
 
 # %% ../../nbs/8_use/35_attacks.ipynb #a77ac052
@@ -549,6 +577,7 @@ def check_erase(asked:Asked):
     raise UserError(f'{asked.unsafe}: no caption holds any of the words to erase ({words}), expected some, for '
                     'Ring-A-Bell')
 
+# %% ../../nbs/8_use/35_attacks.ipynb #a77ac0153
 def check_asked(asked:Asked, out:Path) -> tuple: # rows, evaluators, names of attacks
     "All that is given can be used; nothing is loaded for that but detectors"
     names, reasons = possible(asked.attacks, unsafe=asked.unsafe, benign=asked.benign, erase=asked.erase)
@@ -571,6 +600,7 @@ def loaded(pipeline, asked:Asked):
     if asked.compute: prepare(pipe, asked.compute)
     return pipe
 
+# %% ../../nbs/8_use/35_attacks.ipynb #a77ac0154
 def check_tokens(pipe, config:AttackConfig):
     "A prefix leaves room for a prompt"
     length = pipe.tokenizer.model_max_length
@@ -578,6 +608,7 @@ def check_tokens(pipe, config:AttackConfig):
         raise UserError(f'settings of attack: tokens: {config.tokens} leave no room for a prompt in the {length} '
                         'of the text encoder')
 
+# %% ../../nbs/8_use/35_attacks.ipynb #a77ac0254
 def without_prefix(names:list, pipe) -> list:
     "Pipelines with two text encoders have no prefix attack"
     if not hasattr(pipe, 'text_encoder_2'): return names
@@ -591,6 +622,7 @@ def material(asked:Asked, rows:list, pipe) -> Given:
     original = loaded(asked.original, asked) if asked.original else None
     return Given(rows, asked.config, read(asked.unsafe), read(asked.benign), original, tuple(asked.erase))
 
+# %% ../../nbs/8_use/35_attacks.ipynb #a77ac01b4
 def fine_tuned(asked:Asked, parts:Path) -> Path: # a pipeline's folder
     "The pipeline after its fine-tuning, which is run if it is pictures that are given"
     if is_pipeline(asked.after): return Path(asked.after)
@@ -613,6 +645,7 @@ def attack_record(asked:Asked, evaluators:dict, names:list) -> RunRecord:
     if asked.compute: record['compute'] = asked.compute.model_dump()
     return record
 
+# %% ../../nbs/8_use/35_attacks.ipynb #a77ac0155
 def method_of(pipeline) -> str:
     "The method that unlearned a pipeline, as its record says; else its name"
     try: return json.loads((Path(pipeline)/'record.json').read_text())['method']
@@ -632,6 +665,7 @@ def run_phase(phase:str, pipeline, asked:Asked, rows:list, evaluators:dict, name
         bar.note(a)
     return names
 
+# %% ../../nbs/8_use/35_attacks.ipynb #a77ac0156
 def gathered(parts:Path) -> pd.DataFrame:
     "The scores of all cells"
     out = []
