@@ -116,12 +116,13 @@ def test_stages():
     assert (ROOT/'dvc.lock').stat().st_size <= 100_000
 
     # every study is a stage
-    assert set(DVC) - {'code'} == set(STUDIES) - NO_STAGE
+    assert set(DVC) - {'code'} == set(STUDIES) - NO_STAGE - WAITING
     agree([s for s in DVC if s != 'code' and f'outs/code/{s}.json' not in DVC[s]['deps']], 'depends not on its code:')
     agree([f'{s}: {DVC[s]["cmd"]}' for s in DVC if s != 'code' and DVC[s]['cmd'] != f'${{run}} {s}'], 'command:')
 
 
 NO_STAGE = {'models', 'sd14', 'tests'} # pages that other studies use, or that other commands make
+WAITING = {'emoji_models', 'emoji_tuning', 'emoji_phenomenon', 'emoji_table'} # for results: by RESALIGN_PROFILE=emoji
 
 
 @pytest.fixture(scope='module')
