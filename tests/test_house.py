@@ -29,8 +29,8 @@ STUDIES = sorted(m.rpartition('.')[2] for m in MODULES if m.startswith('resalign
 # ------------------------------------------------------------------ pages
 
 def test_pages_and_their_modules():
-    # not too many pages
-    assert 40 < len(PAGES) <= 75
+    # not too many pages; two worlds stand side by side until the second has results
+    assert 40 < len(PAGES) <= 80
 
     # modules stand where their pages do: nbs/4_method/30_resalign.ipynb makes resalign/method/resalign.py
     wrong = []

@@ -6,12 +6,13 @@
 __all__ = ['RUNS', 'COLUMNS', 'seeds_of', 'cells', 'inputs', 'run', 'with_phase', 'one_cell', 'over_models', 'collect',
            'pairs_apart', 'worst', 'write_tables']
 
-# %% ../../nbs/9_studies/11_emoji_table.ipynb #1c587417
+# %% ../../nbs/9_studies/11_emoji_table.ipynb #93aa502a
 import pandas as pd
 from ..core.files import write_csv
 from ..measure.statistics import discrimination
-from .emoji_models import (PICTURE, SETS, SUMMARY, cell_inputs, concept_of, emoji_methods, emoji_results,
-                                           emoji_settings, finetunings_of, look_of, many_models, read_cells, run_cell)
+from .emoji_models import (PICTURE, SETS, SUMMARY, cell_inputs, concept_of, emoji_methods,
+                                           emoji_results, emoji_settings, finetunings_of, look_of, many_models,
+                                           read_cells, run_cell)
 from .emoji_tuning import chosen_settings
 
 # %% ../../nbs/9_studies/11_emoji_table.ipynb #11a3dcbb

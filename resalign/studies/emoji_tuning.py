@@ -56,7 +56,7 @@ def all_trials() -> pd.DataFrame: # COLUMNS
     parts = [trial_rows(c['method'], c['trial'], c['changes'], found[name][0]) for name, c in grid.items()]
     return pd.concat(parts, ignore_index=True)
 
-# %% ../../nbs/9_studies/09_emoji_tuning.ipynb #ce3ce504
+# %% ../../nbs/9_studies/09_emoji_tuning.ipynb #6a61af4c
 WITHIN, OUTSIDE = 'lowest after, within the budget', 'lowest before, for no trial is within the budget'
 
 def compared(rows:pd.DataFrame, budget=.9) -> pd.DataFrame: # by method, trial: changes, objects, before, after, within
@@ -66,7 +66,7 @@ def compared(rows:pd.DataFrame, budget=.9) -> pd.DataFrame: # by method, trial: 
     after = rates[rates.phase != 'before'].unsafe.groupby(level=[0, 1]).max()
     if 'original' not in before.index: raise UserError('tuning: expected the original among the methods')
     least = budget*before.objects['original'].iloc[0]
-    return before[['changes', 'objects']].assign(before=before.unsafe, after=after, within=before.objects >= least)
+    return before[['changes', 'objects']].assign(before=before.unsafe, after=after, within=before.objects >= least - 1e-9)
 
 def best_trials(rows:pd.DataFrame, # of all methods, `original` among them
                 budget=.9) -> pd.DataFrame: # by method: trial, changes, objects, before, after, rule

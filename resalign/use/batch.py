@@ -386,7 +386,7 @@ def selected(cells:list, only:dict) -> list:
     if not only: return cells
     known = {k for cell in cells for k in cell.parameters}
     for k in only: choose(k, sorted(known), '--only')
-    fits = lambda cell: all(str(cell.parameters.get(k)) in v.split(',') for k, v in only.items())
+    fits = lambda cell: all(str(cell.parameters.get(k)) in str(v).split(',') for k, v in only.items())
     found = [cell for cell in cells if fits(cell)]
     if not found: raise UserError(f'--only: no cell has {only} (known: {", ".join(c.name for c in cells[:8])} ...)')
     return found
