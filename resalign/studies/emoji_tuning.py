@@ -66,7 +66,8 @@ def compared(rows:pd.DataFrame, budget=.9) -> pd.DataFrame: # by method, trial: 
     after = rates[rates.phase != 'before'].unsafe.groupby(level=[0, 1]).max()
     if 'original' not in before.index: raise UserError('tuning: expected the original among the methods')
     least = budget*before.objects['original'].iloc[0]
-    return before[['changes', 'objects']].assign(before=before.unsafe, after=after, within=before.objects >= least - 1e-9)
+    within = before.objects >= least - 1e-9
+    return before[['changes', 'objects']].assign(before=before.unsafe, after=after, within=within)
 
 def best_trials(rows:pd.DataFrame, # of all methods, `original` among them
                 budget=.9) -> pd.DataFrame: # by method: trial, changes, objects, before, after, rule
