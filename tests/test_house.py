@@ -29,7 +29,11 @@ STUDIES = sorted(m.rpartition('.')[2] for m in MODULES if m.startswith('resalign
 # ------------------------------------------------------------------ pages
 
 def test_pages_and_their_modules():
+<<<<<<< HEAD
     # not too many pages
+=======
+    # not too many pages; two worlds stand side by side until the second has results
+>>>>>>> studies
     assert 40 < len(PAGES) <= 80
 
     # modules stand where their pages do: nbs/4_method/30_resalign.ipynb makes resalign/method/resalign.py
@@ -116,12 +120,13 @@ def test_stages():
     assert (ROOT/'dvc.lock').stat().st_size <= 100_000
 
     # every study is a stage
-    assert set(DVC) - {'code'} == set(STUDIES) - NO_STAGE
+    assert set(DVC) - {'code'} == set(STUDIES) - NO_STAGE - WAITING
     agree([s for s in DVC if s != 'code' and f'outs/code/{s}.json' not in DVC[s]['deps']], 'depends not on its code:')
     agree([f'{s}: {DVC[s]["cmd"]}' for s in DVC if s != 'code' and DVC[s]['cmd'] != f'${{run}} {s}'], 'command:')
 
 
 NO_STAGE = {'models', 'sd14', 'tests'} # pages that other studies use, or that other commands make
+WAITING = {'emoji_models', 'emoji_tuning', 'emoji_phenomenon', 'emoji_table'} # for results: by RESALIGN_PROFILE=emoji
 
 
 @pytest.fixture(scope='module')

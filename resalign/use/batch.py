@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SECTION', 'LONGEST', 'KEYS', 'PASSING', 'ONE_THREAD', 'HOMES', 'COLOURS', 'OF_REAL_PROFILES', 'DRAWINGS_ONLY',
            'ABOUT', 'STYLE', 'Grid', 'section_or_value', 'check_grid', 'combinations', 'Cell', 'name_of', 'notebook',
-           'parameters_of', 'page_code', 'cells_of_page', 'study_module', 'has_cells', 'cells_of_study',
-           'kept_of_study', 'keep', 'read_record', 'record_of', 'changed', 'why_stale', 'outputs_of', 'papermill',
-           'run_page', 'call_study', 'fork_server', 'run_study', 'attempts_at', 'run_cell', 'record_for',
+           'parameters_of', 'page_code', 'cells_of_page', 'own_study', 'study_module', 'runs_of', 'has_cells',
+           'cells_of_study', 'kept_of_study', 'keep', 'read_record', 'record_of', 'changed', 'why_stale', 'outputs_of',
+           'papermill', 'run_page', 'call_study', 'fork_server', 'run_study', 'attempts_at', 'run_cell', 'record_for',
            'run_to_record', 'workers_of', 'tally', 'lost', 'run_cells', 'check_numbers', 'skipped', 'batch',
            'check_profile', 'selected', 'plan', 'run_study_cells', 'run_page_of_study', 'run_study_and_page',
            'summary_row', 'summarise', 'thumbnail', 'card', 'as_page']
@@ -127,11 +127,19 @@ def cells_of_page(page, grid:Grid, out) -> list: # of Cell
     return [*found.values()]
 
 # %% ../../nbs/8_use/25_batch.ipynb #67191be0
+def own_study(study:str) -> str:
+    "What the active profile does in place of a study of this name"
+    return active_profile()[1].sections.get('studies', {}).get(study, study)
+
 def study_module(study:str):
     "A study by its name"
-    name = choose(study, studies(), 'study')
+    name = choose(own_study(study), studies(), 'study')
     if not (root()/'nbs').is_dir(): raise UserError(f'{root()}: no folder nbs, expected a clone, for a study is a page')
     return importlib.import_module(f'resalign.studies.{name}')
+
+def runs_of(study:str) -> Path:
+    "The folder of its cells: the one that the study names, or runs/STUDY"
+    return results()/getattr(study_module(study), 'RUNS', f'runs/{study}')
 
 def has_cells(study:str) -> bool: return hasattr(study_module(study), 'cells')
 
@@ -144,7 +152,7 @@ def cells_of_study(study:str) -> list: # of Cell
         methods = [parameters['method']] if 'method' in parameters else None
         depends = dict(code=short(meaning(module.__name__, methods)), parameters=parameters,
                        inputs=module.inputs(**parameters))
-        found.append(Cell(name, parameters, depends, str(results()/'runs'/study/name), study=study))
+        found.append(Cell(name, parameters, depends, str(runs_of(study)/name), study=study))
     return found
 
 # %% ../../nbs/8_use/25_batch.ipynb #87bbc334
@@ -152,7 +160,7 @@ KEYS = 'keys.json'
 
 def kept_of_study(study:str) -> dict: # cell -> depends
     "What the results of a study depended on"
-    path = results()/'runs'/study/KEYS
+    path = runs_of(study)/KEYS
     if not path.is_file(): return {}
     try:
         kept = json.loads(path.read_text(encoding='utf-8'))
@@ -165,7 +173,7 @@ def keep(study:str, done:dict): # cell -> depends
     "Write that file; code that several cells share stands there once"
     codes = {digest(d['code'])[:12]: d['code'] for d in done.values()}
     cells = {name: dict(d, code=digest(d['code'])[:12]) for name, d in sorted(done.items())}
-    write_json(results()/'runs'/study/KEYS, dict(code=codes, cells=cells))
+    write_json(runs_of(study)/KEYS, dict(code=codes, cells=cells))
 
 # %% ../../nbs/8_use/25_batch.ipynb #1ab7410a
 def read_record(path) -> dict: # empty: there is none, or it is damaged
@@ -365,8 +373,11 @@ DRAWINGS_ONLY = ("{study}: profile '{profile}': its pictures are drawn, and coun
 
 def check_profile(study:str):
     "A UserError where the active profile doesn't have this study, or lacks what it needs"
-    profile, _ = active_profile()
+    profile, settings = active_profile()
     if profile == 'tiny': return
+    if own := settings.sections.get('studies'): # another world of drawings
+        choose(study, [*own, *own.values()], f"profile '{profile}': study")
+        return
     if study not in OF_REAL_PROFILES:
         raise UserError(DRAWINGS_ONLY.format(study=study, profile=profile, studies=', '.join(OF_REAL_PROFILES)))
     from resalign.real.doctor import require_profile
@@ -378,7 +389,7 @@ def selected(cells:list, only:dict) -> list:
     if not only: return cells
     known = {k for cell in cells for k in cell.parameters}
     for k in only: choose(k, sorted(known), '--only')
-    fits = lambda cell: all(str(cell.parameters.get(k)) in v.split(',') for k, v in only.items())
+    fits = lambda cell: all(str(cell.parameters.get(k)) in str(v).split(',') for k, v in only.items())
     found = [cell for cell in cells if fits(cell)]
     if not found: raise UserError(f'--only: no cell has {only} (known: {", ".join(c.name for c in cells[:8])} ...)')
     return found
@@ -412,8 +423,8 @@ def run_study_cells(study:str, only:dict=None, executor='local', workers:int=2, 
 def run_page_of_study(study:str) -> Path: # the executed page
     "Make a study's tables and figure: run its page with `smoke` off"
     check_profile(study)
-    page = page_of(f'resalign.studies.{study}')
-    executed = root()/'outs'/'pages'/f'{study}.ipynb'
+    page = page_of(study_module(study).__name__)
+    executed = root()/'outs'/'pages'/f'{own_study(study)}.ipynb'
     executed.parent.mkdir(parents=True, exist_ok=True)
     given = dict(smoke=False) if 'smoke' in parameters_of(page) else {}
     cell = Cell(study, given, {}, str(executed.parent), page=str(page))
