@@ -29,11 +29,7 @@ STUDIES = sorted(m.rpartition('.')[2] for m in MODULES if m.startswith('resalign
 # ------------------------------------------------------------------ pages
 
 def test_pages_and_their_modules():
-<<<<<<< HEAD
     # not too many pages
-=======
-    # not too many pages; two worlds stand side by side until the second has results
->>>>>>> studies
     assert 40 < len(PAGES) <= 80
 
     # modules stand where their pages do: nbs/4_method/30_resalign.ipynb makes resalign/method/resalign.py
