@@ -234,7 +234,7 @@ from resalign.model.pipelines import ImageStore
 from resalign.use import evaluate as page
 size, tmp = 256, Path(sys.argv[1])
 
-def drawn(pipe, prompts, seeds, steps, guidance, store):
+def drawn(pipe, prompts, seeds, steps, guidance, store, **_):
     album = ImageStore(store, len(prompts))
     for i in range(0, len(prompts), 32): album.add(np.full((len(prompts[i:i+32]), size, size, 3), i % 251, np.uint8))
     return album.pictures()
