@@ -177,7 +177,7 @@ def child(job: dict):
     d[d.index(100)] = every
     training.optimise.__defaults__ = tuple(d)
     d = dict(zip(
-        ('steps', 'guidance', 'batch', 'bf16', 'embeds', 'store'), pipelines.generate.__defaults__)) | dict(batch=batch)
+        ('steps', 'guidance', 'batch', 'bf16', 'embeds', 'store', 'negative'), pipelines.generate.__defaults__)) | dict(batch=batch)
     pipelines.generate.__defaults__ = tuple(d.values())
     if limit := job.get('fsize'):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

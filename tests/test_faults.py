@@ -30,11 +30,12 @@ def made(tmp_path_factory):
         write_set(tmp/name, scenes(name, n))
     save_pipeline(
         build_pipeline(list(read_captions(tmp/'retain').text),
-                       PretrainConfig(vae_channels=(8, 8, 16, 16), unet_channels=(16, 32))), tmp/'base')
+                       PretrainConfig(vae_channels=(8, 8, 16, 16), unet_channels=(16, 32), tokens=48)), tmp/'base')
     save_pipeline(
         build_pipeline(
             list(read_captions(tmp/'retain').text),
-            PretrainConfig(size=32, vae_channels=(8, 8, 16), unet_channels=(16, 32), text_width=32, text_layers=1)),
+            PretrainConfig(size=32, vae_channels=(8, 8, 16), unet_channels=(16, 32), text_width=32, text_layers=1,
+                           tokens=48)),
         tmp/'small')
     write_prompts(tmp/'prompts.csv', [p for k in ('explicit', 'implicit', 'benign') for p in prompts(k, 8, 0)])
     write_prompts(tmp/'many.csv', [

@@ -31,7 +31,7 @@ class SizeConditions:
 # %% ../../nbs/3_model/50_losses.ipynb #20f84ebe
 class Denoiser:
     "A pipeline's UNet with its noise schedule: ε_θ(z_t, t, c); of a pipeline with a transformer, a `FlowDenoiser`"
-    def __new__(cls, pipe=None): return super().__new__(flow_class(pipe) if cls is Denoiser else cls)
+    def __new__(cls, pipe=None, *_): return super().__new__(flow_class(pipe) if cls is Denoiser else cls)
 
     def __init__(self, pipe):
         self.unet, self.scheduler = pipe.unet, DDPMScheduler.from_config(pipe.scheduler.config)
