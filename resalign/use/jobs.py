@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['INPUTS', 'SURROUNDINGS', 'MARKUP', 'LINKS', 'NO_EVALUATION', 'MISTAKES', 'CARD', 'DRY_PICTURES', 'LEARN_A_WORD',
-           'unlearn', 'finetune', 'check_inputs', 'named_folders', 'asked_compute', 'load_prepared', 'size_of',
-           'load_bank', 'origin', 'pictures', 'checkpoint_of', 'as_text', 'data_line', 'facts', 'number', 'rate_line',
-           'detector_line', 'evaluation', 'plain_name', 'eval_result', 'eval_results', 'card_metadata', 'model_card',
-           'write_card', 'load_data', 'with_detector', 'unlearn_record', 'write_unlearned', 'one_step', 'estimate',
+           'check_inputs', 'named_folders', 'asked_compute', 'load_prepared', 'size_of', 'load_bank', 'origin',
+           'pictures', 'checkpoint_of', 'as_text', 'data_line', 'facts', 'number', 'rate_line', 'detector_line',
+           'evaluation', 'plain_name', 'eval_result', 'eval_results', 'card_metadata', 'model_card', 'write_card',
+           'load_data', 'with_detector', 'unlearn_record', 'write_unlearned', 'unlearn', 'one_step', 'estimate',
            'timed_step', 'dry_run', 'duration', 'dry_lines', 'check_finetuning', 'finetune_record', 'trained',
-           'write_finetuned']
+           'write_finetuned', 'finetune']
 
 # %% ../../nbs/8_use/00_jobs.ipynb #e1091635
 import hashlib, html, json, math, re, time, unicodedata
@@ -279,9 +279,9 @@ def write_unlearned(folder:Path, pipe, result:dict, record:RunRecord):
     (folder/'README.md').write_text(model_card(record), encoding='utf-8')
 
 # %% ../../nbs/8_use/00_jobs.ipynb #81e0365f
+@at_home
 def unlearn(pipeline,        # diffusers folder or hub id
-            unsafe, benign,  # captioned images of what should go, and of what should stay
-            out,             # the new pipeline's folder
+            unsafe, benign, out, # captioned images of what should go, and of what should stay; a folder that is written
             method='ga',     # a key of METHODS
             settings:dict=None, # as in params.yaml; None: the smoke setting
             pool=(),         # captioned image folders for the simulated fine-tunings, by name or not; none: `benign`
@@ -402,6 +402,7 @@ def write_finetuned(folder:Path, pipe, config:FinetuneConfig, log:list):
     if config.algorithm in LEARN_A_WORD: save_token(pipe, config.token, folder)
 
 # %% ../../nbs/8_use/00_jobs.ipynb #871eb12a
+@at_home
 def finetune(pipeline, # diffusers folder or hub id
              images,   # captioned images to learn
              out,      # the new pipeline's folder
@@ -423,6 +424,3 @@ def finetune(pipeline, # diffusers folder or hub id
         record['base'] = origin(pipeline)
         record.save(tmp/'record.json')
     return record
-
-# %% ../../nbs/8_use/00_jobs.ipynb #e8983428
-unlearn, finetune = at_home(unlearn), at_home(finetune)
