@@ -194,3 +194,28 @@ def test_a_view_is_a_unets_pipeline():
     assert (view.unet, view.vae, hasattr(view, 'text_encoder_2')) == ('net', 'vae', False)
     view.save_lora_weights('there', unet_lora_layers='weights')
     assert saved == [(('there',), dict(transformer_lora_layers='weights'))]
+
+
+def test_flux_hears_every_token_and_its_pooled_embedding_and_knows_where_pixels_are():
+    from resalign.model.losses import FluxDenoiser
+    heard = {}
+
+    class Net(nn.Module):
+        config = SimpleNamespace(guidance_embeds=True)
+        def __init__(self):
+            super().__init__()
+            self.two = nn.Parameter(torch.tensor(2.))
+        def forward(self, latents, **kw):
+            heard.update(kw)
+            return (self.two*latents,)
+
+    d = object.__new__(FluxDenoiser)
+    d.unet, d.sigmas, d.width = Net(), torch.tensor([.1, .4, .9]), 3
+    z, text, t = torch.randn(2, 4, 4, 6), torch.randn(2, 5, 7), torch.tensor([2, 0])
+    assert torch.equal(d(z, t, text), 2*z) # packing and unpacking lose nothing
+    assert torch.equal(heard['encoder_hidden_states'], text[:, :4])
+    assert torch.equal(heard['pooled_projections'], text[:, 4, :3])
+    assert heard['timestep'].tolist() == d.sigmas[t].tolist() and heard['guidance'].tolist() == [3.5, 3.5]
+    places = [(0, y, x) for y in range(2) for x in range(3)]
+    assert heard['img_ids'].tolist() == [list(map(float, p)) for p in places]
+    assert heard['txt_ids'].tolist() == [[0., 0., 0.]]*4
