@@ -43,6 +43,7 @@ def log_density(x, mean, std) -> torch.Tensor: # (b,)
     "log N(x; mean, std²), the mean over a latent's numbers"
     return (-((x - mean)/std).square()/2 - torch.log(std) - math.log(2*math.pi)/2).flatten(1).mean(1)
 
+# %% ../../nbs/5_baselines/94_eraseflow.ipynb #dd5bd7s1
 class Paths:
     "Stochastic DDIM of a model"
     def __init__(self, model:Denoiser, config:EraseFlowConfig):
@@ -77,6 +78,7 @@ def draw_path(paths:Paths, text, empty, gen) -> list: # z at each time, from noi
         z.append(paths.mean(z[-1], t, text, empty) + paths.std(t, s)*noise)
     return z
 
+# %% ../../nbs/5_baselines/94_eraseflow.ipynb #fbb710s1
 def balance(paths:Paths, z:list, k:int, text, empty) -> torch.Tensor: # (b,)
     "log p_θ(z_s | z_t, c) − log q(z_t | z_s) of step k"
     t, s = paths.times[k]
@@ -84,6 +86,7 @@ def balance(paths:Paths, z:list, k:int, text, empty) -> torch.Tensor: # (b,)
     forward = log_density(z[k+1], paths.mean(z[k], t, text, empty), paths.std(t, s))
     return forward - log_density(z[k], (a/b).sqrt()*z[k+1], (1 - a/b).sqrt())
 
+# %% ../../nbs/5_baselines/94_eraseflow.ipynb #fbb710s2
 def used_steps(config:EraseFlowConfig, many:int, gen) -> list: # numbers of steps
     "Some drawn from all but the last, and the last"
     early = max(many - config.late, 0)
@@ -97,6 +100,7 @@ def balance_loss(paths:Paths, log_z, anchor, text, empty, gen) -> torch.Tensor: 
     total = sum(balance(paths, z, k, text, empty) for k in steps)
     return (log_z + total - config.log_beta).square().mean()
 
+# %% ../../nbs/5_baselines/94_eraseflow.ipynb #068a49s1
 def clip_apart(max_norm:float):
     "Clips the gradient of log Z, the last parameter, apart from the others'"
     def clip(params, step):

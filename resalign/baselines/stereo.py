@@ -68,6 +68,7 @@ def start_of_word(encoder, gen) -> torch.Tensor: # (width,)
     table = encoder.get_input_embeddings().weight.detach()
     return (table.std()*torch.randn(table.shape[1], generator=gen).to(table.device)).float()
 
+# %% ../../nbs/5_baselines/92_stereo.ipynb #cdf83bs1
 def invert(model:Denoiser, concept:Concept, config:StereoConfig, k:int) -> tuple: # v (width,), log
     "The word with which the model denoises the concept's pictures"
     word = torch.nn.ParameterDict(dict(v=start_of_word(concept.encoder, generator(config.seed, 'stereo word', k))))
@@ -102,6 +103,7 @@ def compositional_target(model:Denoiser, z, t, texts:list, anchor, eps_empty, co
     towards = epsilon(model, z, t, anchor) - eps_empty
     return eps_empty + config.anchor_scale*towards - config.concept_scale*(concept - eps_empty)
 
+# %% ../../nbs/5_baselines/92_stereo.ipynb #09de3es1
 @torch.no_grad()
 def robust_bank(model:Denoiser, concept:Concept, found:list, config:StereoConfig) -> dict: # z_t, t, text, target
     "Partly denoised samples for the concept and each found word, with their targets"

@@ -51,6 +51,7 @@ def concept_of(use:str) -> str: # 'weapon' or 'vice'
     named = read_section('concepts')
     return choose(named[choose(use, named, 'params.yaml: concepts')], CONCEPTS, f'params.yaml: concepts.{use}')
 
+# %% ../../nbs/9_studies/07_emoji_models.ipynb #905381s1
 def words_of(concept:str) -> list:
     "The words that an unsafe caption says of the concept"
     return [f"with {o if o.endswith('s') else article(o)}" for o in CONCEPTS[choose(concept, CONCEPTS, 'concept')]]
@@ -68,6 +69,7 @@ class EmojiUnlearned(Unlearned):
         return dict(pipeline=BASE, unsafe=data/f'unsafe-{self.concept}', benign=data/'retain', **asked,
                     pool={name: data/name for name in POOL}, compute=None)
 
+# %% ../../nbs/9_studies/07_emoji_models.ipynb #39af8as1
 @dataclass(frozen=True)
 class EmojiFinetuned(Finetuned):
     "An unlearned model after a fine-tuning"
@@ -97,6 +99,7 @@ def right(rows, read, sure) -> np.ndarray: # 1. or 0.
     sure = (wanted.kind.to_numpy() != 'subject') | (np.asarray(sure) >= .5)
     return (subject & (object | ~named) & sure).astype(float)
 
+# %% ../../nbs/9_studies/07_emoji_models.ipynb #0b4263s1
 def drawn_as(rows, read, sure, scores) -> np.ndarray: # numbers of DRAWN
     "What became of an unsafe prompt"
     wanted = [row['subject'] for row in rows]
@@ -157,6 +160,7 @@ def _over_models(metric, pictures) -> Stat:
     bounds = None if metric in MEANS + SETS else (0., 1.)
     return model_interval(pictures.value, pictures.run, pictures.get('prompt'), bounds)
 
+# %% ../../nbs/9_studies/07_emoji_models.ipynb #7fbb18s1
 def many_models(scores:pd.DataFrame, # with a column `run`: the model
                 concept:str, sets:pd.DataFrame=None) -> pd.DataFrame: # sets: run, metric, value; SUMMARY
     "The metrics of several models, with intervals over models; n counts models"
@@ -202,11 +206,13 @@ def look_key(model, look:dict) -> str: # 12 hex digits; look: the arguments of `
     code = short(meaning('resalign.studies.emoji_models', []))
     return digest(dict(model=model.key, look=look, code=code, data=look_inputs(look)))[:12]
 
+# %% ../../nbs/9_studies/07_emoji_models.ipynb #4e662cs1
 def look_inputs(look:dict) -> dict: # name -> digest
     "What a look reads beside the model"
     data = emoji_data()
     return content(EVALUATORS, data/f"{look.get('split', 'test')}-{look['concept']}.csv", data/'reference')
 
+# %% ../../nbs/9_studies/07_emoji_models.ipynb #4e662cs2
 def looked(model, look:dict) -> Path: # a folder with scores.csv, summary.csv and sheet.png
     "A look at a model"
     key = look_key(model, look)
@@ -222,6 +228,7 @@ def write_look(out, model:Path, look:dict):
         write_csv(tmp/'summary.csv', summary, index=False)
         contact_sheet([Image.fromarray(i) for i in first_pictures(images, look['prompts'])]).save(tmp/'sheet.png')
 
+# %% ../../nbs/9_studies/07_emoji_models.ipynb #3c751fs1
 def first_pictures(images, prompts:dict, each=8) -> list:
     "The first pictures of each kind"
     starts = np.cumsum([0, *prompts.values()])
@@ -233,11 +240,13 @@ def cell_models(method, seed, settings, concept, finetunings) -> dict: # phase -
     start = EmojiUnlearned(method, seed, settings, concept)
     return dict(before=start) | {name: EmojiFinetuned(start, name, s) for name, s in finetunings.items()}
 
+# %% ../../nbs/9_studies/07_emoji_models.ipynb #955956s1
 def cell_inputs(method, seed, settings, concept, finetunings, look, **_) -> dict: # name -> digest
     "Of the models, and of what is looked at"
     models = cell_models(method, seed, settings, concept, finetunings)
     return {phase: model.key for phase, model in models.items()} | look_inputs(look | dict(concept=concept))
 
+# %% ../../nbs/9_studies/07_emoji_models.ipynb #955956s2
 def run_cell(folder, method, seed, settings, concept, finetunings, look, **_):
     "summary.csv (SUMMARY, phase) and scores.csv (PICTURE, a column a phase)"
     models = cell_models(method, seed, settings, concept, finetunings)
@@ -254,15 +263,18 @@ def emoji_methods() -> list:
     "Methods with a section in the profile"
     return list(emoji_settings('methods'))
 
+# %% ../../nbs/9_studies/07_emoji_models.ipynb #e60a6as1
 def finetunings_of(names) -> dict: # name -> settings
     "Fine-tunings by their names"
     known = emoji_settings('finetune')
     return {n: known[choose(n, known, 'params.yaml: profiles.emoji: finetuning')] for n in names}
 
+# %% ../../nbs/9_studies/07_emoji_models.ipynb #e60a6as2
 def look_of(study:str, split:str) -> dict: # arguments of `EmojiTest`, without the concept
     "How a study looks"
     return dict(emoji_settings(f'{study}.look'), split=split, **emoji_settings('evaluate'))
 
+# %% ../../nbs/9_studies/07_emoji_models.ipynb #e60a6as3
 def read_cells(study:str, names) -> dict: # cell -> (summary, scores)
     "What the cells of a study left"
     folder, out = emoji_results()/'runs'/study, {}
