@@ -49,11 +49,11 @@ def main(folder):
     "From the start, from a checkpoint of one process and on from one's own; last, a rank dies in the second outer step"
     rank = Ranks().accelerator.process_index
     result = run(f'{folder}/two-{rank}', 4)
-    print(f'rank {rank}: {len(result["log"])} rows, {[(s["step"], s["j"]) for s in result["solves"]]}', flush=True)
+    print(f'rank {rank}: {len(result["log"])} rows, {[(s["step"], s["j"]) for s in result["solves"]]}\n', end='', flush=True)
     on = run(f'{folder}/one-then-two-{rank}', 4, f'{folder}/checkpoint-of-one')
-    print(f'rank {rank} went on: {len(on["log"])} rows, {on["merged"]} sums', flush=True)
+    print(f'rank {rank} went on: {len(on["log"])} rows, {on["merged"]} sums\n', end='', flush=True)
     run(f'{folder}/half-{rank}', 2, f'{folder}/checkpoint-of-two')
-    print(f'rank {rank} is done', flush=True)
+    print(f'rank {rank} is done\n', end='', flush=True)
     dies(1, 4)
     run(f'{folder}/died-{rank}', 2)
 

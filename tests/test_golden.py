@@ -56,7 +56,7 @@ TABLES = {  # page under nbs/9_studies: the tables that it makes of what is comm
     '46_attack': ['attack.csv'],
 }
 MEASURED = ['bench.csv', 'bench_gpu.csv', 'bench_pieces.csv', 'bench_solves.csv', 'moreau.csv', 'phenomenon.csv',
-            'scaling.csv', 'hours.csv', 'hours_costs.csv', 'hours_tasks.csv', # trained, drawn, timed or counted
+            'base.csv', 'scaling.csv', 'hours.csv', 'hours_costs.csv', 'hours_tasks.csv', # trained, drawn, timed or counted
             'survival.csv', 'mutants.csv', 'mutants_survived.csv']            # by tests/test_faults.py, tools/mutants.py
 
 
