@@ -8,7 +8,8 @@ __all__ = ['STREAMS', 'DEGRADE', 'PAPER', 'CLEAN', 'WORDS', 'SEEN', 'POOR', 'VER
            'block', 'WiringNet', 'ReaderNet', 'make_tokenizer', 'make_clip', 'embed_images', 'tokens', 'embed_texts',
            'make_mhsc', 'fit', 'blended', 'fit_wiring', 'fit_reader', 'fit_clip', 'features', 'soft_features',
            'fit_mhsc', 'fit_aesthetics', 'ClipScore', 'Reader', 'read_card', 'on_clip', 'load_trained',
-           'calibration_bins', 'detector_card', 'retrieval', 'reader_card', 'evaluate', 'train_evaluators']
+           'calibration_bins', 'detector_card', 'retrieval', 'reader_card', 'evaluate', 'train_clip',
+           'train_evaluators']
 
 # %% ../../nbs/6_measure/00_detectors.ipynb #259ad57a
 import io, json, math
@@ -528,15 +529,19 @@ SMOKE = dict(pictures=300, heldout=100, epochs=dict(wiring=3, reader=2, clip=2, 
 def _save(model, file, **metadata):
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, file, metadata=metadata or None)
 
-def _train_all(folder:Path, d:Drawings, epochs:dict, seed:int):
-    "Train all five and write their weights"
-    tok, bad = make_tokenizer(d.captions + [POOR]*len(d)), spoiled(d.images, seed)
-    clip = fit_clip(d, tok, bad, epochs['clip'], seed)
-    (folder/'clip').mkdir()
+def train_clip(folder:Path, d, bad:tuple, epochs:float, seed:int, half=False) -> tuple: # CLIPModel; its file's hash
+    "Train the small CLIP, and write it with its tokenizer"
+    tok = make_tokenizer(d.captions + [POOR]*len(d))
+    clip = fit_clip(d, tok, bad, epochs, seed)
     clip.config.save_pretrained(folder/'clip')
     tok.save_pretrained(folder/'clip')
-    _save(clip, folder/FILES['clip'], format='pt')
-    clip_hash = sha256(folder/FILES['clip'])
+    _save(clip.half() if half else clip, folder/FILES['clip'], format='pt')
+    return clip.float(), sha256(folder/FILES['clip'])
+
+def _train_all(folder:Path, d:Drawings, epochs:dict, seed:int):
+    "Train all five and write their weights"
+    bad = spoiled(d.images, seed)
+    clip, clip_hash = train_clip(folder, d, bad, epochs['clip'], seed)
     _save(fit_mhsc(d, clip, bad, epochs['mhsc'], seed), folder/FILES['mhsc'], clip=clip_hash)
     _save(fit_aesthetics(d, clip, bad), folder/FILES['aesthetics'], clip=clip_hash)
     _save(fit_wiring(d, epochs['wiring'], seed), folder/FILES['wiring'])

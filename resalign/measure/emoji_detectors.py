@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np, torch, torch.nn as nn, torch.nn.functional as F
 from ..core.files import atomic_dir, sha256
 from ..core.runs import generator, seed_all, versions
-from .detectors import (POOR, ClipScore, Evaluator, Reader, _load_clip, _load_into, _save, as_tensor,
-                                        block, detector_card, features, fit, fit_aesthetics, fit_clip, make_mhsc,
-                                        make_tokenizer, on_clip, read_card, retrieval, soften, spoiled)
+from .detectors import (ClipScore, Evaluator, Reader, _load_clip, _load_into, _save, as_tensor, block,
+                                        detector_card, features, fit, fit_aesthetics, make_mhsc, on_clip, read_card,
+                                        retrieval, soften, spoiled, train_clip)
 from ..world.emoji import PLACES, Scene, benign_scene, named_scene, pictures, unsafe_scene, write_caption
 from ..world.sprites import CONCEPTS, NAMED, NEAR_MISSES, OBJECTS, STYLES, SUBJECTS, THINGS
 
@@ -182,13 +182,8 @@ EMOJI_EPOCHS = dict(concepts=6, reader=8, clip=6, safety=8)
 
 def _train_all(folder:Path, d:EmojiDrawings, epochs:dict, seed:int):
     "Train all five and write their weights, in half precision"
-    tok, bad = make_tokenizer(d.captions + [POOR]*len(d)), spoiled(d.images, seed)
-    clip = fit_clip(d, tok, bad, epochs['clip'], seed)
-    (folder/'clip').mkdir()
-    clip.config.save_pretrained(folder/'clip')
-    tok.save_pretrained(folder/'clip')
-    _save(clip.half(), folder/EMOJI_FILES['clip'], format='pt')
-    clip_hash, clip = sha256(folder/EMOJI_FILES['clip']), clip.float()
+    bad = spoiled(d.images, seed)
+    clip, clip_hash = train_clip(folder, d, bad, epochs['clip'], seed, half=True)
     _save(fit_safety_head(d, clip, epochs['safety'], seed).half(), folder/EMOJI_FILES['safety'], clip=clip_hash)
     _save(fit_aesthetics(d, clip, bad), folder/EMOJI_FILES['aesthetics'], clip=clip_hash)
     _save(fit_concepts(d, epochs['concepts'], seed).half(), folder/EMOJI_FILES['concepts'])

@@ -125,14 +125,14 @@ def build_text_encoder(config:PretrainConfig, tokenizer) -> CLIPTextModel:
         pad_token_id=tokenizer.pad_token_id, projection_dim=config.text_width))
 
 # %% ../../nbs/3_model/20_pipelines.ipynb #3ae21351
-def build_unet(config:PretrainConfig) -> UNet2DConditionModel:
-    "An untrained UNet with cross-attention at its smallest level"
-    plain = len(config.unet_channels) - 1
+def build_unet(config:PretrainConfig, attention:int=1) -> UNet2DConditionModel:
+    "An untrained UNet with cross-attention at its `attention` smallest levels"
+    plain = len(config.unet_channels) - attention
     return UNet2DConditionModel(
         config.size >> (len(config.vae_channels)-1), config.latent_channels, config.latent_channels,
         block_out_channels=config.unet_channels, layers_per_block=config.unet_layers,
-        down_block_types=('DownBlock2D',)*plain + ('CrossAttnDownBlock2D',),
-        up_block_types=('CrossAttnUpBlock2D',) + ('UpBlock2D',)*plain,
+        down_block_types=('DownBlock2D',)*plain + ('CrossAttnDownBlock2D',)*attention,
+        up_block_types=('CrossAttnUpBlock2D',)*attention + ('UpBlock2D',)*plain,
         cross_attention_dim=config.text_width, attention_head_dim=4, norm_num_groups=16)
 
 # %% ../../nbs/3_model/20_pipelines.ipynb #5e780001
