@@ -2140,6 +2140,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                                 'resalign/studies/emoji_base.py'),
                                              'resalign.studies.emoji_base.RareLoss.__init__': ( '9_studies/emoji_base.html#rareloss.__init__',
                                                                                                 'resalign/studies/emoji_base.py'),
+                                             'resalign.studies.emoji_base._rounded': ( '9_studies/emoji_base.html#_rounded',
+                                                                                       'resalign/studies/emoji_base.py'),
                                              'resalign.studies.emoji_base._start': ( '9_studies/emoji_base.html#_start',
                                                                                      'resalign/studies/emoji_base.py'),
                                              'resalign.studies.emoji_base.any_scenes': ( '9_studies/emoji_base.html#any_scenes',

@@ -87,26 +87,34 @@ def _start(config:EmojiConfig, checkpoints):
     seed_all(config.seed)
     pipe = build_pipeline([s.caption for s in scenes('pretrain', config.pictures, config.seed)], config)
     vae = build_vae(config, config.latent_channels)
-    losses = train_vae(vae, pictures(any_scenes(config.pictures)), config, config.vae_steps, checkpoints/'vae')
+    rows = train_vae(vae, pictures(any_scenes(config.pictures)), config, config.vae_steps, checkpoints/'vae')
     pipe.register_modules(vae=vae, unet=build_unet(config, attention=2))
-    return pipe, losses
+    return pipe, [round(r['loss'], 5) for r in rows]
 
 # %% ../../nbs/9_studies/04_emoji_base.ipynb #14277d6d
+def _rounded(*modules):
+    "Weights as the folder holds them, so that a cycle may also begin with the folder"
+    for m in modules: m.half().float()
+
 def train_emoji_base(out, config:EmojiConfig,
                      start=None): # a folder to go on from, and how many cycles it has behind it
     "Train the pipeline's cycles, and save it in half precision as a diffusers folder"
     out = Path(out)
     checkpoints = out.with_name(f'.{out.name}.checkpoints')
     drawn = scenes('pretrain', config.pictures, config.seed)
-    images, losses = pictures(drawn), {}
-    pipe, done = (load_pipeline(start[0]), start[1]) if start else (None, 0)
-    if not start: pipe, losses['vae'] = _start(config, checkpoints)
+    images, losses, done = pictures(drawn), {}, 0
+    if start:
+        pipe, done = load_pipeline(start[0]), start[1]
+        losses = json.loads((Path(start[0])/'losses.json').read_text())
+    else: pipe, losses['vae'] = _start(config, checkpoints)
     for cycle in range(done, len(config.cycles)):
-        losses[f'cycle{cycle}'] = train_cycle(pipe, images, drawn, config, cycle, checkpoints/f'cycle{cycle}')
+        _rounded(pipe.vae, pipe.unet, pipe.text_encoder)
+        rows = train_cycle(pipe, images, drawn, config, cycle, checkpoints/f'cycle{cycle}')
+        losses[f'cycle{cycle}'] = [round(r['loss'], 5) for r in rows]
     with atomic_dir(out) as tmp:
+        pipe.text_encoder.half()
         save_pipeline(pipe, tmp)
-        rounded = {k: [round(r['loss'], 5) for r in rows] for k, rows in losses.items()}
-        (tmp/'losses.json').write_text(json.dumps(rounded))
+        (tmp/'losses.json').write_text(json.dumps(losses))
     shutil.rmtree(checkpoints, ignore_errors=True)
     return load_pipeline(out)
 
