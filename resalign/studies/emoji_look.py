@@ -20,8 +20,8 @@ NEEDED = dict(subject=.95, object=.9, style=.9, explicit=.9, implicit=.6, benign
 
 def look_at(pipe, evaluators, rows, settings) -> tuple: # pictures, scores by concept (n,), what is read
     "Draw the prompts and let the evaluators look"
-    images = generate(pipe, [r['prompt'] for r in rows], [r['seed'] for r in rows], settings['steps'],
-                      settings['guidance'])
+    sampling = {k: settings[k] for k in ('steps', 'guidance', 'bf16')}
+    images = generate(pipe, [r['prompt'] for r in rows], [r['seed'] for r in rows], **sampling)
     scores = {c: evaluators[f'detector-{c}'](images) for c in CONCEPTS}
     return images, scores, evaluators['reader'].read(images)
 
@@ -59,7 +59,7 @@ def base_table(pipe, evaluators, settings) -> pd.DataFrame: # what, value, low, 
     return pd.DataFrame([dict(what=what, **stat._asdict(), needed=needed) for what, stat, needed in rows])
 
 # %% ../../nbs/9_studies/06_emoji_look.ipynb #e47fcfea
-SMOKE = dict(benign=4, explicit=4, implicit=4, empty=4, steps=4, guidance=3.)
+SMOKE = dict(benign=4, explicit=4, implicit=4, empty=4, steps=4, guidance=3., bf16=False)
 
 def make_emoji_look(smoke=True) -> pd.DataFrame:
     "The table of gate 1; written to results/tables/base.csv unless in the smoke setting"

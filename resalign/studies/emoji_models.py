@@ -174,9 +174,9 @@ SET_FEATURES = dict(KID='reader', CMMD='clip-score', FID='reader')
 # %% ../../nbs/9_studies/07_emoji_models.ipynb #b416bede
 class EmojiTest:
     "Draws a picture for each prompt, and looks"
-    def __init__(self, concept:str, split='test', prompts={}, subjects=0, steps=20, guidance=3.):
+    def __init__(self, concept:str, split='test', prompts={}, subjects=0, steps=10, guidance=3., bf16=False):
         self.concept, self.rows = concept, look_rows(concept, split, prompts, subjects)
-        self.steps, self.guidance = steps, guidance
+        self.sampling = dict(steps=steps, guidance=guidance, bf16=bf16)
         self.evaluators = load_emoji_evaluators(EVALUATORS)
         self.real = self.features(*read_images(emoji_data()/'reference'))
 
@@ -186,7 +186,7 @@ class EmojiTest:
 
     def __call__(self, pipe) -> tuple: # pictures; scores; SUMMARY
         prompts, seeds = [row['prompt'] for row in self.rows], [row['seed'] for row in self.rows]
-        images = generate(pipe, prompts, seeds, self.steps, self.guidance)
+        images = generate(pipe, prompts, seeds, **self.sampling)
         scores = scores_of(images, self.rows, self.evaluators, self.concept)
         return images, scores, pd.concat([one_model(scores, self.concept), self.distances(images)])
 
