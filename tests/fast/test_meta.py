@@ -532,7 +532,7 @@ def test_defaults_and_edges():
         alpha_end=None, beta=.8, margin=.1, margin_after=.15, unsafe_bank=16, J=1, gamma=1., solver='cg',
         product='fd-forward', samples=1, products=4, tol=.03, clamp=.5, check_every=10, max_norm=.2, longer='shorten',
         depth='all', fallback_share=.5, seed=0, alpha_curve='stretched', clip=1., batches='step', inner='own', full_as='weights',
-        anchor=0., found_steps=0, found_radius=.1)
+        horizon=0, courses=4, anchor=0., found_steps=0, found_radius=.1)
     assert Pool().model_dump() == dict(
         algorithm=('lora', 'full'), optimizer=('adam', 'sgd'), steps=(2, 3), batch=2, prior_weight=(0., 1.),
         folders=(), lr=dict(lora=(1e-3,), full=(1e-4,)), listed=(), still=0., distinct=False, unsafe=(0.,))
