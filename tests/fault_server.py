@@ -29,6 +29,8 @@ from resalign.core import files as core_files
 import resalign
 from resalign.model import pipelines
 from resalign.core.settings import params
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from resalign.baselines import methods # noqa: F401: every job would import it once more
 from resalign.studies import base, evaluators
 from resalign.core import training
 from resalign.core.runs import Stopped
@@ -240,6 +242,8 @@ def run(job: dict) -> dict:
 
 def main():
     os.environ['PROGRESS'] = '0'
+    params('erase') # read, and made, once and not by every job: params.yaml, transformers' table of renamed weights
+    get_checkpoint_conversion_mapping('clip_text_model')
     print(json.dumps('ready'), flush=True)
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), flush=True)

@@ -98,7 +98,7 @@ def test_a_broken_page_fails(how, server, tmp_path):
     for name, (source, want, word) in BROKEN.items():
         page, log, after = (tmp_path/f'{name}.{ending}' for ending in ('ipynb', 'log', 'after'))
         write_page(page, 'x = 1', source, f'open({str(after)!r}, "w")')
-        status, seconds, said = pages.run(how, str(page), log, 3 if name == 'hangs' else LIMIT)
+        status, seconds, said = pages.run(how, str(page), log, 1 if name == 'hangs' else LIMIT)
         if status != want or word not in said or after.exists(): wrong.append((name, status, seconds, said))
     assert not wrong, wrong
 
