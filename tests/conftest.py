@@ -1,7 +1,7 @@
 """Order, options, what a run leaves behind, and the one table of page times.
 
 `-n 2` (as `make test` has it): a file's tests on one worker, one after the other; pages wherever there is room. What takes
-long comes first, by tests/seconds.csv, so that the workers end together; `SECONDS=write make test` writes it anew."""
+long comes first, by tests/seconds.csv, so that the workers end together; `TIMES=write make test` writes it anew."""
 import collections, csv, os, subprocess, sys
 from pathlib import Path
 
@@ -99,7 +99,7 @@ def write_seconds(terminalreporter):
 
 
 def pytest_terminal_summary(terminalreporter):
-    if os.environ.get('SECONDS') == 'write': write_seconds(terminalreporter)
+    if os.environ.get('TIMES') == 'write': write_seconds(terminalreporter)
     times = [
         p for kind in ('passed', 'failed') for r in terminalreporter.getreports(kind) for p in r.user_properties
         if p[0].endswith('.ipynb')
