@@ -1,7 +1,7 @@
 """Runs jobs in children of one process that has imported everything: a run that is killed costs a second, not ten.
 
 A line of JSON on stdin is a job, with what should happen to it; a line of JSON on stdout is what became of it."""
-import hashlib, json, os, re, resource, shutil, signal, socket, sys, tempfile, time, traceback
+import gc, hashlib, json, os, re, resource, shutil, signal, socket, sys, tempfile, time, traceback
 from pathlib import Path
 
 ATTEMPTS = []
@@ -244,6 +244,8 @@ def main():
     os.environ['PROGRESS'] = '0'
     params('erase') # read, and made, once and not by every job: params.yaml, transformers' table of renamed weights
     get_checkpoint_conversion_mapping('clip_text_model')
+    gc.collect()
+    gc.freeze() # no child looks at all that was imported
     print(json.dumps('ready'), flush=True)
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), flush=True)
