@@ -2,7 +2,7 @@
 
 `-n 2` (as `make test` has it): a file's tests on one worker, one after the other; pages wherever there is room. What takes
 long comes first, by tests/seconds.csv, so that the workers end together; `TIMES=write make test` writes it anew."""
-import collections, csv, os, subprocess, sys
+import collections, csv, gc, os, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -87,6 +87,12 @@ def pytest_collection_modifyitems(config, items):
         if 'gpu' in i.keywords:
             import torch
             if not torch.cuda.is_available(): i.add_marker(pytest.mark.skip(reason='no GPU'))
+
+
+def pytest_collection_finish(session):
+    "What has been imported stays: whoever collects garbage later needn't look at it"
+    gc.collect()
+    gc.freeze()
 
 
 def write_seconds(terminalreporter):
