@@ -23,6 +23,8 @@ export PYTHONNOUSERSITE := 1
 export PYTHONHASHSEED := 0
 export TOKENIZERS_PARALLELISM := false
 export DVC_NO_ANALYTICS := 1
+# empty: modules are compiled once, whatever the shell says, and not by every process anew
+export PYTHONDONTWRITEBYTECODE :=
 unexport PYTHONPATH PYTHONHOME JUPYTER_PATH
 
 # Nothing here asks a model hub for anything; real profiles do, and are run by `dvc` directly
@@ -55,10 +57,11 @@ $(VENV)/.stamp: $(LOCKS) setup.py settings.ini pyproject.toml
 	@step() { "$$@" >> $(VENV)/install.log 2>&1 || { grep -v 'is ignored: it is neither' $(VENV)/install.log | tail -n 25 | cut -c 1-400 >&2; \
 	    echo 'make: $(VENV) could not be installed; the whole log is $(VENV)/install.log' >&2; exit 1; }; }; \
 	  : > $(VENV)/install.log; \
-	  step $(PIP) install $(PIPFLAGS) -r requirements.lock; \
-	  step $(PIP) install $(PIPFLAGS) --no-deps -r requirements-oracle.lock; \
-	  step $(PIP) install $(PIPFLAGS) --no-deps --target $(VENV)/oracle -r requirements-fidelity.lock; \
+	  step $(PIP) install --no-compile $(PIPFLAGS) -r requirements.lock; \
+	  step $(PIP) install --no-compile $(PIPFLAGS) --no-deps -r requirements-oracle.lock; \
+	  step $(PIP) install --no-compile $(PIPFLAGS) --no-deps --target $(VENV)/oracle -r requirements-fidelity.lock; \
 	  step $(PIP) install --no-deps --no-build-isolation -e .; \
+	  $(BIN)/python -m compileall -q -j $(LANES) $(VENV)/lib $(VENV)/oracle >> $(VENV)/install.log 2>&1 || true; \
 	  step $(BIN)/python -c 'from diffusers import StableDiffusionPipeline; import peft, curvlinops, torchopt, nbdev.test, papermill, dvc'
 	@# kernels: no words about their transport, about widgets (progress is plain text here) or about torchvision (not needed)
 	@mkdir -p $(VENV)/etc/ipython && printf '%s\n' 'c.IPKernelApp.log_level = 40' \
@@ -72,7 +75,7 @@ sources: env # a ZIP has no .git, which dvc asks for unless told
 	@for s in $(SOURCES); do $(BIN)/dvc pull --quiet "$$s"; done
 
 restore: sources # base model and evaluators from the committed store, nothing else
-	@if test -f dvc.lock; then for s in $(RESTORED); do $(BIN)/dvc pull --quiet "$$s"; done; else echo 'no dvc.lock yet: nothing restored'; fi
+	@if test -f dvc.lock; then $(BIN)/dvc pull --quiet $(RESTORED); else echo 'no dvc.lock yet: nothing restored'; fi
 
 reproduce: restore ## five methods, one seed, in a copy of its own, against what is committed (at most 30 minutes on 2 cores)
 	@$(BIN)/python tools/reproduce.py --workers $(LANES)

@@ -1,7 +1,8 @@
 """Order, options, what a run leaves behind, and the one table of page times.
 
-`-n 2` (as `make test` has it): a file's tests on one worker, one after the other; pages wherever there is room."""
-import os, subprocess, sys
+`-n 2` (as `make test` has it): a file's tests on one worker, one after the other; pages wherever there is room. What takes
+long comes first, by tests/seconds.csv, so that the workers end together; `TIMES=write make test` writes it anew."""
+import collections, csv, gc, os, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     if config.getoption('--slow'): os.environ['SLOW_CELLS'] = '1' # of pages, see tests/pages.py
+    config.option.loadscopereorder = False # by time, not by the number of tests
 
 
 def worktree(): # what git sees, but for the record that `make test-faults` is asked for
@@ -51,10 +53,22 @@ def pytest_sessionfinish(session):
     session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
+TIMES = Path(__file__).with_name('seconds.csv')
+
+
+def scope(nodeid):
+    "What stays on one worker: a page, or a file"
+    return nodeid.partition('[')[2].rstrip(']') or nodeid if 'test_pages' in nodeid else nodeid.split('::')[0]
+
+
+def seconds(): # of each scope, in the run that was last written down
+    with open(TIMES, newline='') as f: return {r['scope']: float(r['seconds']) for r in csv.DictReader(f)}
+
+
 class Together(LoadScopeScheduling):
     "A file's tests stay together, for what they share is made once (xdist's own groups do nothing under pytest 9.2)"
     def _split_scope(self, nodeid):
-        return nodeid if 'test_pages' in nodeid else nodeid.split('::')[0]
+        return scope(nodeid)
 
 
 def pytest_xdist_make_scheduler(config, log):
@@ -62,9 +76,11 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_modifyitems(config, items):
-    "Rules of the house, fast mathematics, the rest, whole pages; slow and gpu only where asked for or possible"
-    rank = {'test_repository': 0, 'test_pages': 3}
-    items.sort(key=lambda i: 1 if i.path.parent.name == 'fast' else rank.get(i.path.stem, 2))
+    """Rules of the house, fast mathematics, the rest, whole pages, of each what takes longest (or is new) first; slow and
+    gpu only where asked for or possible"""
+    rank, known = {'test_repository': 0, 'test_pages': 3}, seconds()
+    def place(i): return 1 if i.path.parent.name == 'fast' else rank.get(i.path.stem, 2)
+    items.sort(key=lambda i: (place(i), -known.get(scope(i.nodeid), float('inf'))))
     for i in items:
         if 'slow' in i.keywords and not config.getoption('--slow'):
             i.add_marker(pytest.mark.skip(reason='slow: asked for by --slow'))
@@ -73,7 +89,23 @@ def pytest_collection_modifyitems(config, items):
             if not torch.cuda.is_available(): i.add_marker(pytest.mark.skip(reason='no GPU'))
 
 
+def pytest_collection_finish(session):
+    "What has been imported stays: whoever collects garbage later needn't look at it"
+    gc.collect()
+    gc.freeze()
+
+
+def write_seconds(terminalreporter):
+    "What each scope took, the longest first"
+    took = collections.Counter()
+    for kind in ('passed', 'failed', ''): # '': set-up and teardown
+        for r in terminalreporter.getreports(kind): took[scope(r.nodeid)] += getattr(r, 'duration', 0)
+    with open(TIMES, 'w', newline='') as f:
+        csv.writer(f, lineterminator='\n').writerows([('scope', 'seconds'), *((s, f'{t:.0f}') for s, t in took.most_common())])
+
+
 def pytest_terminal_summary(terminalreporter):
+    if os.environ.get('TIMES') == 'write': write_seconds(terminalreporter)
     times = [
         p for kind in ('passed', 'failed') for r in terminalreporter.getreports(kind) for p in r.user_properties
         if p[0].endswith('.ipynb')

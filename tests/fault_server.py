@@ -1,7 +1,7 @@
 """Runs jobs in children of one process that has imported everything: a run that is killed costs a second, not ten.
 
 A line of JSON on stdin is a job, with what should happen to it; a line of JSON on stdout is what became of it."""
-import hashlib, json, os, re, resource, shutil, signal, socket, sys, tempfile, time, traceback
+import gc, hashlib, json, os, re, resource, shutil, signal, socket, sys, tempfile, time, traceback
 from pathlib import Path
 
 ATTEMPTS = []
@@ -29,6 +29,8 @@ from resalign.core import files as core_files
 import resalign
 from resalign.model import pipelines
 from resalign.core.settings import params
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from resalign.baselines import methods # noqa: F401: every job would import it once more
 from resalign.studies import base, evaluators
 from resalign.core import training
 from resalign.core.runs import Stopped
@@ -240,6 +242,10 @@ def run(job: dict) -> dict:
 
 def main():
     os.environ['PROGRESS'] = '0'
+    params('erase') # read, and made, once and not by every job: params.yaml, transformers' table of renamed weights
+    get_checkpoint_conversion_mapping('clip_text_model')
+    gc.collect()
+    gc.freeze() # no child looks at all that was imported
     print(json.dumps('ready'), flush=True)
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), flush=True)

@@ -1,7 +1,7 @@
 """Pages in children of one process that has imported the libraries they use: a page costs its own cells, and is alone.
 
 Nothing of ours is imported before a page asks for it. multiprocessing's forkserver does the forking."""
-import atexit, faulthandler, math, multiprocessing, os, re, signal, sys, time
+import atexit, contextlib, faulthandler, math, multiprocessing, os, re, signal, sys, time
 from multiprocessing import forkserver
 from pathlib import Path
 from unittest import mock
@@ -14,9 +14,16 @@ LIBRARIES = '''
     diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion diffusers.loaders.single_file_utils
     diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl
     diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3
+    diffusers.pipelines.flux.pipeline_flux diffusers.schedulers.scheduling_ddpm
+    diffusers.schedulers.scheduling_deis_multistep diffusers.schedulers.scheduling_dpmsolver_singlestep
+    diffusers.schedulers.scheduling_edm_euler diffusers.schedulers.scheduling_k_dpm_2_ancestral_discrete
+    diffusers.schedulers.scheduling_k_dpm_2_discrete diffusers.schedulers.scheduling_unipc_multistep
+    PIL.ImageCms annotated_types fastcore.test grimp pandas.io.formats.style pydantic.fields pydantic.types sqlite3
+    IPython.core.magics IPython.core.oinspect
     transformers.models.clip.modeling_clip transformers.models.t5.modeling_t5
     matplotlib.pyplot matplotlib_inline.backend_inline seaborn execnb.shell nbdev.test nbdev.showdoc nbformat
-'''.split()
+    warm
+'''.split() # last, tests/warm.py
 SURROUNDINGS = dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', MPLBACKEND='agg', TRANSFORMERS_VERBOSITY='error')
 CONTEXT = multiprocessing.get_context('forkserver')
 CONTEXT.set_forkserver_preload(LIBRARIES)
@@ -24,7 +31,7 @@ CONTEXT.set_forkserver_preload(LIBRARIES)
 
 def start():
     "The server: what it finds around it, its children find too"
-    with mock.patch.dict(os.environ, SURROUNDINGS): forkserver.ensure_running()
+    with mock.patch.dict(os.environ, SURROUNDINGS), contextlib.chdir(ROOT/'tests'): forkserver.ensure_running()
 
 
 def flags(code):

@@ -17,9 +17,20 @@ pytestmark = pytest.mark.skipif(not (ROOT/'outs/evaluators').is_dir(),
 
 @pytest.fixture(scope='module')
 def server():
-    s = Server()
+    "Python's sockets refuse and the offline switches are off: no job may so much as try"
+    s = Server(NO_NETWORK='1')
     yield s
     s.close()
+
+
+def many_prompts(tmp):
+    "A pipeline of 32 pixels, 2,000 and 10,000 prompts"
+    config = PretrainConfig(size=32, vae_channels=(8, 8, 16), unet_channels=(16, 32), text_width=32, text_layers=1,
+                            tokens=48)
+    save_pipeline(build_pipeline(list(read_captions(tmp/'retain').text), config), tmp/'small')
+    for name, n in dict(some=2_000, many=10_000).items():
+        rows = itertools.islice(itertools.cycle(prompts('explicit', 50, 0) + prompts('benign', 150, 0)), n)
+        write_prompts(tmp/f'{name}.csv', [dict(p, seed=i) for i, p in enumerate(rows)])
 
 
 @pytest.fixture(scope='session')
@@ -31,21 +42,8 @@ def made(tmp_path_factory):
     save_pipeline(
         build_pipeline(list(read_captions(tmp/'retain').text),
                        PretrainConfig(vae_channels=(8, 8, 16, 16), unet_channels=(16, 32), tokens=48)), tmp/'base')
-    save_pipeline(
-        build_pipeline(
-            list(read_captions(tmp/'retain').text),
-            PretrainConfig(size=32, vae_channels=(8, 8, 16), unet_channels=(16, 32), text_width=32, text_layers=1,
-                           tokens=48)),
-        tmp/'small')
     write_prompts(tmp/'prompts.csv', [p for k in ('explicit', 'implicit', 'benign') for p in prompts(k, 8, 0)])
-    write_prompts(tmp/'many.csv', [
-        dict(p, seed=i) for i, p in enumerate(
-            itertools.islice(itertools.cycle(prompts('explicit', 50, 0) + prompts('benign', 150, 0)), 10_000))
-    ])
-    write_prompts(tmp/'some.csv', [
-        dict(p, seed=i) for i, p in enumerate(
-            itertools.islice(itertools.cycle(prompts('explicit', 50, 0) + prompts('benign', 150, 0)), 2_000))
-    ])
+    if FULL: many_prompts(tmp)
     return tmp
 
 
@@ -73,7 +71,9 @@ class Bench:
 
     def run(self, name, out, **how):
         job, args = JOBS.get(name, (name, {}))
-        return self.server.run(job, self.made, out, args=how.pop('args', args), **how)
+        said = self.server.run(job, self.made, out, args=how.pop('args', args), **how)
+        assert not said.get('attempts'), said
+        return said
 
     def whole(self, name) -> tuple: # the result's files, seconds, operations
         if name not in self.known:
@@ -188,7 +188,7 @@ def test_damaged_checkpoint(damage, both, bench):
     "The one before is used, and it is said; without one the run starts anew"
     for name in ('unlearn (GA)', ):
         with TALLY.case('checkpoint damaged', f'{name}, {"both" if both else "the newest"}', identical=True):
-            n = bench.whole(name)[2]
+            n = bench.whole(name)[2] - 12
             while True: # die late enough to have two checkpoints
                 out = bench.killed(name, n)
                 if checkpoints(out) and checkpoints(out)[0].with_name(checkpoints(out)[0].name + '.prev').exists():
@@ -418,23 +418,16 @@ def test_doubtful_numbers_are_flagged(bench):
 
 # ------------------------------------------------------------------ the network
 
-def test_nothing_asks_the_network(made, tmp_path):
-    "Python's sockets refuse, the offline switches are off: commands and pages end well, and nobody has tried"
-    s = Server(NO_NETWORK='1')
-    try:
-        jobs = [('evaluate', {})]
-        if FULL:
-            jobs += [(job, dict(steps=2))
-                     for job in ('pretrain', 'unlearn', 'finetune')] + [('several', dict(names=SEVERAL[::3]))]
-        for job, args in jobs:
-            with TALLY.case('sockets refuse', job):
-                said = s.run(job, made, tmp_path/job/'out', args=args)
-                assert said['status'] == 0 and not said['attempts'], said
-        with TALLY.case('sockets refuse', 'a hub id, which does ask'):
-            said = s.run('hub', made, tmp_path/'hub')
-            assert said['attempts'], said
-    finally:
-        s.close()
+def test_nothing_asks_the_network(bench, tmp_path):
+    "Jobs and pages end well on a server whose sockets refuse, and nobody has tried; a hub id is noticed"
+    with TALLY.case('sockets refuse', 'evaluate'): bench.whole('evaluate') # asserts it, as every job of these tests does
+    jobs = [(job, dict(steps=2)) for job in ('pretrain', 'unlearn', 'finetune')] + [('several', dict(names=SEVERAL[::3]))]
+    for job, args in jobs*FULL:
+        with TALLY.case('sockets refuse', job):
+            assert bench.run(job, tmp_path/job/'out', args=args)['status'] == 0
+    with TALLY.case('sockets refuse', 'a hub id, which does ask'):
+        said = bench.server.run('hub', bench.made, tmp_path/'hub')
+        assert said['attempts'], said
 
 
 # ------------------------------------------------------------------ many prompts

@@ -135,9 +135,17 @@ def clone(tmp_path_factory):
     return there
 
 
+# each page read once, and not for each study
+WRITE = """
+import functools
+from resalign.use import meaning
+meaning.code_cells = functools.cache(meaning.code_cells)
+meaning.write_meanings()
+"""
+
+
 def meanings(there): # study -> what its code means
-    code = 'from resalign.use.meaning import write_meanings; write_meanings()'
-    done = subprocess.run([sys.executable, '-c', code], cwd=there, env=os.environ | dict(PYTHONPATH=str(there)),
+    done = subprocess.run([sys.executable, '-c', WRITE], cwd=there, env=os.environ | dict(PYTHONPATH=str(there)),
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return {p.stem: p.read_text() for p in (there/'outs/code').glob('*.json')}
