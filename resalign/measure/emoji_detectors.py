@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NOTHING', 'WHO', 'HELD_OBJECTS', 'CLASSES', 'BREAKS', 'SEEN', 'EMOJI_FILES', 'EMOJI_EPOCHS', 'EMOJI_VERSION',
            'concept_of', 'any_scene', 'twin', 'EmojiDrawings', 'broken', 'ConceptNet', 'EmojiReaderNet', 'blended',
-           'fit_concepts', 'fit_emoji_reader', 'fit_safety_head', 'EmojiReader', 'load_emoji_evaluators', 'emoji_card',
+           'fit_concepts', 'fit_emoji_reader', 'fit_safety_head', 'load_emoji_evaluators', 'emoji_card',
            'train_emoji_evaluators']
 
 # %% ../../nbs/6_measure/05_emoji_detectors.ipynb #a59df779
@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np, torch, torch.nn as nn, torch.nn.functional as F
 from ..core.files import atomic_dir, sha256
 from ..core.runs import generator, seed_all, versions
-from .detectors import (ClipScore, Evaluator, Reader, _load_clip, _load_into, _save, as_tensor, block,
-                                        detector_card, features, fit, fit_aesthetics, make_mhsc, on_clip, read_card,
-                                        retrieval, soften, spoiled, train_clip)
+from .building_blocks import (CLIP_FILE, ClipScore, Evaluator, Reader, _load_clip, _load_into, _save,
+                                              as_tensor, block, detector_card, features, fit, fit_aesthetics, make_mhsc,
+                                              on_clip, read_card, retrieval, soften, spoiled, train_clip)
 from ..world.emoji import PLACES, Scene, benign_scene, named_scene, pictures, unsafe_scene, write_caption
 from ..world.sprites import CONCEPTS, NAMED, NEAR_MISSES, OBJECTS, STYLES, SUBJECTS, THINGS
 
@@ -176,7 +176,7 @@ def fit_safety_head(d:EmojiDrawings, clip, epochs=10, seed=0):
     return fit(model, len(f), loss, epochs, batch=256, seed=seed, desc='safety')
 
 # %% ../../nbs/6_measure/05_emoji_detectors.ipynb #0efa40ca
-EMOJI_FILES = dict(concepts='concepts.safetensors', clip='clip/model.safetensors', safety='safety.safetensors',
+EMOJI_FILES = dict(concepts='concepts.safetensors', clip=CLIP_FILE, safety='safety.safetensors',
                    aesthetics='aesthetics.safetensors', reader='reader.safetensors')
 EMOJI_EPOCHS = dict(concepts=6, reader=8, clip=6, safety=8)
 
@@ -188,17 +188,6 @@ def _train_all(folder:Path, d:EmojiDrawings, epochs:dict, seed:int):
     _save(fit_aesthetics(d, clip, bad), folder/EMOJI_FILES['aesthetics'], clip=clip_hash)
     _save(fit_concepts(d, epochs['concepts'], seed).half(), folder/EMOJI_FILES['concepts'])
     _save(fit_emoji_reader(d, epochs['reader'], seed).half(), folder/EMOJI_FILES['reader'])
-
-# %% ../../nbs/6_measure/05_emoji_detectors.ipynb #d5b71dc2
-class EmojiReader(Reader):
-    "Reads subject, object, style and place. As a score: the probability of the likeliest subject."
-    def __init__(self, module, version, hash):
-        Evaluator.__init__(self, 'reader', lambda x, _: module.read(x)['subject'].softmax(1).amax(1), version, hash)
-        self.module = module
-
-    def read(self, images) -> dict: # {'subject': [...], 'object': [...], 'style': [...], 'place': [...]}
-        logits = self._batches(images, self.module.read)
-        return {k: [names[j] for batch in logits for j in batch[k].argmax(1).tolist()] for k, names in CLASSES.items()}
 
 # %% ../../nbs/6_measure/05_emoji_detectors.ipynb #fce589c5
 def load_emoji_evaluators(folder) -> dict: # {name: Evaluator}: a detector and a safety head a concept, and the others
@@ -215,7 +204,7 @@ def load_emoji_evaluators(folder) -> dict: # {name: Evaluator}: a detector and a
     reader = _load_into(EmojiReaderNet(), folder/EMOJI_FILES['reader'])
     def points(f): return aesthetics(F.normalize(f, dim=1))[:, 0].clamp(1, 10)
     found = [ClipScore(clip, tok, version, clip_hash), on_clip('aesthetics', clip, points, **about('aesthetics')),
-             EmojiReader(reader, **about('reader'))]
+             Reader(reader, CLASSES, **about('reader'))]
     for k, concept in enumerate(CONCEPTS): found += _of_concept(k, concept, nets, head, clip, about)
     return {e.name: e for e in found}
 
