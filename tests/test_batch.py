@@ -8,7 +8,7 @@ import nbformat, pandas as pd, pytest
 from resalign.use import batch as batches
 from resalign.use.meaning import content
 from resalign.use.batch import Grid, batch, cells_of_page, combinations, name_of
-from resalign.core.settings import make_config, params
+from resalign.core.settings import UserError, make_config, params
 from refusals import said
 
 PYTHON = dict(kernelspec=dict(name='python3', display_name='Python', language='python'))
@@ -358,3 +358,21 @@ def test_a_cell_that_fails_is_not_kept(study, capfd):
     assert states == {'ga-0': 'failed', 'ga-1': 'failed', 'uce-0': 'done', 'uce-1': 'done'}
     assert made == ['ga-0', 'ga-1', 'uce-0', 'uce-1'] and not (study.out / 'ga-0').exists() # no second try
     assert set(whys()) == {'ga-0', 'ga-1'} and 'toy: ga-0: ValueError: unlucky' in capfd.readouterr().err
+
+
+def test_cells_whose_code_alone_changed_are_settled_by_a_sample(study, monkeypatch):
+    "Same bytes: all stand, by the sample; another byte, another input or a failure: all stay stale"
+    ran(study)
+    real = batches.meaning
+    monkeypatch.setattr(batches, 'meaning', lambda *a: real(*a) | {'resalign.core.settings': 'f' * 64})
+    study.made.clear()
+    assert batches.settle('toy', 2, workers=1) == {'code: resalign.core.settings': ''}
+    assert sorted(study.made) == ['ga-0', 'uce-0'] and whys() == {}
+    assert batches.kept_of_study('toy')['ga-1']['settled_by'] == ['ga-0', 'uce-0']
+    monkeypatch.setattr(batches, 'meaning', real)
+    (study.out / 'uce-0/looks.csv').write_text('steps\n99\n')
+    assert batches.settle('toy', 2, workers=1) == {'code: resalign.core.settings': 'uce-0: looks.csv'}
+    assert set(whys()) == {'ga-0', 'ga-1', 'uce-0', 'uce-1'}
+    study.data.write_text('two')
+    assert batches.settle('toy', 4, workers=1) == {}
+    with pytest.raises(UserError, match='--again'): batches.settle('toy', 0)

@@ -241,10 +241,11 @@ def cell_models(method, seed, settings, concept, finetunings) -> dict: # phase -
     return dict(before=start) | {name: EmojiFinetuned(start, name, s) for name, s in finetunings.items()}
 
 # %% ../../nbs/9_studies/07_emoji_models.ipynb #955956s1
-def cell_inputs(method, seed, settings, concept, finetunings, look, **_) -> dict: # name -> digest
-    "Of the models, and of what is looked at"
-    models = cell_models(method, seed, settings, concept, finetunings)
-    return {phase: model.key for phase, model in models.items()} | look_inputs(look | dict(concept=concept))
+def cell_inputs(concept, finetunings, look, **_) -> dict: # name -> digest
+    "All that a cell reads; its code and its parameters have keys of their own"
+    sets = {f'unsafe-{concept}', 'retain', *POOL, *(name.partition('-')[0] for name in finetunings)}
+    read = [emoji_data()/name for name in sorted(sets)]
+    return content(BASE, *read) | look_inputs(look | dict(concept=concept))
 
 # %% ../../nbs/9_studies/07_emoji_models.ipynb #955956s2
 def run_cell(folder, method, seed, settings, concept, finetunings, look, **_):

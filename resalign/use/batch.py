@@ -9,19 +9,21 @@ __all__ = ['SECTION', 'LONGEST', 'KEYS', 'PASSING', 'ONE_THREAD', 'HOMES', 'COLO
            'cells_of_study', 'kept_of_study', 'keep', 'read_record', 'record_of', 'changed', 'why_stale', 'outputs_of',
            'papermill', 'run_page', 'call_study', 'fork_server', 'run_study', 'attempts_at', 'run_cell', 'record_for',
            'run_to_record', 'workers_of', 'tally', 'lost', 'run_cells', 'check_numbers', 'skipped', 'batch',
-           'check_profile', 'selected', 'plan', 'run_study_cells', 'run_page_of_study', 'run_study_and_page',
-           'summary_row', 'summarise', 'thumbnail', 'card', 'as_page']
+           'check_profile', 'selected', 'plan', 'run_study_cells', 'stale_by_code', 'files_that_differ', 'run_again',
+           'settle', 'run_page_of_study', 'run_study_and_page', 'summary_row', 'summarise', 'thumbnail', 'card',
+           'as_page']
 
 # %% ../../nbs/8_use/25_batch.ipynb #1309a318
 import ast, concurrent.futures, contextlib, hashlib, html, importlib, itertools, json
 import multiprocessing, os, re, subprocess, sys, tempfile, time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from math import ceil
 from pathlib import Path
 from urllib.parse import quote
 import nbformat, pandas as pd, yaml
 from pydantic import Field
-from ..core.files import atomic_dir, atomic_file, write_json
+from ..core.files import atomic_dir, atomic_file, sha256, write_json
 from ..core.runs import progress, versions
 from ..core.settings import Config, UserError, choose, make_config, one_line, params, results, root
 from ..real.profiles import active_profile
@@ -418,6 +420,47 @@ def run_study_cells(study:str, only:dict=None, executor='local', workers:int=2, 
     ran = {r['name']: r for r in run_cells(stale, study, executor, workers, scheduler, retries, done)}
     rows = [ran.get(cell.name) or skipped(cell) for cell in chosen]
     return pd.DataFrame([{k: row[k] for k in ('name', 'status', 'attempts', 'seconds', 'error')} for row in rows])
+
+# %% ../../nbs/8_use/25_batch.ipynb #34cda932
+def stale_by_code(cells:list, kept:dict) -> dict: # why -> cells
+    "Cells that are there, and stale by their code alone"
+    found = {}
+    for cell in cells:
+        why = why_stale(cell, kept)
+        if why.startswith('code: ') and ';' not in why: found.setdefault(why, []).append(cell)
+    return found
+
+def files_that_differ(a, b) -> str:
+    "Names of files in two folders whose bytes differ"
+    def hashes(folder): return {str(p.relative_to(folder)): sha256(p) for p in Path(folder).rglob('*') if p.is_file()}
+    return changed(hashes(a), hashes(b))
+
+# %% ../../nbs/8_use/25_batch.ipynb #347070e3
+def run_again(cells:list, sample:int, title:str, **where) -> tuple: # names of the sample, what differs
+    "Run a spread of the cells beside their results, and compare"
+    chosen = cells[::ceil(len(cells)/sample)]
+    with tempfile.TemporaryDirectory() as tmp:
+        beside = [replace(cell, out=str(Path(tmp)/cell.name)) for cell in chosen]
+        records = list(run_cells(beside, title, **where))
+        failed = [r['name'] for r in records if r['status'] == 'failed']
+        if failed: return failed, 'failed'
+        found = {cell.name: files_that_differ(cell.out, new.out) for cell, new in zip(chosen, beside)}
+    return list(found), '; '.join(f'{name}: {files}' for name, files in found.items() if files)
+
+# %% ../../nbs/8_use/25_batch.ipynb #3bfc4648
+def settle(study:str, again:int, only:dict=None, **where) -> dict: # why -> what differs; nothing: they stand
+    "Cells whose code alone has changed: run `again` of them once more, and keep the others if no byte differs"
+    if again < 1: raise UserError(f'--again: expected at least 1 cell, got {again}')
+    check_profile(study)
+    kept, found = kept_of_study(study), {}
+    for why, cells in stale_by_code(selected(cells_of_study(study), only), kept).items():
+        sample, found[why] = run_again(cells, again, f'{study} again', **where)
+        said = f'differ in {found[why]}' if found[why] else f'the same, so {len(cells)} cells stand'
+        print(f'{study}: {why}: {", ".join(sample)}: {said}', file=sys.stderr, flush=True)
+        if found[why]: continue
+        kept |= {cell.name: dict(cell.depends, settled_by=sample) for cell in cells}
+        keep(study, kept)
+    return found
 
 # %% ../../nbs/8_use/25_batch.ipynb #97181947
 def run_page_of_study(study:str) -> Path: # the executed page

@@ -7,7 +7,7 @@ __all__ = ['QUICK_TRIAL', 'RECORDS', 'PIPELINE_FILES', 'LAUNCH', 'PIPELINE', 'OU
            'BENIGN', 'METHOD', 'POOL', 'ERASE', 'PROCESSES', 'SINGLE_FILE', 'PUSH', 'DRY_RUN', 'UNLEARNED', 'IMAGES',
            'PRIOR', 'FINETUNED', 'PROMPTS', 'EVALUATORS', 'REFERENCE', 'DETECTOR', 'CARD', 'SHOW_FLAGGED', 'BEFORE',
            'EVALUATED', 'PRETRAINED', 'TARGET', 'GRID', 'BATCH_OUT', 'EXECUTOR', 'WORKERS', 'SCHEDULER', 'RETRIES',
-           'ONLY', 'DRY', 'BATCHED', 'PROFILE', 'QUICK', 'split_help', 'with_hyphens', 'fail', 'quiet',
+           'ONLY', 'DRY', 'AGAIN', 'BATCHED', 'PROFILE', 'QUICK', 'split_help', 'with_hyphens', 'fail', 'quiet',
            'end_with_one_line', 'with_methods', 'at_home', 'command', 'split_section', 'read_config', 'yaml_value',
            'set_one', 'set_pairs', 'section_settings', 'settings_for', 'check_out', 'say_written', 'on_processes',
            'many', 'check_publishing', 'is_first', 'say_dry', 'unlearn_and_publish', 'folders_of_pool', 'unlearn',
@@ -437,6 +437,7 @@ SCHEDULER = Param('address of a dask scheduler, like tcp://host:8786 [workers on
 RETRIES = Param('of a cell whose process died, or that met a file system or network error', int)
 ONLY = many('of a study: NAME=VALUE, only cells with this parameter')
 DRY = Param('of a study: say which cells would run, and why, and run nothing', bool)
+AGAIN = Param('of a study: of the cells whose code alone has changed, run so many again; if no byte differs, all stand', int)
 BATCHED = {'summary.csv': 'the table above', 'index.html': 'the cells, with links and pictures'}
 
 # %% ../../nbs/8_use/30_cli.ipynb #2d80cdd9
@@ -449,13 +450,14 @@ def say_plan(study:str, only:dict):
     print(f'{len(stale)} of {len(rows)} cells would run')
 
 # %% ../../nbs/8_use/30_cli.ipynb #66b23adc
-def batch_study(study:str, only:dict, dry:bool, where:dict):
+def batch_study(study:str, only:dict, dry:bool, again:int, where:dict):
     "The cells of a study that are stale, and its page"
     from resalign.core.settings import UserError
-    from resalign.use.batch import has_cells, run_study_and_page, run_study_cells
-    if (dry or only) and not has_cells(study):
-        raise UserError(f'{study}: has no grid of cells, so --dry and --only say nothing')
-    if dry: return say_plan(study, only)
+    from resalign.use.batch import has_cells, run_study_and_page, run_study_cells, settle
+    if (dry or only or again) and not has_cells(study):
+        raise UserError(f'{study}: has no grid of cells, so --dry, --only and --again say nothing')
+    if again: settle(study, again, only, **where)
+    if dry or again: return say_plan(study, only)
     table = run_study_cells(study, only, **where) if only else run_study_and_page(study, **where)
     counts = ', '.join(f'{n} {status}' for status, n in table.status.value_counts().items()) or 'no cells'
     print(f'{study}: {counts}')
@@ -473,7 +475,7 @@ def batch_page(page:str, grid:str, out:str, where:dict):
 # %% ../../nbs/8_use/30_cli.ipynb #62181267
 @command
 def batch(target:TARGET, grid:GRID=None, out:BATCH_OUT=None, executor:EXECUTOR='local', workers:WORKERS=None,
-          scheduler:SCHEDULER=None, retries:RETRIES=1, only:ONLY=None, dry:DRY=False):
+          scheduler:SCHEDULER=None, retries:RETRIES=1, only:ONLY=None, dry:DRY=False, again:AGAIN=0):
     """Run a study of this repository, or a page of yours for every cell of a grid.
 
     In:  the name of a study (dvc.yaml lists them). Or a notebook, and a grid such as
@@ -490,9 +492,10 @@ def batch(target:TARGET, grid:GRID=None, out:BATCH_OUT=None, executor:EXECUTOR='
     from resalign.core.settings import UserError
     where = dict(executor=executor, workers=workers or os.cpu_count(), scheduler=scheduler, retries=retries)
     if grid is None and out is None and not target.endswith('.ipynb'):
-        return batch_study(target, set_pairs({}, only, '--only'), dry, where)
+        return batch_study(target, set_pairs({}, only, '--only'), dry, again, where)
     if not (grid and out): raise UserError(f'{target}: a notebook needs a grid and a folder to write')
-    if dry or only: raise UserError(f'{target}: --dry and --only are for studies of this repository')
+    if dry or only or again:
+        raise UserError(f'{target}: --dry, --only and --again are for studies of this repository')
     batch_page(target, grid, out, where)
 
 # %% ../../nbs/8_use/30_cli.ipynb #04e43f6d
