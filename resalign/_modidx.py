@@ -610,6 +610,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                                                 'resalign/measure/emoji_detectors.py'),
                                                   'resalign.measure.emoji_detectors.EmojiReaderNet.embed': ( '6_measure/emoji_detectors.html#emojireadernet.embed',
                                                                                                              'resalign/measure/emoji_detectors.py'),
+                                                  'resalign.measure.emoji_detectors.EmojiReaderNet.forward': ( '6_measure/emoji_detectors.html#emojireadernet.forward',
+                                                                                                               'resalign/measure/emoji_detectors.py'),
                                                   'resalign.measure.emoji_detectors.EmojiReaderNet.read': ( '6_measure/emoji_detectors.html#emojireadernet.read',
                                                                                                             'resalign/measure/emoji_detectors.py'),
                                                   'resalign.measure.emoji_detectors._benign': ( '6_measure/emoji_detectors.html#_benign',

@@ -105,7 +105,7 @@ class ConceptNet(nn.Module):
 
 # %% ../../nbs/6_measure/05_emoji_detectors.ipynb #faa8f5cc
 class EmojiReaderNet(nn.Module):
-    "Reads subject, object, style and place"
+    "Reads subject, object, style and place; called with uint8 (n,3,H,W), gives the features that KID and FID compare"
     num_features = 96
     def __init__(self, w=24):
         super().__init__()
@@ -119,6 +119,8 @@ class EmojiReaderNet(nn.Module):
     def read(self, x): # {'subject': (n, classes), ...}
         h = F.relu(self.embed(x))
         return {k: head(h) for k, head in self.heads.items()}
+
+    def forward(self, images): return self.embed(as_tensor(images.permute(0, 2, 3, 1).cpu().numpy()))
 
 # %% ../../nbs/6_measure/05_emoji_detectors.ipynb #e4301c70
 SEEN = .25

@@ -437,7 +437,8 @@ SCHEDULER = Param('address of a dask scheduler, like tcp://host:8786 [workers on
 RETRIES = Param('of a cell whose process died, or that met a file system or network error', int)
 ONLY = many('of a study: NAME=VALUE, only cells with this parameter')
 DRY = Param('of a study: say which cells would run, and why, and run nothing', bool)
-AGAIN = Param('of a study: of the cells whose code alone has changed, run so many again; if no byte differs, all stand', int)
+AGAIN = Param('of a study: of the cells whose code alone has changed, run so many again; if no byte differs, all stand',
+              int)
 BATCHED = {'summary.csv': 'the table above', 'index.html': 'the cells, with links and pictures'}
 
 # %% ../../nbs/8_use/30_cli.ipynb #2d80cdd9
