@@ -6,13 +6,13 @@
 __all__ = ['READ_BY', 'ATTENTION', 'JOINT', 'Trained', 'ALGORITHMS', 'FinetuneConfig', 'FinetuneSamples', 'FinetuneLoss',
            'adapter_params', 'add_lora', 'merge_lora', 'SpectralShift', 'svdiff', 'check_new_token', 'add_token',
            'new_token', 'textual_inversion', 'save_token', 'custom_diffusion', 'full', 'lora', 'MovingAverage',
-           'check_algorithm', 'backward_mean', 'finetune', 'trainable_until_exit', 'descend', 'simulated', 'recorded',
-           'fresh_lora', 'contaminated']
+           'check_algorithm', 'backward_mean', 'finetune', 'trainable_until_exit', 'descend', 'Going', 'simulated',
+           'recorded', 'fresh_lora', 'contaminated']
 
 # %% ../../nbs/4_method/20_finetune.ipynb #5454be2f
 import contextlib, warnings
 from collections import namedtuple
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 import torch
@@ -316,21 +316,42 @@ def trainable_until_exit(params:list):
             p.requires_grad_(flag)
             p.grad = None
 
-def descend(loss:FinetuneLoss, params:list, config:FinetuneConfig):
-    "The steps of a fine-tuning, with a new optimizer"
+def descend(loss:FinetuneLoss, params:list, config:FinetuneConfig, moments:dict=None) -> dict: # the optimizer's state
+    "The steps of a fine-tuning, with a new optimizer or with the state of an earlier one"
     opt = make_optimizer(config.optimizer, params, config.lr, loss.model.unet)
+    if moments: opt.load_state_dict(dict(opt.state_dict(), state=moments))
     for step in range(config.steps):
         grads = torch.autograd.grad(loss.frozen(*config.batches(step))(), params, materialize_grads=True)
         for p, g in zip(params, grads): p.grad = g
         opt.step()
     for p in params: p.grad = None
+    return opt.state_dict()['state']
+
+# %% ../../nbs/4_method/20_finetune.ipynb #7879a58e
+@dataclass
+class Going:
+    "A simulated fine-tuning between two of its parts"
+    steps:int = 0       # made so far
+    values:tuple = ()   # of its parameters; none: it begins where they are
+    moments:dict = None # its optimizer's state
+
+    def put(self, params:list):
+        "Set the parameters to where it stopped"
+        for p, v in zip(params, self.values): p.data.copy_(v)
+
+    def keep(self, params:list, moments:dict, steps:int):
+        "Note where it has come to"
+        self.values, self.moments = tuple(p.detach().clone() for p in params), moments
+        self.steps += steps
 
 # %% ../../nbs/4_method/20_finetune.ipynb #60421d31
 @contextlib.contextmanager
-def simulated(loss:FinetuneLoss, params:list, config:FinetuneConfig):
-    "Inside: `params` at the end θ* of a fine-tuning that starts at θ. Outside: θ, bit for bit."
+def simulated(loss:FinetuneLoss, params:list, config:FinetuneConfig, going:Going=None):
+    "Inside: `params` at the end θ* of a fine-tuning from θ, or of one that is `going` on. Outside: θ, bit for bit."
     with trainable_until_exit(params) as theta:
-        descend(loss, params, config)
+        if going: going.put(params)
+        moments = descend(loss, params, config, going.moments if going else None)
+        if going: going.keep(params, moments, config.steps)
         yield theta
 
 # %% ../../nbs/4_method/20_finetune.ipynb #meta2007

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['EndPoint', 'END_POINTS', 'HALVINGS', 'METHODS', 'Simulation', 'check_pool', 'Pool', 'in_one_step', 'pick',
-           'listed_config', 'draw_config', 'draw_configs', 'DirectConfig', 'check_switches', 'ResilienceConfig',
-           'ResAlignConfig', 'UnlearnData', 'retain_weight', 'direct_gradient', 'pass_dtype', 'pairs_of',
-           'product_options', 'hessian_samples', 'own_factors', 'all_weights', 'fresh_factors', 'low_rank',
+           'listed_config', 'draw_config', 'draw_configs', 'Course', 'course_tensors', 'course_going',
+           'tensors_by_slot', 'courses_by_slot', 'begin_course', 'Courses', 'DirectConfig', 'check_switches',
+           'ResilienceConfig', 'ResAlignConfig', 'UnlearnData', 'retain_weight', 'direct_gradient', 'pass_dtype',
+           'pairs_of', 'product_options', 'hessian_samples', 'own_factors', 'all_weights', 'fresh_factors', 'low_rank',
            'extracted_factors', 'moved_by', 'cross_term', 'back_to_theta', 'length', 'mean_growth', 'damped_richardson',
            'released_solve', 'chosen_solve', 'recorded_end', 'adjoint_gradient', 'resilience_gradient', 'lora_map',
            'pull_back', 'clipped', 'without_words', 'safe_counterparts', 'with_remedies', 'OuterState', 'direct_terms',
@@ -18,7 +19,8 @@ import re
 from collections import namedtuple
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from math import inf, tanh
 from typing import Annotated, Literal
 import torch
@@ -26,8 +28,8 @@ from peft import get_peft_model_state_dict
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from ..core.runs import generator
 from ..core.settings import Config, UserError, choose
-from ..core.training import Ranks, optimise
-from .finetune import (FinetuneConfig, FinetuneLoss, adapter_params, add_lora, contaminated, descend,
+from ..core.training import Ranks, flatten_moments, optimise, unflatten_moments
+from .finetune import (FinetuneConfig, FinetuneLoss, Going, adapter_params, add_lora, contaminated, descend,
                                       fresh_lora, merge_lora, recorded, simulated, trainable_until_exit)
 from .hypergrad import (FallbackBudget, MoreauOperator, SolveReport, TAU, TooManyFallbacks,
                                        adjoint, hypergradient, lora_pairs)
@@ -109,6 +111,68 @@ def draw_configs(pool:Pool, n:int, names:list, seed:int, gen) -> list: # of (fol
         out.append((folder, ft, pick(pool.unsafe, gen) if len(pool.unsafe) > 1 else pool.unsafe[0]))
     return out
 
+# %% ../../nbs/4_method/30_resalign.ipynb #8839f3d8
+@dataclass
+class Course:
+    "A simulated fine-tuning that goes on over several outer steps"
+    name:tuple   # 'course', j, slot, number
+    drawn:tuple  # folder, FinetuneConfig, unsafe share
+    going:Going
+
+def course_tensors(course:Course) -> dict: # name -> tensor
+    "Its number, its steps, and where it has come to"
+    going = course.going
+    kept = dict(about=torch.tensor([course.name[-1], going.steps]), values=dict(enumerate(going.values)))
+    return dict(flatten_moments(kept | dict(moments=going.moments or {})))
+
+def course_going(tensors:dict) -> tuple: # number, `Going`
+    "The inverse"
+    kept = dict(values={}, moments={}) | unflatten_moments(tensors)
+    number, steps = kept['about'].tolist()
+    values = tuple(v for _, v in sorted(kept['values'].items(), key=lambda kv: int(kv[0])))
+    return number, Going(steps, values, {int(k): m for k, m in kept['moments'].items()})
+
+# %% ../../nbs/4_method/30_resalign.ipynb #bfacd8f2
+def tensors_by_slot(courses:dict) -> dict: # (j, slot) -> Course; name -> tensor
+    "What a checkpoint keeps of the courses"
+    return {f'{j}.{slot}.{k}': v for (j, slot), c in courses.items() for k, v in course_tensors(c).items()}
+
+def courses_by_slot(tensors:dict, begin) -> dict: # begin(j, slot, number): a Course
+    "The inverse"
+    slots, out = {}, {}
+    for name, v in tensors.items():
+        j, slot, rest = name.split('.', 2)
+        slots.setdefault((int(j), int(slot)), {})[rest] = v
+    for (j, slot), found in slots.items():
+        number, going = course_going(found)
+        out[j, slot] = replace(begin(j, slot, number), going=going)
+    return out
+
+# %% ../../nbs/4_method/30_resalign.ipynb #e07138cf
+def begin_course(config, folders:list, j:int, slot:int, number:int) -> Course:
+    "The `number`-th course of a slot"
+    name = ('course', j, slot, number)
+    drawn = draw_configs(config.pool, 1, folders, config.seed, generator(config.seed, *name))
+    return Course(name, drawn[0], Going())
+
+class Courses:
+    "All courses of a run; like a module, they have a `state_dict` of tensors"
+    def __init__(self, config, folders:list): # ResAlignConfig; names of the pool's banks
+        self.config, self.courses, self.begin = config, {}, partial(begin_course, config, folders)
+
+    def at(self, step:int, j:int) -> Course|None: # None: without a horizon
+        "The course whose turn it is"
+        if not self.config.horizon: return None
+        slot = step % self.config.courses
+        course = self.courses.get((j, slot)) or self.begin(j, slot, 0)
+        if course.going.steps >= self.config.horizon: course = self.begin(j, slot, course.name[-1] + 1)
+        self.courses[j, slot] = course
+        return course
+
+    def state_dict(self) -> dict: return tensors_by_slot(self.courses)
+
+    def load_state_dict(self, tensors:dict): self.courses = courses_by_slot(tensors, self.begin)
+
 # %% ../../nbs/4_method/30_resalign.ipynb #96a6202b
 class DirectConfig(Config):
     "Settings of θ, L_harm(θ) and R(θ); defaults are the smoke setting"
@@ -138,6 +202,8 @@ def check_switches(c):
         raise ValueError("full_as: 'weights' expected with solver adjoint")
     if c.pool.distinct and c.J > len(c.pool.chosen):
         raise ValueError(f'J: expected at most {len(c.pool.chosen)}, as many as there are distinct simulations')
+    if c.horizon and (c.solver != 'identity' or c.inner != 'fresh' or c.full_as != 'weights' or c.pool.distinct):
+        raise ValueError('horizon: expected with solver identity, inner fresh, full_as weights, and without distinct')
     if c.anchor and max(c.margin, c.margin_after) > 10:
         raise ValueError('anchor: expected a margin and a margin_after up to 10, which scale the anchored loss')
 
@@ -165,6 +231,8 @@ class ResAlignConfig(ResilienceConfig):
     inner:Literal['own', 'fresh'] = 'own' # a LoRA simulation moves θ's factors, as released, or a user's new adapter
     full_as:Literal['weights', 'factors'] = 'weights' # a full one is solved in its weights; as released, in θ's factors
     pool:Pool = Pool()
+    horizon:NonNegativeInt = 0          # steps of a simulated fine-tuning that goes on over outer steps; 0: none does
+    courses:PositiveInt = 4             # of these, for each j; they take turns
     anchor:NonNegativeFloat = 0.        # weight of the anchored loss (page 4_method/40_anchor); 0: none
     found_steps:int = Field(0, ge=0)    # of the search for words, in every harmful loss (page 4_method/44_found_words)
     found_radius:float = Field(.1, gt=0) # of the search, as a share of the embedding's length
@@ -243,21 +311,22 @@ def hessian_samples(ft:FinetuneConfig, config:ResAlignConfig) -> range:
 EndPoint = namedtuple('EndPoint', 'moved start') # parameters at θ*; where they began, None: elsewhere than θ
 
 @contextmanager
-def own_factors(loss, params, adapter, ft):
+def own_factors(loss, params, adapter, ft, going=None):
     "θ's factors move"
     with simulated(loss, params, ft) as start: yield EndPoint(params, start)
 
 @contextmanager
-def all_weights(loss, params, adapter, ft):
+def all_weights(loss, params, adapter, ft, going=None):
     "All weights move, beneath θ"
-    with simulated(loss, adapter['weights'], ft) as start: yield EndPoint(adapter['weights'], start)
+    with simulated(loss, adapter['weights'], ft, going) as start:
+        yield EndPoint(adapter['weights'], None if going else start)
 
 @contextmanager
-def fresh_factors(loss, params, adapter, ft):
+def fresh_factors(loss, params, adapter, ft, going=None):
     "A new adapter moves, beside θ"
     name = '_'.join(map(str, ('inner', *loss.names)))
     with fresh_lora(loss.model.unet, name, adapter['name'], ft.rank, ft.seed) as moved:
-        with simulated(loss, moved, ft) as start: yield EndPoint(moved, start)
+        with simulated(loss, moved, ft, going) as start: yield EndPoint(moved, None if going else start)
 
 # %% ../../nbs/4_method/30_resalign.ipynb #meta3004
 def low_rank(change, B, A, s:float) -> tuple: # tensors like B and A
@@ -269,7 +338,7 @@ def low_rank(change, B, A, s:float) -> tuple: # tensors like B and A
     return b, a
 
 @contextmanager
-def extracted_factors(loss, params, adapter, ft):
+def extracted_factors(loss, params, adapter, ft, going=None):
     "All weights move, θ merged into them; then θ's factors at the best approximation of the whole change"
     factors, weights = {}, adapter['weights']
     with trainable_until_exit(params):
@@ -389,6 +458,7 @@ def resilience_gradient(model, harmful,
                         check=True, # spend a product on the residual
                         stationarity=True, # report how well θ* solves the proximal problem
                         direct=(), # line 2's gradient, for the release's bound
+                        going=None, # a `Going`: the simulated fine-tuning goes on from an earlier outer step
                        ) -> tuple: # x over θ, report, depth at θ*
     "∇_θ L_harm(θ*_FT) for one simulated fine-tuning"
     gamma = ft.lr*ft.steps if config.gamma == 'matched' else config.gamma
@@ -397,7 +467,7 @@ def resilience_gradient(model, harmful,
     L_harm = lambda: harmful(model, i, config.margin_after)
     if config.solver == 'adjoint':                                                                       # lines 5, 6
         return adjoint_gradient(L_harm, loss, params, adapter, ft, config, what)
-    with END_POINTS[what](loss, params, adapter, ft) as end:                                             # line 5
+    with END_POINTS[what](loss, params, adapter, ft, going) as end:                                             # line 5
         if what == 'fresh' and config.solver == 'identity': end, what = EndPoint(params, None), 'own'
         def back(x, gamma, samples, options):
             return back_to_theta(x, gamma, loss, samples, options, what, end.moved, L_harm, params, adapter)
@@ -480,6 +550,9 @@ class OuterState:
         self.params = add_lora(net, 'unlearn', config.rank, config.seed, config.up_std, config.down_std) # θ
         self.adapter = lora_map(net, 'unlearn')
         self.budget, self.ranks = FallbackBudget(config.fallback_share), Ranks()
+        self.courses = Courses(config, sorted(data.pool))
+        if config.horizon and (n := self.ranks.accelerator.num_processes) > 1:
+            raise UserError(f'resalign: horizon: its courses belong to one process, expected 1, got {n}')
 
     def count(self, report, where:str):
         "Count a solve; a UserError when too many fell back"
@@ -516,16 +589,20 @@ def mean_term(terms:list) -> tuple: # gradients, numbers to log
 def simulated_term(state:OuterState, step:int, j:int, i, folder:str, ft:FinetuneConfig,
                    share=0., # of unsafe pictures
                    direct=(), # line 2's gradient
+                   course=None, # a `Course` that goes on
                   ) -> tuple: # list of tensors like θ; dict
     "Lines 5 and 6 of Algorithm 2: a bounded hypergradient, and a row about it"
     config, data = state.config, state.data
-    bank = contaminated(data.pool[folder], data.unsafe, share, generator(config.seed, step, j, 'unsafe'))
+    named = course.name if course else (step, j)
+    bank = contaminated(data.pool[folder], data.unsafe, share, generator(config.seed, *named, 'unsafe'))
     loss = FinetuneLoss(state.model, bank, ft, (step, j), data.retain)
     x, report, depth = resilience_gradient(state.model, state.harmful, i, loss, state.params, state.adapter, ft, config,
-                                           check=step % config.check_every == 0, direct=direct)
+                                           check=step % config.check_every == 0, direct=direct,
+                                           going=course and course.going)
     state.count(report, f'step {step}, folder {folder}, {ft.algorithm} with lr {ft.lr:g}')
     row = dict(folder=folder) | ft.model_dump() | report.asdict() | dict(depth_after=depth)
     if any(config.pool.unsafe): row['unsafe'] = share
+    if course: row['made'] = course.going.steps
     return clipped(x, config.max_norm, config.longer), row
 
 # %% ../../nbs/4_method/30_resalign.ipynb #9f5efdd7
@@ -538,7 +615,8 @@ def outer_gradient(state:OuterState, step:int) -> dict: # numbers to log
     for j, C in enumerate(draw_configs(config.pool, n, sorted(state.data.pool), config.seed, gen)):      # lines 3, 4
         if not ranks.owns(j): continue
         i, direct, _ = terms[j % len(terms)]
-        x, solve = simulated_term(state, step, j, i, *C, direct)                                         # lines 5, 6
+        course = state.courses.at(step, j)
+        x, solve = simulated_term(state, step, j, i, *(course.drawn if course else C), direct, course)    # lines 5, 6
         d = [g + config.beta/config.J*v for g, v in zip(d, x)]                                           # line 7
         row |= {f'{j}/{k}': v for k, v in solve.items()}
     state.agree(f'step {step}')
@@ -572,7 +650,8 @@ def resalign(pipe, # unlearned in place
     log = optimise('resalign' if config.beta else 'ga', lambda step: outer_gradient(state, step),        # lines 2 to 7
                    config.steps, state.params,                                                           # line 1
                    make_optimizer('adamw', state.params, config.lr, net),                                     # line 8
-                   dict(unet=net), max_norm=config.clip or inf, checkpoint=checkpoint, on_resume=state.resumed)
+                   dict(unet=net, courses=state.courses), max_norm=config.clip or inf, checkpoint=checkpoint,
+                   on_resume=state.resumed)
     if save_adapter: save_lora(pipe, save_adapter, 'unlearn')
     merge_lora(net, 'unlearn')
     return split_log(log)

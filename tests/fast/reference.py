@@ -449,3 +449,33 @@ class Unrolled(Reference):
             G, A, B = by_name[f'{layer}.weight'], theta[2*k], theta[2*k + 1]
             out += [B.T @ G, G @ A.T]
         return out
+
+
+# ------------------------------------------------------------------ fine-tunings that go on
+
+class Lasting(Reference):
+    "First order at fine-tunings made in parts: what moves and its optimizer stay from one outer step to a later one"
+    def begin(self, ft, step, j):
+        if ft['algorithm'] == 'full': start = [self.net.weights[n] for n in self.net.names]
+        else:
+            gen, start = generator(self.c.seed, 'lora', f'inner_{step}_{j}'), []
+            for layer in LAYERS:
+                out, into = self.net.weights[f'{layer}.weight'].shape
+                start.append(torch.randn(ft['rank'], into, generator=gen, dtype=torch.float64)/ft['rank'])
+                start.append(0*torch.randn(out, ft['rank'], generator=gen, dtype=torch.float64))
+        return start, Plain(ft['optimizer'], ft['lr'], len(start)), 0
+
+    def hypergradient(self, i, step, j):
+        c, ft, slot, self.going = self.c, self.configs[step][j], (j, step % self.c.courses), getattr(self, 'going', {})
+        moved, opt, made = self.going.get(slot) or self.begin(ft, step, j)
+        if made >= c.horizon: moved, opt, made = self.begin(ft, step, j)
+        def at(x, theta):
+            if ft['algorithm'] == 'full': return adapted(dict(zip(self.net.names, x)), theta)
+            return adapted(adapted(self.net.weights, theta), x)
+        for k in range(ft['steps']):
+            loss = self.ft_loss(ft, step, j, [k])
+            moved = opt.step(moved, grads_of(lambda x: loss(at(x, self.theta)), moved))
+        self.going[slot] = moved, opt, made + ft['steps']
+        self.notes[f'{j}/made'] = made + ft['steps']
+        self.notes[f'{j}/depth_after'] = -self.harm(at(moved, self.theta), i, c.margin_after).item()
+        return grads_of(lambda theta: self.harm(at(moved, theta), i, c.margin_after), self.theta)

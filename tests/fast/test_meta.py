@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from reference import LAYERS, Fresh, Reference, Released, Remedied, Unrolled, bank, norm_of, pipeline
+from reference import LAYERS, Fresh, Lasting, Reference, Released, Remedied, Unrolled, bank, norm_of, pipeline
 from resalign.core.runs import generator
 from resalign.core.settings import UserError
 from resalign.method import resalign as meta
@@ -218,9 +218,26 @@ def test_remedies_that_are_refused(data):
     with pytest.raises(UserError, match='found_steps: Other has no captions'):
         resalign(pipeline(), data, setting(found_steps=1), harmful=Other())
 
-@each('switches', ['released', 'fresh and remedies'])
+def lasting(*listed, **changes):
+    "A course of six steps in parts of two, and another that begins anew in between"
+    listed = listed or (simulation(optimizer='adam', lr=.02), simulation(folder='dogs', optimizer='adamw', lr=.03))
+    own = dict(solver='identity', inner='fresh', horizon=6, courses=2, steps=9, J=2)
+    return setting(*listed, **own | changes)
+
+def test_simulated_fine_tunings_that_go_on(data):
+    "Against plain loops that keep every course's weights and moments"
+    full = [simulation(algorithm='full', optimizer=o, lr=lr) for o, lr in (('sgd', .05), ('adam', .01))]
+    for listed, changes in ((), {}), ((), dict(horizon=5, courses=1, J=1)), (full, dict(courses=3, steps=10)):
+        ref = agree(data, lasting(*listed, **changes), tol=1e-8, by=Lasting)
+        made = [row.notes['0/made'] for row in ref.rows]
+        assert max(made) == 6 and made.count(2) > changes.get('courses', 2), made # some have begun anew
+    for changes in dict(solver='cg'), dict(inner='own'), dict(full_as='factors'):
+        with pytest.raises(ValueError, match='horizon: expected with'): lasting(**changes)
+
+@each('switches', ['released', 'fresh and remedies', 'going on'])
 def test_a_killed_run_resumes_to_the_same_bits_with_every_switch(safe, switches, tmp_path, monkeypatch):
-    config = released(steps=5) if switches == 'released' else remedied(steps=5, inner='fresh', J=2)
+    config = {'released': released(steps=5), 'fresh and remedies': remedied(steps=5, inner='fresh', J=2),
+              'going on': remedied(steps=5, inner='fresh', J=2, horizon=4, courses=2, solver='identity')}[switches]
     whole, cut, again = pipeline(), pipeline(), pipeline()
     said = str(resalign(whole, safe, config)) # a residual that wasn't measured is NaN
     right, calls, often = meta.direct_terms, [], meta.optimise
@@ -515,7 +532,7 @@ def test_defaults_and_edges():
         alpha_end=None, beta=.8, margin=.1, margin_after=.15, unsafe_bank=16, J=1, gamma=1., solver='cg',
         product='fd-forward', samples=1, products=4, tol=.03, clamp=.5, check_every=10, max_norm=.2, longer='shorten',
         depth='all', fallback_share=.5, seed=0, alpha_curve='stretched', clip=1., batches='step', inner='own', full_as='weights',
-        anchor=0., found_steps=0, found_radius=.1)
+        horizon=0, courses=4, anchor=0., found_steps=0, found_radius=.1)
     assert Pool().model_dump() == dict(
         algorithm=('lora', 'full'), optimizer=('adam', 'sgd'), steps=(2, 3), batch=2, prior_weight=(0., 1.),
         folders=(), lr=dict(lora=(1e-3,), full=(1e-4,)), listed=(), still=0., distinct=False, unsafe=(0.,))
