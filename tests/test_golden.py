@@ -18,7 +18,7 @@ import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 
 from resalign.measure import building_blocks, detectors
-from resalign.baselines.parts import demo_data
+from resalign.method.demo import demo_data
 from resalign.core.runs import seed_all
 from resalign.method.finetune import ALGORITHMS, FinetuneConfig, finetune
 from resalign.baselines.methods import METHODS, config_of, run_method
