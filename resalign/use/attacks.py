@@ -28,6 +28,7 @@ from torch import nn
 from ..baselines.advunlearn import prefix_targets
 from ..baselines.parts import epsilon, fit
 from ..core.files import atomic_dir
+from ..core.pictures import contact_sheet
 from ..core.runs import RunRecord, generator, progress
 from ..core.settings import Config, UserError, choose, make_config
 
@@ -43,7 +44,6 @@ from ..model.pipelines import generate, initial_latents, load_pipeline
 from ..real.sources import read_prompts
 from .evaluate import guidance_of, to_hide
 from .jobs import asked_compute, check_inputs, checkpoint_of, finetune, origin, size_of
-from ..world.emoji import contact_sheet
 
 # %% ../../nbs/8_use/35_attacks.ipynb #a77ac004
 class PrefixConfig(Config):

@@ -396,10 +396,14 @@ def evaluate(pipeline:PIPELINE, prompts:PROMPTS, evaluators:EVALUATORS, out:OUT,
 
 # %% ../../nbs/8_use/30_cli.ipynb #a303f88d
 def sampling_settings(config, pairs, seed) -> tuple: # settings, seed
+    "steps and guidance; half precision, which a profile's looks may have, is asked for by --compute"
     from resalign.core.settings import make_config
     from resalign.model.pipelines import SamplingConfig
+    from resalign.real.doctor import EvaluateConfig
     settings, seed = settings_for('evaluate', config, pairs, seed)
-    return make_config(SamplingConfig, settings, 'settings of evaluate').model_dump(), seed
+    make_config(SamplingConfig, set_pairs({}, pairs), 'settings of evaluate')
+    chosen = make_config(EvaluateConfig, settings, 'settings of evaluate')
+    return chosen.model_dump(exclude={'bf16'}), seed
 
 # %% ../../nbs/8_use/30_cli.ipynb #1e251661
 PRETRAINED = {'model_index.json': PIPELINE_FILES['model_index.json'], 'losses.json': 'the losses of each step'}

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from PIL import Image
 from ..core.files import atomic_dir, atomic_file
+from ..core.pictures import contact_sheet
 from ..core.runs import RunRecord, progress
 from ..core.settings import at_home, choose
 from ..measure.evaluators import about_concept, evaluate_images, flags, load_evaluators, metric_tables
@@ -26,7 +27,6 @@ from ..model.data import check_lengths, read_captions, read_image
 from ..model.pipelines import generate, load_pipeline
 from ..real.sources import read_prompts
 from .jobs import asked_compute, check_inputs, checkpoint_of, size_of
-from ..world.emoji import contact_sheet
 
 # %% ../../nbs/8_use/15_evaluate.ipynb #f8d514dd
 def mapped(pictures:np.memmap) -> np.ndarray: # uint8 (n, size, size, 3)
