@@ -217,7 +217,7 @@ def test_a_failed_training_leaves_what_was_there(copy, monkeypatch):
     def broken(*a, **k):
         raise RuntimeError('stop')
 
-    monkeypatch.setattr(D, 'fit_clip', broken)
+    monkeypatch.setattr(B, 'fit_clip', broken)
     before = sha256(copy)
     with pytest.raises(RuntimeError):
         D.train_evaluators(copy, **TINY)
