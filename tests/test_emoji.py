@@ -142,3 +142,33 @@ def test_broken_pictures_and_blends_are_labelled_by_what_is_seen():
     bad = broken(d.x[:20], g)
     assert bad.shape == (20, 3, 64, 64) and len(BREAKS) == 5 and 0 <= bad.min() and bad.max() <= 1
     assert all((bad[k] - d.x[k]).abs().mean() > .01 for k in range(20))
+
+
+def test_safety_heads_read_patches_and_no_network_depends_on_another(tmp_path):
+    from resalign.measure import emoji_detectors as detectors
+    d = detectors.EmojiDrawings(6)
+    clip = detectors.train_clip(tmp_path, d, detectors.spoiled(d.images), 1, 0, half=True)[0].requires_grad_(False)
+    before, x = clip.state_dict()['visual_projection.weight'].clone(), d.x[:2]
+    hidden = clip.vision_model(pixel_values=2*x - 1, output_hidden_states=True).hidden_states[detectors.LAYER]
+    assert (detectors.patch_tokens(clip, x).flatten(2).mT == hidden[:, 1:]).all()
+    for layer in clip.vision_model.encoder.layers: # without attention a patch changes its own token alone
+        layer.self_attn.out_proj.weight.zero_()
+        layer.self_attn.out_proj.bias.zero_()
+    other = x.clone()
+    other[:, :, 16:24, 40:48] = 1 - other[:, :, 16:24, 40:48]
+    changed = (detectors.patch_tokens(clip, x) != detectors.patch_tokens(clip, other)).any(1)
+    assert changed.nonzero().tolist() == [[0, 2, 5], [1, 2, 5]]
+    detectors.fit_safety_head(d, clip, 1)
+    assert (clip.state_dict()['visual_projection.weight'] == before).all()
+
+    def weights(k, safety): # of the files that the safety heads' training may not change
+        folder = tmp_path/str(k)
+        folder.mkdir()
+        detectors._train_all(folder, d, dict(concepts=1, reader=1, clip=1, safety=safety), 0)
+        return {n: (folder/f).read_bytes() for n, f in detectors.EMOJI_FILES.items()}
+
+    torch.manual_seed(0)
+    few = weights(0, 1)
+    torch.manual_seed(0)
+    more = weights(1, 40)
+    assert {n for n in few if few[n] != more[n]} == {'safety'}
