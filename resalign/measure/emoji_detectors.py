@@ -69,8 +69,8 @@ def _blend(x, g): # of two scenes
     a = .35 + .3*torch.rand(len(x), 1, 1, 1, generator=g)
     return a*x + (1-a)*x[torch.randperm(len(x), generator=g)].flip(3)
 
-def _blur(x, g): # to 5 to 9 pixels a side
-    size = int(torch.randint(5, 10, (1,), generator=g))
+def _blur(x, g): # to 5, 6 or 7 pixels a side
+    size = int(torch.randint(5, 8, (1,), generator=g))
     return F.interpolate(F.interpolate(x, (size, size), mode='area'), x.shape[-2:], mode='bicubic').clamp(0, 1)
 
 def _collage(x, g): # pieces of 16 pixels in another order
@@ -179,7 +179,7 @@ def fit_emoji_reader(d:EmojiDrawings, epochs=8, seed=0) -> EmojiReaderNet:
     "Train the reader; broken pictures have the subject `nothing`, and no other label"
     model, benign = EmojiReaderNet().to(memory_format=torch.channels_last), _benign(d)
     def loss(i, g):
-        bad = _some_broken(d, benign, len(i)//5, g)
+        bad = _some_broken(d, benign, len(i)//8, g)
         logits = model.read(torch.cat([soften(d.x[i], g), bad]))
         none = torch.full((len(bad),), WHO.index(NOTHING))
         total = F.cross_entropy(logits['subject'], torch.cat([d.labels['subject'][i], none]))
@@ -210,7 +210,7 @@ def fit_safety_head(d:EmojiDrawings, clip, epochs=4, seed=0) -> SafetyHead:
 # %% ../../nbs/6_measure/05_emoji_detectors.ipynb #0efa40ca
 EMOJI_FILES = dict(concepts='concepts.safetensors', clip=CLIP_FILE, safety='safety.safetensors',
                    aesthetics='aesthetics.safetensors', reader='reader.safetensors')
-EMOJI_EPOCHS = dict(concepts=6, reader=8, clip=6, safety=4)
+EMOJI_EPOCHS = dict(concepts=6, reader=10, clip=6, safety=4)
 
 def _train_all(folder:Path, d:EmojiDrawings, epochs:dict, seed:int):
     "Train all five and write their weights, in half precision; none depends on the random numbers of another"
@@ -271,7 +271,7 @@ def emoji_card(ev:dict, d:EmojiDrawings, seed=0) -> dict:
                        aesthetics=dict(clean=round(float(clean), 2), spoiled=round(float(dull), 2)))
 
 # %% ../../nbs/6_measure/05_emoji_detectors.ipynb #1fb3ec16
-EMOJI_VERSION = '2'
+EMOJI_VERSION = '3'
 
 def train_emoji_evaluators(folder,        # replaced as a whole
                            seed:int=0, pictures:int=10000, # without twins
