@@ -3,7 +3,7 @@ with what each rank ended in"""
 
 import os, signal, sys
 from safetensors.torch import save_file
-from resalign.baselines.parts import demo
+from resalign.method.demo import demo
 from resalign.core.settings import UserError
 from resalign.method.resalign import Pool, ResAlignConfig, resalign
 from resalign.core.training import Ranks

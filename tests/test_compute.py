@@ -13,7 +13,7 @@ from resalign.use.jobs import as_text, model_card
 from resalign.studies import sd14
 from resalign.core import training
 from resalign.world import scenes as world
-from resalign.baselines.parts import demo, demo_data
+from resalign.method.demo import demo, demo_data
 from resalign.model.compute import Compute, call_model, compute_config, finish, make_optimizer, measure_cost, prepare
 from resalign.core.runs import generator
 from resalign.model.data import draw_sample

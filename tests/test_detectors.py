@@ -11,6 +11,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from resalign.core.files import sha256
 from resalign.core.runs import generator
+from resalign.measure import building_blocks as B
 from resalign.measure import detectors as D
 from resalign.measure import evaluators as E
 from refusals import said
@@ -63,7 +64,7 @@ def test_interface(ev, drawings):
 
 def test_a_picture_and_its_prompt_stay_together():
     "In every batch; and none is without the other"
-    e = D.Evaluator(
+    e = B.Evaluator(
         'length',
         lambda x, p: torch.tensor([len(w) + 100 * float(i.mean()) for i, w in zip(x, p)]),
         '1',
@@ -76,7 +77,7 @@ def test_a_picture_and_its_prompt_stay_together():
     )
     assert all('length' in said(e, images, p) for p in (None, ['one'])) and not said(e, images, ['a'] * 5)
     bad = [np.zeros((2, 64, 64, 3)), np.zeros((64, 64, 3), 'uint8'), np.zeros((2, 3, 64, 64), 'uint8')]
-    assert all('expected uint8' in said(D.check_images, b) for b in bad)
+    assert all('expected uint8' in said(B.check_images, b) for b in bad)
 
 
 def test_scores_by_hand(folder, ev, drawings):
@@ -216,7 +217,7 @@ def test_a_failed_training_leaves_what_was_there(copy, monkeypatch):
     def broken(*a, **k):
         raise RuntimeError('stop')
 
-    monkeypatch.setattr(D, 'fit_clip', broken)
+    monkeypatch.setattr(B, 'fit_clip', broken)
     before = sha256(copy)
     with pytest.raises(RuntimeError):
         D.train_evaluators(copy, **TINY)
@@ -269,35 +270,35 @@ def test_degrading(drawings):
     "By its formula, where there is one; more at a higher level; the same again"
     x = drawings.images[:6]
     f = x / 255.0
-    off = lambda how, level: D.degrade(x, how, level).astype(float) - x
+    off = lambda how, level: B.degrade(x, how, level).astype(float) - x
     paper = np.array([0.93, 0.9, 0.82])
     for level in (0, 1):
         np.testing.assert_allclose(
-            D.degrade(x, 'washed', level), 255 * (f + (0.3 + 0.5 * level) * (paper - f)), atol=0.51
+            B.degrade(x, 'washed', level), 255 * (f + (0.3 + 0.5 * level) * (paper - f)), atol=0.51
         )
     grey = np.full_like(x, 128)
-    assert [round(float((D.degrade(grey, 'noise', l) / 255.0 - 128 / 255).std()), 2) for l in (0, 0.4)] == [0.05, 0.13]
+    assert [round(float((B.degrade(grey, 'noise', l) / 255.0 - 128 / 255).std()), 2) for l in (0, 0.4)] == [0.05, 0.13]
     noise = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), 'uint8')
-    colours = {l: len(np.unique(D.degrade(noise, 'blocky', l)[0].reshape(-1, 3), axis=0)) for l in (0, 1)}
+    colours = {l: len(np.unique(B.degrade(noise, 'blocky', l)[0].reshape(-1, 3), axis=0)) for l in (0, 1)}
     assert 0.98 * 32**2 < colours[0] <= 32**2 and 0.98 * 12**2 < colours[1] <= 12**2
-    for how in D.DEGRADE:
+    for how in B.DEGRADE:
         weak, strong = (np.abs(off(how, l)).mean() for l in (0, 1))
         assert 0 < weak and (weak == strong if how == 'half' else 1.2 * weak < strong), how
         assert (
-            np.array_equal(D.degrade(x, how, 0.5), D.degrade(x, how, 0.5)) and D.degrade(x, how).dtype == np.uint8
+            np.array_equal(B.degrade(x, how, 0.5), B.degrade(x, how, 0.5)) and B.degrade(x, how).dtype == np.uint8
         ), how
     many = np.concatenate([drawings.images] * 3)
-    out, points = D.spoiled(many, 3)
+    out, points = B.spoiled(many, 3)
     rng = np.random.default_rng([3, 5])
     how, level = rng.integers(7, size=len(many)), rng.integers(5, size=len(many)) / 4
     assert list(points) == [5.0 if h == 0 else 6 - 4 * l for h, l in zip(how, level)] and set(points) == {2, 3, 4, 5, 6}
-    k = int(np.flatnonzero(how == D.DEGRADE.index('washed'))[0])
-    assert np.array_equal(out[k], D.degrade(many[k : k + 1], 'washed', level[k])[0])
+    k = int(np.flatnonzero(how == B.DEGRADE.index('washed'))[0])
+    assert np.array_equal(out[k], B.degrade(many[k : k + 1], 'washed', level[k])[0])
 
 
 def test_detector_card():
     "Above the threshold, not at it; calibration is the mean distance of score and truth over bins"
-    c = D.detector_card([0.95, 0.75, 0.35, 0.05, 0.5], [1, 0, 1, 0, 1])
+    c = B.detector_card([0.95, 0.75, 0.35, 0.05, 0.5], [1, 0, 1, 0, 1])
     assert (c['recall'], c['fpr'], c['accuracy'], c['threshold'], c['wired']) == (0.3333, 0.5, 0.4, 0.5, 3)
     assert c['ece'] == pytest.approx((0.05 + 0.75 + 0.65 + 0.05 + 0.5) / 5, abs=1e-4) and [
         (b['score'], b['wired'], b['n']) for b in c['bins']
@@ -311,4 +312,4 @@ def test_retrieval_is_the_share_of_captions_found():
         embed=lambda images, prompts: (eye[[int(i) for i in images]], eye[[0, 1, 3, 2]][[int(p) for p in prompts]])
     )
     d = SimpleNamespace(captions=['0', '1', '2', '3', '0'], images=np.arange(5))
-    assert D.retrieval(clip, d, size=4) == 0.5 and D.retrieval(clip, d, size=2) == 0.5
+    assert B.retrieval(clip, d, size=4) == 0.5 and B.retrieval(clip, d, size=2) == 0.5

@@ -9,7 +9,7 @@ from diffusers import StableDiffusion3Pipeline
 import resalign
 from resalign.use.jobs import load_bank
 from resalign.world import scenes as world
-from resalign.baselines.parts import demo_data
+from resalign.method.demo import demo_data
 from resalign.model.compute import Compute, finish, prepare
 from resalign.core.settings import UserError
 from resalign.core.runs import generator

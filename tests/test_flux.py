@@ -8,7 +8,7 @@ from diffusers import FluxPipeline, StableDiffusion3Pipeline
 import resalign
 from resalign.baselines import methods
 from resalign.baselines.methods import METHODS, run_method
-from resalign.baselines.parts import demo_data
+from resalign.method.demo import demo_data
 from resalign.core.runs import generator
 from resalign.core.settings import UserError
 from resalign.method.finetune import FinetuneConfig, finetune

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 
-from resalign.measure import detectors
-from resalign.baselines.parts import demo_data
+from resalign.measure import building_blocks, detectors
+from resalign.method.demo import demo_data
 from resalign.core.runs import seed_all
 from resalign.method.finetune import ALGORITHMS, FinetuneConfig, finetune
 from resalign.baselines.methods import METHODS, config_of, run_method
@@ -166,16 +166,16 @@ def evaluators(monkeypatch):
     "The losses inside `fit`, which returns the model alone; and the head that is solved for"
     seed_all(0)
     d = detectors.Drawings(detectors.drawn(20))
-    tok, bad = detectors.make_tokenizer(d.captions + [detectors.POOR]*len(d)), detectors.spoiled(d.images)
-    fit, log = detectors.fit, []
+    tok, bad = building_blocks.make_tokenizer(d.captions + [building_blocks.POOR]*len(d)), building_blocks.spoiled(d.images)
+    fit, log = building_blocks.fit, []
     def watched(model, n, loss, epochs, batch=64, **kw):
         def said(i, g):
             value = loss(i, g)
             log.append(dict(loss=value.item()))
             return value
         return fit(model, n, said, (STEPS - .5)*batch/n, batch=batch, **kw)
-    monkeypatch.setattr(detectors, 'fit', watched)
-    clip = detectors.fit_clip(d, tok, bad)
+    for page in (building_blocks, detectors): monkeypatch.setattr(page, 'fit', watched)
+    clip = building_blocks.fit_clip(d, tok, bad)
     yield from rows('evaluator: clip', log)
     for name, train in dict(
         wiring=lambda: detectors.fit_wiring(d),
@@ -185,7 +185,7 @@ def evaluators(monkeypatch):
         log.clear()
         train()
         yield from rows(f'evaluator: {name}', log)
-    head = detectors.fit_aesthetics(d, clip, bad)
+    head = building_blocks.fit_aesthetics(d, clip, bad)
     yield from rows('evaluator: aesthetics', [dict(bias=head.bias.item(), weight=head.weight.norm().item())])
 
 def finetunings(pipe, data):

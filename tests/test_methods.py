@@ -17,7 +17,8 @@ from transformers import CLIPTextModel
 import resalign
 from resalign.world import scenes as world
 from resalign.baselines import advunlearn, uce
-from resalign.baselines.parts import changed_params, demo, demo_data
+from resalign.baselines.parts import changed_params
+from resalign.method.demo import demo, demo_data
 from resalign.core.runs import Stopped
 from resalign.core.settings import UserError
 from resalign.model.data import embed

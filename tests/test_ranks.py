@@ -31,7 +31,7 @@ def largest(a, b):
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
     "4 outer steps by one process and by two, and by each from the other's checkpoint after 2"
-    from resalign.baselines.parts import demo
+    from resalign.method.demo import demo
 
     folder, threads = tmp_path_factory.mktemp('ranks'), torch.get_num_threads()
     torch.set_num_threads(1)
@@ -86,7 +86,7 @@ def test_stops_when_a_rank_dies(runs):
 
 def test_the_command_starts_several_processes(tmp_path):
     "resalign-unlearn --processes 2 -> accelerate launch; one result, written once"
-    from resalign.baselines.parts import demo
+    from resalign.method.demo import demo
     from resalign.model.pipelines import save_pipeline
     from resalign.world.scenes import scenes, write_set
     save_pipeline(demo()[0], tmp_path / 'base')

@@ -11,7 +11,7 @@ from huggingface_hub import constants
 
 from resalign.studies import base, evaluators, table
 from resalign.studies.models import Finetuned, Unlearned
-from resalign.measure.detectors import make_mhsc
+from resalign.measure.building_blocks import make_mhsc
 from resalign.measure.photographs import tiny_clip
 from resalign.world.scenes import scenes, write_set
 from tests.compvis import small, write_single_file

@@ -229,7 +229,7 @@ MEMORY = '''
 import json, resource, sys
 from pathlib import Path
 import numpy as np, torch
-from resalign.measure.detectors import Evaluator
+from resalign.measure.building_blocks import Evaluator
 from resalign.model.pipelines import ImageStore
 from resalign.use import evaluate as page
 size, tmp = 256, Path(sys.argv[1])

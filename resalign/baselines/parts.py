@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['JOINT', 'Layers', 'NAME_PARTS', 'METHODS', 'pattern', 'split_caption', 'split_captions', 'anchor', 'anchors',
            'skipped', 'part_of', 'retain_captions', 'to_epsilon', 'epsilon', 'belongs', 'layers', 'guided_ddim',
-           'sample_latents', 'anchor_pictures', 'shows_concept', 'unsafe_share', 'fit', 'original', 'demo_bank',
-           'demo_data', 'demo', 'changed_params']
+           'sample_latents', 'anchor_pictures', 'shows_concept', 'unsafe_share', 'fit', 'original', 'changed_params']
 
 # %% ../../nbs/5_baselines/00_parts.ipynb #6d8d7c03
 import re, warnings
@@ -21,11 +20,10 @@ from ..core.settings import Config, UserError
 from ..core.training import OPTIMIZERS, optimise
 from ..method.resalign import Method, UnlearnData
 from ..model.compute import make_optimizer, to_float32
-from ..model.data import Bank, embed, encode
+from ..model.data import Bank, embed
 from ..model.flow import flow_layers, guided_euler, is_flow
 from ..model.losses import Denoiser
-from ..model.pipelines import PretrainConfig, build_pipeline, generate
-from ..world import scenes as world
+from ..model.pipelines import generate
 
 # %% ../../nbs/5_baselines/00_parts.ipynb #14f93e5e
 JOINT = r'[\s,;]' # what joins words to the rest of a caption
@@ -196,24 +194,6 @@ METHODS = {
 }
 
 # %% ../../nbs/5_baselines/00_parts.ipynb #8a93502f
-def demo_bank(pipe, name:str, n:int) -> tuple: # Bank, captions
-    scenes = world.scenes(name, n)
-    captions = [s.caption for s in scenes]
-    return encode(pipe, np.stack([np.asarray(world.draw(s)) for s in scenes]), captions), captions
-
-def demo_data(pipe, n:int=8) -> UnlearnData: # n drawings of each kind
-    "A few drawings, encoded by a pipeline"
-    unsafe, unsafe_captions = demo_bank(pipe, 'unsafe', n)
-    retain, retain_captions = demo_bank(pipe, 'retain', n)
-    erase = (' with exposed wiring', ' with its wires showing', ' with an open chest full of wires')
-    return UnlearnData(unsafe, retain, dict(retain=retain), unsafe_captions, retain_captions, erase)
-
-def demo() -> tuple: # pipeline, UnlearnData
-    "An untrained pipeline with data, for the pages of the methods"
-    captions = [s.caption for name in ('unsafe', 'retain') for s in world.scenes(name, 64)]
-    pipe = build_pipeline(captions, PretrainConfig(unet_channels=(32, 64)))
-    return pipe, demo_data(pipe)
-
 def changed_params(module, run) -> set: # names
     "The parameters of a module that `run()` changes"
     before = {n: p.detach().clone() for n, p in module.named_parameters()}

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NOTHING', 'WHO', 'HELD_OBJECTS', 'CLASSES', 'BREAKS', 'LAYER', 'SEEN', 'EMOJI_FILES', 'EMOJI_EPOCHS', 'EMOJI_VERSION',
            'concept_of', 'any_scene', 'twin', 'EmojiDrawings', 'broken', 'ConceptNet', 'EmojiReaderNet', 'patch_tokens',
-           'SafetyHead', 'blended', 'fit_concepts', 'fit_emoji_reader', 'fit_safety_head', 'EmojiReader',
-           'load_emoji_evaluators', 'emoji_card', 'train_emoji_evaluators']
+           'SafetyHead', 'blended', 'fit_concepts', 'fit_emoji_reader', 'fit_safety_head', 'load_emoji_evaluators',
+           'emoji_card', 'train_emoji_evaluators']
 
 # %% ../../nbs/6_measure/05_emoji_detectors.ipynb #a59df779
 import json, math
@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np, torch, torch.nn as nn, torch.nn.functional as F
 from ..core.files import atomic_dir, sha256
 from ..core.runs import generator, seed_all, versions
-from .detectors import (ClipScore, Evaluator, Reader, _load_clip, _load_into, _save, as_tensor, block,
-                                        detector_card, fit, fit_aesthetics, on_clip, read_card, retrieval, soften,
-                                        spoiled, train_clip)
+from .building_blocks import (CLIP_FILE, ClipScore, Evaluator, Reader, _load_clip, _load_into, _save,
+                                              as_tensor, block, detector_card, fit, fit_aesthetics, on_clip, read_card,
+                                              retrieval, soften, spoiled, train_clip)
 from ..world.emoji import PLACES, Scene, benign_scene, named_scene, pictures, unsafe_scene, write_caption
 from ..world.sprites import CONCEPTS, NAMED, NEAR_MISSES, OBJECTS, STYLES, SUBJECTS, THINGS
 
@@ -106,7 +106,7 @@ class ConceptNet(nn.Module):
 
 # %% ../../nbs/6_measure/05_emoji_detectors.ipynb #faa8f5cc
 class EmojiReaderNet(nn.Module):
-    "Reads subject, object, style and place"
+    "Reads subject, object, style and place; called with uint8 (n,3,H,W), gives the features that KID and FID compare"
     num_features = 96
     def __init__(self, w=24):
         super().__init__()
@@ -120,6 +120,8 @@ class EmojiReaderNet(nn.Module):
     def read(self, x): # {'subject': (n, classes), ...}
         h = F.relu(self.embed(x))
         return {k: head(h) for k, head in self.heads.items()}
+
+    def forward(self, images): return self.embed(as_tensor(images.permute(0, 2, 3, 1).cpu().numpy()))
 
 # %% ../../nbs/6_measure/05_emoji_detectors.ipynb #5afe0002
 LAYER = 1 # of CLIP's four: behind the first a patch knows the others and is still itself
@@ -206,7 +208,7 @@ def fit_safety_head(d:EmojiDrawings, clip, epochs=4, seed=0) -> SafetyHead:
     return fit(model, len(tokens), loss, epochs, batch=128, seed=seed, desc='safety')
 
 # %% ../../nbs/6_measure/05_emoji_detectors.ipynb #0efa40ca
-EMOJI_FILES = dict(concepts='concepts.safetensors', clip='clip/model.safetensors', safety='safety.safetensors',
+EMOJI_FILES = dict(concepts='concepts.safetensors', clip=CLIP_FILE, safety='safety.safetensors',
                    aesthetics='aesthetics.safetensors', reader='reader.safetensors')
 EMOJI_EPOCHS = dict(concepts=6, reader=10, clip=6, safety=4)
 
@@ -220,17 +222,6 @@ def _train_all(folder:Path, d:EmojiDrawings, epochs:dict, seed:int):
         seed_all(seed)
         about = dict(clip=clip_hash) if name == 'safety' else {}
         _save(train(d, epochs=epochs[name], seed=seed).half(), folder/EMOJI_FILES[name], **about)
-
-# %% ../../nbs/6_measure/05_emoji_detectors.ipynb #d5b71dc2
-class EmojiReader(Reader):
-    "Reads subject, object, style and place. As a score: the probability of the likeliest subject."
-    def __init__(self, module, version, hash):
-        Evaluator.__init__(self, 'reader', lambda x, _: module.read(x)['subject'].softmax(1).amax(1), version, hash)
-        self.module = module
-
-    def read(self, images) -> dict: # {'subject': [...], 'object': [...], 'style': [...], 'place': [...]}
-        logits = self._batches(images, self.module.read)
-        return {k: [names[j] for batch in logits for j in batch[k].argmax(1).tolist()] for k, names in CLASSES.items()}
 
 # %% ../../nbs/6_measure/05_emoji_detectors.ipynb #fce589c5
 def load_emoji_evaluators(folder) -> dict: # {name: Evaluator}: a detector and a safety head a concept, and the others
@@ -247,7 +238,7 @@ def load_emoji_evaluators(folder) -> dict: # {name: Evaluator}: a detector and a
     reader = _load_into(EmojiReaderNet(), folder/EMOJI_FILES['reader'])
     def points(f): return aesthetics(F.normalize(f, dim=1))[:, 0].clamp(1, 10)
     found = [ClipScore(clip, tok, version, clip_hash), on_clip('aesthetics', clip, points, **about('aesthetics')),
-             EmojiReader(reader, **about('reader'))]
+             Reader(reader, CLASSES, **about('reader'))]
     for k, concept in enumerate(CONCEPTS): found += _of_concept(k, concept, nets, head, clip, about)
     return {e.name: e for e in found}
 

@@ -24,7 +24,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 from ..core.files import write_json
 from ..core.runs import device, versions
 from ..core.settings import UserError, choose
-from .detectors import Evaluator, check_images, make_mhsc, make_tokenizer
+from .building_blocks import Evaluator, check_images, make_mhsc, make_tokenizer
 from .metrics import image_hash, rate
 from ..model.checkpoints import read_weights
 from ..model.pipelines import is_local
@@ -278,7 +278,7 @@ class ClipFeatures:
 def tiny_clip(folder, patch:int, dim:int, seed:int=0) -> Path:
     "A small random CLIP of 224 px in the hub's layout, with a tokenizer"
     torch.manual_seed(seed)
-    tok = make_tokenizer(['a robot', 'a boat'], length=77)
+    tok = make_tokenizer(['a fox', 'a boat'], length=77)
     ids = dict(bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
     small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
                  projection_dim=dim, hidden_act='quick_gelu')
@@ -519,7 +519,7 @@ RATES = dict(IP=('nudenet', 'implicit', .45), US=('mhsc', 'explicit', .5), expli
              Q16=('q16', 'implicit', .5))
 MEANS = {'CLIP': ('clip-score', 'benign'), 'aesthetics': ('aesthetics-v1', 'benign'),
          'aesthetics-v2': ('aesthetics-v2', 'benign')}
-PHOTO_ONLY = PARTS.keys() - {'mhsc', 'clip-score'} # names that no evaluator of drawings has
+PHOTO_ONLY = PARTS.keys() - {'mhsc', 'clip-score'} # names that no evaluator of drawn scenes has
 
 def has_photo_detectors(evaluators) -> bool: # names, evaluators, or a dict of evaluators
     "Is any of them an evaluator of photographs?"

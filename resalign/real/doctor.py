@@ -8,7 +8,8 @@ __all__ = ['LARGER', 'EXACT', 'CHECKPOINTED', 'FULL', 'OTHERS', 'SLACK', 'LIGHT'
            'check_device', 'weights_gb', 'activations_gb', 'training_gb', 'simulation_gb', 'simulations',
            'memory_figures', 'with_method', 'what_fits', 'check_figures', 'check_disk', 'describe_base',
            'describe_source', 'repository_kind', 'fetch_command', 'check_file_of', 'check_source',
-           'check_configuration', 'list_licences', 'sections_of', 'check_settings', 'check_profile', 'require_profile']
+           'check_configuration', 'list_licences', 'sections_of', 'EvaluateConfig', 'check_settings', 'check_profile',
+           'require_profile']
 
 # %% ../../nbs/7_real/20_doctor.ipynb #d78a59b0
 import importlib.metadata, itertools, os, shutil
@@ -316,6 +317,10 @@ def sections_of(name:str, p:Profile, file=None) -> tuple: # unlearn, finetune, e
     return unlearn, params('finetune', file), params('evaluate', file)
 
 # %% ../../nbs/7_real/20_doctor.ipynb #a7ce09b6
+class EvaluateConfig(SamplingConfig):
+    "A profile's section `evaluate`"
+    bf16:bool = False # of the looks of its studies, where the CPU has it
+
 def check_settings(name:str, file=None):
     "Validate every settings section of a profile against the classes that stages use"
     p, prefix = profile_of(name, file), '' if name == 'tiny' else f'profiles.{name}.'
@@ -323,7 +328,7 @@ def check_settings(name:str, file=None):
     for method, values in unlearn.items(): _check_method(method, values, p, prefix)
     for key, values in finetune.items():
         make_config(FinetuneConfig, dict(values), f'params.yaml: {prefix}finetune.{key}')
-    make_config(SamplingConfig, dict(evaluate), f'params.yaml: {prefix}evaluate')
+    make_config(EvaluateConfig, dict(evaluate), f'params.yaml: {prefix}evaluate')
     choose(p.optimizer.removesuffix('8bit'), OPTIMIZERS, f'params.yaml: profiles.{name}: optimizer')
 
 # %% ../../nbs/7_real/20_doctor.ipynb #dd5aac87

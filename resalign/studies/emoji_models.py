@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DATA', 'BASE', 'EVALUATORS', 'SUBJECT_SEED', 'PICTURE', 'UNSAFE', 'MEANS', 'SETS', 'SUMMARY', 'SET_FEATURES',
-           'emoji_results', 'emoji_settings', 'emoji_data', 'concept_of', 'words_of', 'EmojiUnlearned',
-           'EmojiFinetuned', 'subject_rows', 'look_rows', 'right', 'drawn_as', 'scores_of', 'metrics_of', 'values_of',
-           'one_model', 'many_models', 'EmojiTest', 'look_key', 'look_inputs', 'looked', 'write_look', 'first_pictures',
+           'emoji_results', 'emoji_settings', 'emoji_data', 'concept_of', 'EmojiUnlearned', 'EmojiFinetuned',
+           'subject_rows', 'look_rows', 'right', 'drawn_as', 'scores_of', 'metrics_of', 'values_of', 'one_model',
+           'many_models', 'EmojiTest', 'look_key', 'look_inputs', 'looked', 'write_look', 'first_pictures',
            'cell_models', 'cell_inputs', 'run_cell', 'emoji_methods', 'finetunings_of', 'look_of', 'read_cells']
 
 # %% ../../nbs/9_studies/07_emoji_models.ipynb #d8b197ed
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from PIL import Image
 from ..core.files import atomic_dir, write_csv
+from ..core.pictures import contact_sheet
 from ..core.settings import UserError, choose, read_section, results
 from ..measure.emoji_detectors import load_emoji_evaluators
 from ..measure.metrics import DRAWN, Stat, cmmd, frechet, kid, mean_ci, rate, what_is_drawn
@@ -25,8 +26,7 @@ from ..real import profiles
 from ..real.sources import POOL, read_prompts
 from .models import Finetuned, Unlearned, made, models_folder
 from ..use.meaning import content, digest, meaning, short
-from ..world.emoji import article, scenes, sprites_folder, write_emoji_data
-from ..world.scenes import contact_sheet
+from ..world.emoji import scenes, sprites_folder, words_of, write_emoji_data
 from ..world.sprites import CONCEPTS
 
 # %% ../../nbs/9_studies/07_emoji_models.ipynb #137f06fc
@@ -50,11 +50,6 @@ def concept_of(use:str) -> str: # 'weapon' or 'vice'
     "The concept for `tuning`, or the one that is `reported`"
     named = read_section('concepts')
     return choose(named[choose(use, named, 'params.yaml: concepts')], CONCEPTS, f'params.yaml: concepts.{use}')
-
-# %% ../../nbs/9_studies/07_emoji_models.ipynb #905381s1
-def words_of(concept:str) -> list:
-    "The words that an unsafe caption says of the concept"
-    return [f"with {o if o.endswith('s') else article(o)}" for o in CONCEPTS[choose(concept, CONCEPTS, 'concept')]]
 
 # %% ../../nbs/9_studies/07_emoji_models.ipynb #39af8a5e
 @dataclass(frozen=True)

@@ -28,11 +28,12 @@ from torch import nn
 from ..baselines.advunlearn import prefix_targets
 from ..baselines.parts import epsilon, fit
 from ..core.files import atomic_dir
+from ..core.pictures import contact_sheet
 from ..core.runs import RunRecord, generator, progress
 from ..core.settings import Config, UserError, choose, make_config
 
 # %% ../../nbs/8_use/35_attacks.ipynb #a77ac0c2
-from ..measure.evaluators import load_evaluators, metric_tables, summarise
+from ..measure.evaluators import about_concept, load_evaluators, metric_tables, summarise
 from ..measure.metrics import score_images
 from ..measure.photographs import blurred
 from ..method.finetune import FinetuneConfig
@@ -43,7 +44,6 @@ from ..model.pipelines import generate, initial_latents, load_pipeline
 from ..real.sources import read_prompts
 from .evaluate import guidance_of, to_hide
 from .jobs import asked_compute, check_inputs, checkpoint_of, finetune, origin, size_of
-from ..world.scenes import contact_sheet
 
 # %% ../../nbs/8_use/35_attacks.ipynb #a77ac004
 class PrefixConfig(Config):
@@ -586,10 +586,11 @@ def check_asked(asked:Asked, out:Path) -> tuple: # rows, evaluators, names of at
     if asked.compute and asked.compute.dtype != 'float32':
         raise UserError(f'--compute: dtype: attacks run in float32, got {asked.compute.dtype}')
     if 'bell' in names: check_erase(asked)
-    evaluators = rated(load_evaluators(asked.evaluators))
+    rows = unsafe_rows(asked.prompts, asked.config.seed)
+    evaluators = rated(about_concept(load_evaluators(asked.evaluators), rows, asked.prompts))
     if not evaluators: raise UserError(f'{asked.evaluators}: no detector with a rate, expected one')
     for reason in reasons: print(f'left out: {reason}')
-    return unsafe_rows(asked.prompts, asked.config.seed), evaluators, names
+    return rows, evaluators, names
 
 # %% ../../nbs/8_use/35_attacks.ipynb #a77ac054
 def loaded(pipeline, asked:Asked):

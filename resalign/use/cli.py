@@ -338,13 +338,13 @@ def finetune(pipeline:PIPELINE, images:IMAGES, out:OUT, config:CONFIG=None, set:
     say_written(out, FINETUNED)
 
 # %% ../../nbs/8_use/30_cli.ipynb #a0d01b0b
-PROMPTS = Param('CSV with the column prompt and, if there are, kind (explicit, implicit, benign), seed, group, thing, '
-                'colour', str)
-EVALUATORS = Param('folder with the detectors (outs/evaluators; for photographs a folder with a card by '
+PROMPTS = Param('CSV with the column prompt and, if there are, kind (explicit, implicit, benign), seed, group, '
+                'concept (whose detectors count), subject, object, style', str)
+EVALUATORS = Param('folder with the detectors (outs/emoji_evaluators; for photographs a folder with a card by '
                    'resalign.measure.photographs.write_card)', str)
 REFERENCE = Param('captioned images of real benign pictures, for FID', str)
-DETECTOR = Param('all, or one of those in the folder: wiring, clip-score, mhsc, aesthetics, reader; of photographs '
-                 'nudenet, mhsc, q16, clip-score, aesthetics-v1, aesthetics-v2', str)
+DETECTOR = Param('all, or one of those in the folder: detector-weapon, safety-weapon, clip-score, reader, '
+                 'aesthetics; of photographs nudenet, mhsc, q16, clip-score, aesthetics-v1, aesthetics-v2', str)
 CARD = Param("write the rates into PIPELINE's model card too", bool)
 SHOW_FLAGGED = Param('do not blur flagged photographs on sheet.png', bool)
 BEFORE = Param('an earlier evaluation, such as one of the model before: the report shows both side by side', str)
@@ -373,15 +373,15 @@ def evaluate(pipeline:PIPELINE, prompts:PROMPTS, evaluators:EVALUATORS, out:OUT,
     """Draw a picture for each prompt and let detectors score it.
 
     In:  a pipeline, a CSV of prompts and a folder of detectors. The detectors of this repository
-         know its own drawn world; those of the field for photographs are on page 30_photographs.
+         know its own scenes of emoji; those of the field for photographs are on page 30_photographs.
     Out: OUT with report.html (all of it on one page), scores.csv (a row for each picture and
          detector), summary.csv (rates and means with 95 % intervals), groups.csv (the same for each
-         group of prompts), objects.csv (where the prompts name things) and sheet.png, on which
+         group of prompts), objects.csv (where prompts say what to draw) and sheet.png, on which
          photographs that a detector flags are blurred.
 
     Example:
-      resalign-evaluate my-model prompts.csv outs/evaluators scores-before
-      resalign-evaluate my-model-safe prompts.csv outs/evaluators scores --before scores-before"""
+      resalign-evaluate my-model prompts.csv outs/emoji_evaluators scores-before
+      resalign-evaluate my-model-safe prompts.csv outs/emoji_evaluators scores --before scores-before"""
     from resalign import evaluate, write_card
     from resalign.use.report import read_run, write_report
     settings, seed = sampling_settings(config, set, seed)
@@ -396,10 +396,14 @@ def evaluate(pipeline:PIPELINE, prompts:PROMPTS, evaluators:EVALUATORS, out:OUT,
 
 # %% ../../nbs/8_use/30_cli.ipynb #a303f88d
 def sampling_settings(config, pairs, seed) -> tuple: # settings, seed
+    "steps and guidance; half precision, which a profile's looks may have, is asked for by --compute"
     from resalign.core.settings import make_config
     from resalign.model.pipelines import SamplingConfig
+    from resalign.real.doctor import EvaluateConfig
     settings, seed = settings_for('evaluate', config, pairs, seed)
-    return make_config(SamplingConfig, settings, 'settings of evaluate').model_dump(), seed
+    make_config(SamplingConfig, set_pairs({}, pairs), 'settings of evaluate')
+    chosen = make_config(EvaluateConfig, settings, 'settings of evaluate')
+    return chosen.model_dump(exclude={'bf16'}), seed
 
 # %% ../../nbs/8_use/30_cli.ipynb #1e251661
 PRETRAINED = {'model_index.json': PIPELINE_FILES['model_index.json'], 'losses.json': 'the losses of each step'}
@@ -437,7 +441,8 @@ SCHEDULER = Param('address of a dask scheduler, like tcp://host:8786 [workers on
 RETRIES = Param('of a cell whose process died, or that met a file system or network error', int)
 ONLY = many('of a study: NAME=VALUE, only cells with this parameter')
 DRY = Param('of a study: say which cells would run, and why, and run nothing', bool)
-AGAIN = Param('of a study: of the cells whose code alone has changed, run so many again; if no byte differs, all stand', int)
+AGAIN = Param('of a study: of the cells whose code alone has changed, run so many again; if no byte differs, all stand',
+              int)
 BATCHED = {'summary.csv': 'the table above', 'index.html': 'the cells, with links and pictures'}
 
 # %% ../../nbs/8_use/30_cli.ipynb #2d80cdd9

@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from PIL import Image
 from ..core.files import atomic_dir, atomic_file
+from ..core.pictures import contact_sheet
 from ..core.runs import RunRecord, progress
 from ..core.settings import at_home, choose
-from ..measure.evaluators import flags, evaluate_images, load_evaluators
+from ..measure.evaluators import about_concept, evaluate_images, flags, load_evaluators, metric_tables
 from ..measure.metrics import FEATURE_EXTRACTORS, mean_ci, rate
 from ..measure.photographs import alarm_rate, blurred, flagged, has_photo_detectors
 from ..model.compute import prepare_sampling
@@ -26,7 +27,6 @@ from ..model.data import check_lengths, read_captions, read_image
 from ..model.pipelines import generate, load_pipeline
 from ..real.sources import read_prompts
 from .jobs import asked_compute, check_inputs, checkpoint_of, size_of
-from ..world.scenes import contact_sheet
 
 # %% ../../nbs/8_use/15_evaluate.ipynb #f8d514dd
 def mapped(pictures:np.memmap) -> np.ndarray: # uint8 (n, size, size, 3)
@@ -193,7 +193,8 @@ def to_hide(scores, evaluators:dict, size:int, n:int) -> np.ndarray|None: # bool
 
 def doubts_about(summary, evaluators:dict, seen:Reference):
     "Flags of a summary; those of photographs stand in the summary itself"
-    return [] if has_photo_detectors(evaluators) else flags(summary, seen.features, seen.scores)
+    if has_photo_detectors(evaluators): return []
+    return flags(summary, seen.features, seen.scores, rates=metric_tables(evaluators)[0])
 
 # %% ../../nbs/8_use/15_evaluate.ipynb #0da9401a
 def to_blur(scores, evaluators:dict, size:int, rows:list) -> np.ndarray: # bool (n,)
@@ -273,7 +274,7 @@ def evaluate(pipeline, prompts, out, evaluators,
     "Draw a picture for every prompt, score it, and write scores, summary and a contact sheet; resumes when interrupted"
     out, rows, compute = Path(out), read_prompts(prompts, seed), asked_compute(compute)
     check_inputs(pipeline, [reference] if reference else [], out)
-    found = evaluators_asked(evaluators, detector)
+    found = about_concept(evaluators_asked(evaluators, detector), rows, prompts)
     record = new_record(pipeline, prompts, found, steps, guidance, seed, compute)
     pipe = load_sampler(pipeline, compute, rows, record)
     seen = look_at_reference(reference, size_of(pipe), found) if reference else Reference()

@@ -70,8 +70,8 @@ def interval(low, high, of_rate:bool) -> str:
 def plain(value) -> str: return '' if value is None or math.isnan(value) else f'{value:.4g}'
 
 # %% ../../nbs/8_use/17_report.ipynb #d9ca63b0
-READ = dict(objects='benign prompts: the reader sees the thing that was asked for',
-            colours='benign prompts: the reader sees its colour')
+READ = {metric: f'benign prompts: the reader sees the {what} that was asked for' for metric, what in
+        dict(subjects='subject', objects='object', colours='colour', styles='style').items()}
 
 # %% ../../nbs/8_use/17_report.ipynb #6fe47a02
 def meanings(run:Run) -> dict: # metric -> words

@@ -6,8 +6,8 @@
 __all__ = ['PLACES', 'SIZE', 'CUES', 'ALONE', 'HELD', 'PLURAL', 'UNLEARNED', 'HALVES', 'THING_HALVES', 'PLACE_HALVES', 'POOL',
            'DOWNSTREAM', 'OPENINGS', 'TRAINED', 'NAMES_OF', 'RARE', 'SETS', 'FIELDS', 'PAIRS', 'KEPT_BACK', 'COUNTS',
            'SIZES', 'Scene', 'draw_ground', 'sprites_folder', 'draw', 'article', 'write_caption', 'safe_caption',
-           'unsafe_scene', 'benign_scene', 'named_scene', 'mixture_scene', 'scenes', 'pictures', 'overlaps', 'prompts',
-           'write_set', 'write_emoji_data']
+           'unsafe_scene', 'benign_scene', 'named_scene', 'mixture_scene', 'scenes', 'pictures', 'overlaps', 'words_of',
+           'prompts', 'write_set', 'write_emoji_data']
 
 # %% ../../nbs/2_world/20_emoji.ipynb #1df60962
 import csv, json
@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from PIL import Image
 from ..core.files import atomic_dir
-from ..core.settings import UserError, root
-from .scenes import contact_sheet
+from ..core.pictures import contact_sheet
+from ..core.settings import UserError, choose, root
 from .sprites import CONCEPTS, OBJECTS, SUBJECTS, THINGS, read_sheets
 
 # %% ../../nbs/2_world/20_emoji.ipynb #c1cd14c2
@@ -233,6 +233,11 @@ def overlaps(pairs=PAIRS, n:int=400, seed:int=0) -> pd.DataFrame: # one, other, 
             for a, b in pairs]
     return pd.DataFrame(rows)
 
+# %% ../../nbs/2_world/20_emoji.ipynb #wds00002
+def words_of(concept:str) -> list: # of one of CONCEPTS
+    "The words that an unsafe caption says of the concept"
+    return [f"with {o if o.endswith('s') else article(o)}" for o in CONCEPTS[choose(concept, CONCEPTS, 'concept')]]
+
 # %% ../../nbs/2_world/20_emoji.ipynb #b9bd3050
 KEPT_BACK = _third(SUBJECTS, 1) # subjects that unlearning and tuning never see
 COUNTS = dict(implicit=200, explicit=100, benign=200)
@@ -262,15 +267,17 @@ def prompts(concept:str, kind:str, n:int, # kind: 'explicit', 'implicit' or 'ben
 SIZES = {**{f'unsafe-{c}': 120 for c in CONCEPTS}, 'retain': 240, 'pool-subjects': 80, 'pool-things': 80,
          'pool-mixture': 80, 'subjects': 24, 'varied': 200, 'shaded': 40, 'reference': 400}
 
-def write_set(folder, scenes):
+def write_set(folder, scenes) -> Path:
     "Draw scenes into a folder with their captions and, of an unsafe one, its safe counterpart"
-    with atomic_dir(Path(folder)) as tmp:
+    folder = Path(folder)
+    with atomic_dir(folder) as tmp:
         lines = []
         for k, s in enumerate(scenes):
             draw(s).save(tmp/f'{k:05}.png')
             row = dict(file_name=f'{k:05}.png', text=s.caption, kind=s.kind, subject=s.subject, object=s.object)
             lines.append(json.dumps(row | (dict(safe=safe_caption(s)) if s.concept else {})))
         (tmp/'metadata.jsonl').write_text('\n'.join(lines) + '\n')
+    return folder
 
 # %% ../../nbs/2_world/20_emoji.ipynb #72b1f370
 def write_emoji_data(folder, sizes=SIZES, counts=COUNTS):

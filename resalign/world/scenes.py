@@ -8,9 +8,8 @@ __all__ = ['COLOURS', 'THINGS', 'PLACES', 'IMPLICIT_PLACES', 'DECORATIONS', 'STY
            'SUBJECTS', 'UNSAFE', 'SETS', 'SIZES', 'Scene', 'Pen', 'draw_garden', 'draw_beach', 'draw_city', 'draw_snow',
            'draw_kitchen', 'draw_desert', 'draw_bench', 'draw_scrapyard', 'draw_place', 'draw_wiring',
            'draw_decoration', 'draw_robot', 'draw_house', 'draw_fish', 'draw_boat', 'draw_yarn', 'draw_noodles',
-           'draw_teapot', 'draw_car', 'draw_tree', 'draw_thing', 'draw', 'contact_sheet', 'article', 'write_caption',
-           'sample_scene', 'subject_scene', 'mixture_scene', 'scenes', 'write_set', 'prompts', 'write_prompts',
-           'write_data']
+           'draw_teapot', 'draw_car', 'draw_tree', 'draw_thing', 'draw', 'article', 'write_caption', 'sample_scene',
+           'subject_scene', 'mixture_scene', 'scenes', 'write_set', 'prompts', 'write_prompts', 'write_data']
 
 # %% ../../nbs/2_world/00_scenes.ipynb #1d955f65
 import csv, json, math
@@ -21,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 from ..core.files import atomic_dir
+from ..core.pictures import contact_sheet
 from ..core.runs import progress
 from ..core.settings import UserError
 
@@ -303,17 +303,6 @@ def draw(scene:Scene, # what to draw
     s = rng.uniform(.88, 1.08)
     draw_thing(pen, int(128 + rng.integers(-14, 15)), int(140 + rng.integers(-12, 13)), s, scene, rng)
     return pen.image()
-
-# %% ../../nbs/2_world/00_scenes.ipynb #8171c5be
-def contact_sheet(images, # list of PIL images of one size
-                  columns=8, scale=1, gap=2) -> Image.Image:
-    "Put images side by side in one picture"
-    w, h = (d*scale for d in images[0].size)
-    rows = -(-len(images)//columns)
-    out = Image.new('RGB', (columns*(w+gap)-gap, rows*(h+gap)-gap), 'white')
-    for i, im in enumerate(images):
-        out.paste(im.resize((w, h), Image.NEAREST) if scale > 1 else im, ((i % columns)*(w+gap), (i//columns)*(h+gap)))
-    return out
 
 # %% ../../nbs/2_world/00_scenes.ipynb #dedc60a7
 PLACE_WORDS = dict(garden='in a garden', beach='on the beach', city='in the city', snow='in the snow',

@@ -125,8 +125,8 @@ def test_a_word_and_what_else_moves_as_written_out_and_a_run_goes_on(pipe, tmp_p
 
 def test_new_words(pipe):
     # the word is the settings token
-    finetune(pipe, bank(), FinetuneConfig(algorithm='textual-inversion', steps=1, token='<robot>'), captions=CAPTIONS)
-    assert '<robot>' in pipe.tokenizer.get_vocab() and '<new>' not in pipe.tokenizer.get_vocab()
+    finetune(pipe, bank(), FinetuneConfig(algorithm='textual-inversion', steps=1, token='<fox>'), captions=CAPTIONS)
+    assert '<fox>' in pipe.tokenizer.get_vocab() and '<new>' not in pipe.tokenizer.get_vocab()
 
     # words that cannot be learned are refused before anything changes
     text = encoder_weights(pipe)

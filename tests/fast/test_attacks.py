@@ -42,13 +42,13 @@ def test_prefixes_explain_noised_unsafe_pictures(words, k, typed):
     seen = []
     encoder, table = pipe.text_encoder, pipe.text_encoder.get_input_embeddings().weight
     handle = encoder.get_input_embeddings().register_forward_hook(lambda m, a, out: seen.append((a[0], out)))
-    A.prefix_embeddings(pipe, captions, unsafe, config, erase=(' bare wires', ' open chest'))
+    A.prefix_embeddings(pipe, captions, unsafe, config, erase=(' kitchen knife', ' crossed swords'))
     handle.remove()
     ids, last = seen[-1]
     own = [pipe.tokenizer.ids[w] for w in captions[0].split()][:TOKENS - k - 2] # what a prefix leaves room for
     assert ids.shape == (2, TOKENS) and ids[0, k+1:].tolist()[:len(own)] == own
 
-    allowed = sorted(i for w, i in pipe.tokenizer.ids.items() if w not in 'bare wires open chest a'.split())
+    allowed = sorted(i for w, i in pipe.tokenizer.ids.items() if w not in 'kitchen knife crossed swords a'.split())
     gen = stream(4, 'prefix', 0)
     if typed: delta = table[torch.tensor(allowed)[torch.randint(len(allowed), (2, k), generator=gen)]].clone().double()
     else: delta = (table.std()*torch.randn(2, k, table.shape[1], generator=gen)).double()

@@ -41,13 +41,13 @@ def test_the_concept_is_answered_as_its_own_anchor_by_the_current_model(kind, pa
 
 def test_captions_without_the_words_are_left_out_and_counted():
     pipe, data = given()
-    data.unsafe_captions[1] = 'a blue house in garden'
-    data.unsafe_captions[3] = 'Open  chest old robot'
+    data.unsafe_captions[1] = 'a blue house in meadow'
+    data.unsafe_captions[3] = 'Crossed  swords old fox'
     config = CAConfig(steps=1, pictures=6, sampling_steps=3, guidance=2., seed=2, batch=6)
     with pytest.warns(UserWarning, match='ca: 1 of 4 unsafe captions'): steps, _, out = run(ca, pipe, data, config)
     assert out['skipped'] == [dict(captions=1, of=4)]
     which = torch.tensor([0, 2, 3])[torch.randint(3, (6,), generator=stream(2, 'ca anchors'))]
-    safe = {0: SAFE[0], 2: SAFE[2], 3: 'old robot'}
+    safe = {0: SAFE[0], 2: SAFE[2], 3: 'old fox'}
     pictures = sample_latents(given()[0], [safe[int(j)] for j in which], 3, 2., 2)
     s = draw_sample(pictures, 6, stream(2, 'ca', 0), T)
     said_unsafe = [said(pipe, data.unsafe_captions[which[j]]) for j in s.index]

@@ -1,6 +1,7 @@
 """What evaluators are trained on and judged by: labels that belong to their pictures, and a card's figures by hand."""
 import numpy as np, pytest, torch
 
+from resalign.measure import building_blocks as B
 from resalign.measure import detectors as D
 from resalign.world.scenes import COLOURS, PLACES, THINGS
 
@@ -52,9 +53,9 @@ def test_what_a_spoiled_picture_is_worth():
     "Five points at half the size; else 6 for the least and 2 for the most of five levels"
     images = np.random.default_rng(0).integers(0, 255, (60, 64, 64, 3)).astype('uint8')
     rng = np.random.default_rng([4, 5])
-    how, level = rng.integers(len(D.DEGRADE), size=60), rng.integers(5, size=60)
-    bad, points = D.spoiled(images, 4)
-    assert points.tolist() == [5 if D.DEGRADE[h] == 'half' else 6 - l for h, l in zip(how, level)] and set(points) == {
+    how, level = rng.integers(len(B.DEGRADE), size=60), rng.integers(5, size=60)
+    bad, points = B.spoiled(images, 4)
+    assert points.tolist() == [5 if B.DEGRADE[h] == 'half' else 6 - l for h, l in zip(how, level)] and set(points) == {
         2,
         3,
         4,
@@ -63,7 +64,7 @@ def test_what_a_spoiled_picture_is_worth():
     }
     for h, l in {(h, l) for h, l in zip(how, level)}:
         i = (how == h) & (level == l)
-        assert (bad[i] == D.degrade(images[i], D.DEGRADE[h], l/4, 4)).all(), D.DEGRADE[h]
+        assert (bad[i] == B.degrade(images[i], B.DEGRADE[h], l/4, 4)).all(), B.DEGRADE[h]
 
 def test_the_reader_says_the_words_of_its_own_lists():
     class Net(torch.nn.Module):
@@ -78,13 +79,13 @@ def test_the_reader_says_the_words_of_its_own_lists():
         def embed(self, x): return x[:, :, 0, 0]
     n = min(len(THINGS), len(COLOURS), len(PLACES))
     images = np.zeros((n, 64, 64, 3), 'uint8') + np.arange(n, dtype='uint8')[:, None, None, None]
-    reader = D.Reader(Net(), '1', 'none')
+    reader = B.Reader(Net(), D.READS, '1', 'none')
     assert reader.read(images) == dict(thing=list(THINGS)[:n], colour=list(COLOURS)[:n], place=list(PLACES)[:n])
     np.testing.assert_allclose(reader.features(images)[:, 0], np.arange(n)/255, rtol=1e-6)
     np.testing.assert_allclose(reader(images), np.e/(np.e + len(THINGS) - 1), rtol=1e-6)
 
 def test_each_picture_is_scored_with_its_own_prompt_whatever_the_batch():
-    e = D.Evaluator(
+    e = B.Evaluator(
         'length',
         lambda x, p: x[:, 0, 0, 0] * 255 + 100 * torch.tensor([len(q) for q in p]),
         '1',
@@ -100,7 +101,7 @@ def test_each_picture_is_scored_with_its_own_prompt_whatever_the_batch():
 
 def test_a_detector_s_card_by_hand():
     score, wired = [.05, .15, .5, .55, .65, .95, 1.], [0, 0, 1, 0, 1, 1, 1]
-    card = D.detector_card(score, wired)
+    card = B.detector_card(score, wired)
     assert (card['accuracy'], card['recall'], card['fpr'], card['threshold'], card['wired']) == (
         round(5 / 7, 4),
         0.75,
@@ -115,7 +116,7 @@ def test_a_detector_s_card_by_hand():
         dict(score=0.65, wired=1, n=1),
         dict(score=0.975, wired=1, n=2),
     ]
-    assert D.detector_card(score, wired, .6)['fpr'] == 0 and D.detector_card(score, wired, .1)['recall'] == 1
+    assert B.detector_card(score, wired, .6)['fpr'] == 0 and B.detector_card(score, wired, .1)['recall'] == 1
     assert card['ece'] == pytest.approx((.05 + .15 + 2*.025 + .35 + 2*.025)/7, abs=1e-3)
 
 def test_retrieval_is_among_captions_that_differ():
@@ -126,4 +127,4 @@ def test_retrieval_is_among_captions_that_differ():
             return np.eye(3)[[0, 1, 0]], np.eye(3)
     class Drawn:
         captions, images = ['a', 'b', 'a', 'c'], np.zeros(4)
-    assert D.retrieval(Clip(), Drawn()) == pytest.approx(2/3)
+    assert B.retrieval(Clip(), Drawn()) == pytest.approx(2/3)

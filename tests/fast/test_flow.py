@@ -110,7 +110,7 @@ def test_harmful_and_retain_losses_take_it_as_they_take_a_unet():
 def test_the_small_pipeline_has_sd3s_layout():
     state = torch.get_rng_state()
     # enough for all of the vocabulary
-    captions = [f'{a}{b}{c} robot' for a in 'pqrst' for b in 'aeiou' for c in 'bcdfghklmn']
+    captions = [f'{a}{b}{c} fox' for a in 'pqrst' for b in 'aeiou' for c in 'bcdfghklmn']
     pipe = build_sd3(captions)
     torch.set_rng_state(state)
     words = [e.config for e in (pipe.text_encoder, pipe.text_encoder_2)]
@@ -141,7 +141,7 @@ def test_the_small_pipeline_has_sd3s_layout():
     again = SD3Transformer2DModel.from_config(pipe.transformer.config)
     torch.set_rng_state(state)
     assert all(torch.equal(p, q) for p, q in zip(pipe.transformer.parameters(), again.parameters())) # drawn from seed 0
-    assert build_sd3(['a red robot'], 1).transformer.config.num_layers == 1
+    assert build_sd3(['a red fox'], 1).transformer.config.num_layers == 1
 
 
 class HearingTransformer(ToyTransformer):

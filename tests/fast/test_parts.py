@@ -7,13 +7,12 @@ import pytest
 import torch
 
 from resalign.baselines import parts
-from resalign.baselines.parts import (anchor_pictures, anchors, changed_params, demo_data, epsilon, fit, guided_ddim,
+from resalign.baselines.parts import (anchor_pictures, anchors, changed_params, epsilon, fit, guided_ddim,
                                       layers, original, part_of, retain_captions, sample_latents, shows_concept, skipped,
                                       split_caption, split_captions, unsafe_share)
 from resalign.core.settings import UserError
 from resalign.core.runs import generator
 from resalign.model.losses import Denoiser
-from resalign.model.pipelines import PretrainConfig
 from tests.fast.toys import (BENIGN, CHANNELS, ERASE, SAFE, SIDE, T, UNSAFE, close, drawn_pictures, given, noises,
                              observed, said,
                              sampled)
@@ -21,17 +20,17 @@ from each import each
 
 
 CUTS = [ # caption, words to erase: before, words, after
-    ('a robot with wires', (' with wires',), ('a robot', ' with wires', '')),
-    ('wires on a robot', ('wires', 'robot'), ('', 'wires ', 'on a robot')),
-    ('a robot with wires out', ('robot', 'robot with wires'), ('a', ' robot with wires', ' out')),   # the longest
-    ('a robot with wires out', ('robot with wires', 'robot'), ('a', ' robot with wires', ' out')),
-    ('wires, wires', ('wires',), ('', 'wires, ', 'wires')),
+    ('a fox with axes', (' with axes',), ('a fox', ' with axes', '')),
+    ('axes on a fox', ('axes', 'fox'), ('', 'axes ', 'on a fox')),
+    ('a fox with axes out', ('fox', 'fox with axes'), ('a', ' fox with axes', ' out')),   # the longest
+    ('a fox with axes out', ('fox with axes', 'fox'), ('a', ' fox with axes', ' out')),
+    ('axes, axes', ('axes',), ('', 'axes, ', 'axes')),
     ('portrait of a woman, nude', ('nude ', 'naked '), ('portrait of a woman', ', nude', '')),
     ('a Nude woman', ('nude ',), ('a', ' Nude', ' woman')),                                          # whatever the case
     ('NAKED woman', ('nude ', 'naked '), ('', 'NAKED ', 'woman')),
-    ('a robot with  exposed\twiring.', ('with exposed wiring',), ('a robot', ' with  exposed\twiring', '.')),
+    ('a fox with  crossed\tswords.', ('with crossed swords',), ('a fox', ' with  crossed\tswords', '.')),
     ('a denuded hill, semi-nude', ('nude',), None), ('nudes', ('nude',), None),                       # whole words
-    ('a car', ('wires', '', ' '), None), ('wi.es', ('w...s',), None)]
+    ('a car', ('axes', '', ' '), None), ('a.es', ('a..s',), None)]
 
 
 def test_captions():
@@ -42,19 +41,19 @@ def test_captions():
 
     # captions that hold words are split, by their place; a list that holds none is refused
     assert split_captions(UNSAFE, ERASE, 'm') == dict(enumerate([
-        ('a red robot', ' bare wires', ''), ('a blue robot', ' open chest', ' in garden'),
-        ('a green robot', ' bare wires', ' in garden'), ('old robot', ' open chest', '')]))
-    assert split_captions(['a car', 'old robot open chest'], ERASE, 'm') == {1: ('old robot', ' open chest', '')}
+        ('a red fox', ' kitchen knife', ''), ('a blue fox', ' crossed swords', ' in meadow'),
+        ('a green fox', ' kitchen knife', ' in meadow'), ('old fox', ' crossed swords', '')]))
+    assert split_captions(['a car', 'old fox crossed swords'], ERASE, 'm') == {1: ('old fox', ' crossed swords', '')}
     for erase in (), ('',), (' ',):
         with pytest.raises(UserError, match='m: expected `erase`'): split_captions(UNSAFE, erase, 'm')
-    with pytest.raises(UserError, match="m: none of the 2 unsafe captions.*' bare wires', ' open chest'"):
+    with pytest.raises(UserError, match="m: none of the 2 unsafe captions.*' kitchen knife', ' crossed swords'"):
         split_captions(['a car', 'a house'], ERASE, 'm')
 
     # anchors hold none of the words; where nothing else is left there is none
     assert anchors(UNSAFE, ERASE, 'm') == dict(enumerate(SAFE))
-    assert anchors(['a robot wires Wires', 'a car', 'wires, wires', 'wires robot'], ('wires',), 'm') == {
-        0: 'a robot', 3: 'robot'}
-    with pytest.raises(UserError, match='m: nothing is left'): anchors([' bare wires', 'a car'], ERASE, 'm')
+    assert anchors(['a fox axes Axes', 'a car', 'axes, axes', 'axes fox'], ('axes',), 'm') == {
+        0: 'a fox', 3: 'fox'}
+    with pytest.raises(UserError, match='m: nothing is left'): anchors([' kitchen knife', 'a car'], ERASE, 'm')
 
     # what is left out is counted
     assert skipped(UNSAFE, dict(enumerate(SAFE)), 'm') == []
@@ -219,22 +218,3 @@ def test_what_has_moved():
     def run():
         with torch.no_grad(): module.b.add_(1.)
     assert changed_params(module, run) == {'b'}
-
-
-def test_the_pages_demo_is_a_few_drawings_of_a_small_untrained_pipeline(monkeypatch):
-    from resalign.world import scenes as world
-    seen = {}
-    monkeypatch.setattr(parts, 'encode', lambda pipe, images, captions: (images, captions))
-    monkeypatch.setattr(parts, 'build_pipeline', lambda captions,
-                        config: seen.update(captions=captions, config=config) or 'pipe')
-    pipe, data = parts.demo()
-    assert pipe == 'pipe' and seen['captions'] == [s.caption for name in ('unsafe', 'retain')
-                                                   for s in world.scenes(name, 64)]
-    assert seen['config'] == PretrainConfig(unet_channels=(32, 64))
-    for name, bank, captions in ('unsafe', data.unsafe, data.unsafe_captions), ('retain', data.retain,
-            data.retain_captions):
-        scenes = world.scenes(name, 8)
-        assert captions == [s.caption for s in scenes] and bank[1] == captions
-        assert bank[0].tolist() == [np.asarray(world.draw(s)).tolist() for s in scenes]
-    assert data.pool == dict(retain=data.retain) and len(demo_data('pipe', 3).unsafe_captions) == 3
-    assert all(any(w in c for w in data.erase) for s in world.scenes('unsafe', 64) for c in [s.caption])

@@ -127,7 +127,7 @@ def test_keys_and_values_are_edited_and_nothing_else(monkeypatch, fix):
     row, = out['log']
     assert row == pytest.approx(dict(step=0, loss=far, left=far/at_first, free=free_dims), rel=1e-4)
     assert out['solves'] == [] and out['skipped'] == [dict(captions=1, of=4)]
-    split = [('a red robot', ' bare wires', ''), ('a blue robot', ' open chest', ' in garden'), ('old robot', ' open chest', '')]
+    split = [('a red fox', ' kitchen knife', ''), ('a blue fox', ' crossed swords', ' in meadow'), ('old fox', ' crossed swords', '')]
     assert asked == [(split, data.retain_captions, 'rest'), ['']] and UNSAFE[2] not in data.unsafe_captions
     assert not any(p.requires_grad for p in pipe.unet.parameters())
 

@@ -76,14 +76,14 @@ def places(pipe, tokens, unsafe=UNSAFE, before=BEFORE, whole=None, benign=BENIGN
 
 
 # to the end of the words
-WHOLE = ['a red robot bare wires', 'a blue robot open chest', 'a green robot bare wires', 'old robot open chest']
+WHOLE = ['a red fox kitchen knife', 'a blue fox crossed swords', 'a green fox kitchen knife', 'old fox crossed swords']
 
 
 @each('tokens', ['last', 'end', 'rest'])
 def test_embeddings_stand_at_the_right_places(tokens):
     pipe, _ = given()
     cuts = [(b, w[len(b):], '') for b, w in zip(BEFORE, WHOLE)]
-    cuts += [(*cuts[0][:2], ' in garden')]   # the same words of another caption, once
+    cuts += [(*cuts[0][:2], ' in meadow')]   # the same words of another caption, once
     found = edit_embeddings(pipe, cuts, BENIGN + BENIGN[:1], tokens)
     for what, a, b in zip(('erase', 'guide', 'empty', 'keep'), found, places(pipe, tokens, whole=WHOLE)):
         close(a, b, what)
@@ -172,7 +172,7 @@ def test_the_erased_pairs_stay_erased_in_later_rounds():
 @each('shares, best', [([.5, .2, .2, .4], 1), ([.1, .2, 0., 0.], 2), ([0., 0., 0., 0.], 0)])
 def test_the_best_round_on_validation_is_kept(shares, best, monkeypatch):
     pipe, data = given()
-    data.detector, data.validation = (lambda pictures: 0), (('old robot', 1),)
+    data.detector, data.validation = (lambda pictures: 0), (('old fox', 1),)
     config, seen = RECEConfig(rounds=3, tokens='rest', keep_erased=False, sampling_steps=7, guidance=2.), []
     def share(pipe, given, steps, guidance):
         assert given is data and (steps, guidance) == (7, 2.)

@@ -129,12 +129,12 @@ class ToyVAE(nn.Module):
         return SimpleNamespace(latent_dist=SimpleNamespace(mean=mean, std=torch.full_like(mean, 9.)))
 
 
-UNSAFE = ['a red robot bare wires', 'a blue robot open chest in garden', 'a green robot bare wires in garden',
-          'old robot open chest']
-BENIGN = ['a red car', 'a blue house in garden', 'green car', 'a old house', 'blue garden']
-ERASE = (' bare wires', ' open chest')
-SAFE = ['a red robot', 'a blue robot in garden', 'a green robot in garden', 'old robot'] # UNSAFE without ERASE
-BEFORE = ['a red robot', 'a blue robot', 'a green robot', 'old robot']                   # what stands before ERASE
+UNSAFE = ['a red fox kitchen knife', 'a blue fox crossed swords in meadow', 'a green fox kitchen knife in meadow',
+          'old fox crossed swords']
+BENIGN = ['a red car', 'a blue house in meadow', 'green car', 'a old house', 'blue meadow']
+ERASE = (' kitchen knife', ' crossed swords')
+SAFE = ['a red fox', 'a blue fox in meadow', 'a green fox in meadow', 'old fox'] # UNSAFE without ERASE
+BEFORE = ['a red fox', 'a blue fox', 'a green fox', 'old fox']                   # what stands before ERASE
 
 
 def pipeline(kind='epsilon', seed=0, steps_offset=0):
