@@ -9,7 +9,7 @@ from diffusers import StableDiffusion3Pipeline
 import resalign
 from resalign.use.jobs import load_bank
 from resalign.world import scenes as world
-from resalign.method.demo import demo_data
+from resalign.method.demo import demo_captions, demo_data
 from resalign.model.compute import Compute, finish, prepare
 from resalign.core.settings import UserError
 from resalign.core.runs import generator
@@ -32,7 +32,7 @@ def short(bank): return Bank(bank.mean, bank.std, bank.text[:, [*range(24), -1]]
 
 @pytest.fixture(scope='module')
 def given():
-    pipe = build_sd3([s.caption for name in ('unsafe', 'retain') for s in world.scenes(name, 64)])
+    pipe = build_sd3(demo_captions())
     data = demo_data(pipe, 4)
     return pipe, UnlearnData(short(data.unsafe), short(data.retain), dict(retain=short(data.retain)),
                              data.unsafe_captions, data.retain_captions)

@@ -8,7 +8,7 @@ from diffusers import FluxPipeline, StableDiffusion3Pipeline
 import resalign
 from resalign.baselines import methods
 from resalign.baselines.methods import METHODS, run_method
-from resalign.method.demo import demo_data
+from resalign.method.demo import demo_captions, demo_data
 from resalign.core.runs import generator
 from resalign.core.settings import UserError
 from resalign.method.finetune import FinetuneConfig, finetune
@@ -21,7 +21,7 @@ from resalign.use.jobs import load_bank
 from resalign.world import scenes as world
 from each import each
 
-CAPTIONS = [s.caption for name in ('unsafe', 'retain') for s in world.scenes(name, 64)]
+CAPTIONS = demo_captions()
 BUILD = dict(sd3=lambda: build_sd3(CAPTIONS), flux=lambda: build_flux(CAPTIONS), schnell=lambda: build_flux(CAPTIONS, False))
 
 
@@ -139,8 +139,8 @@ def test_uce_sends_the_concept_where_its_guide_goes(given, name):
     last = lambda text: embed(pipe, [text])[0, len(tokenizer(text).input_ids) - 2]
     for caption in data.unsafe_captions:
         words = next(w for w in data.erase if w in caption)
-        before = caption.partition(words)[0]
-        c, g = last(before + words), last(before)
+        before = caption.partition(words)[0].rstrip()
+        c, g = last(f'{before} {words}'), last(before)
         assert (W @ c - W0 @ g).norm() < .02*(W0 @ c - W0 @ g).norm(), caption
     assert torch.equal(map.bias, b0)
 

@@ -18,7 +18,7 @@ import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 
 from resalign.measure import building_blocks, detectors
-from resalign.method.demo import demo_data
+from resalign.method.demo import demo
 from resalign.core.runs import seed_all
 from resalign.method.finetune import ALGORITHMS, FinetuneConfig, finetune
 from resalign.baselines.methods import METHODS, config_of, run_method
@@ -228,7 +228,7 @@ def loss_logs(monkeypatch) -> pd.DataFrame: # training, step, name, value
     images, captions = detectors.pixels(drawn), [s.caption for s in drawn]
     pipe = build_pipeline([s.caption for name in ('unsafe', 'retain') for s in scenes(name, 64)], TINY)
     out = list(pretraining(pipe, images, captions))
-    data = demo_data(pipe)
+    pipe, data = demo(TINY)
     for part in (pipe.unet, pipe.text_encoder, pipe.vae): part.requires_grad_(False)
     return pd.DataFrame([*out, *evaluators(monkeypatch), *finetunings(pipe, data), *unlearnings(pipe, data)])
 
