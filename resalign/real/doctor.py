@@ -6,12 +6,12 @@
 __all__ = ['LARGER', 'EXACT', 'CHECKPOINTED', 'FULL', 'OTHERS', 'SLACK', 'LIGHT', 'SWITCHES', 'NO_CONFIG', 'GET_CONFIG',
            'REQUIRED', 'Finding', 'format_findings', 'installed', 'check_library', 'check_libraries', 'device_memory',
            'check_device', 'weights_gb', 'activations_gb', 'training_gb', 'simulation_gb', 'simulations',
-           'memory_figures', 'with_method', 'what_fits', 'check_figures', 'check_disk', 'describe_base',
-           'describe_source', 'repository_kind', 'fetch_command', 'check_file_of', 'check_source',
+           'memory_figures', 'with_method', 'with_switches', 'peak_gb', 'what_fits', 'check_figures', 'check_disk',
+           'describe_base', 'describe_source', 'repository_kind', 'fetch_command', 'check_file_of', 'check_source',
            'check_configuration', 'list_licences', 'sections_of', 'check_settings', 'check_profile', 'require_profile']
 
 # %% ../../nbs/7_real/20_doctor.ipynb #d78a59b0
-import importlib.metadata, itertools, os, shutil
+import importlib.metadata, itertools, math, os, shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
@@ -176,17 +176,26 @@ def with_method(p:Profile, algorithm=None, **changes) -> Profile:
     return p.model_copy(update=dict(unlearn={m: changed(dict(v)) for m, v in p.unlearn.items()}))
 
 # %% ../../nbs/7_real/20_doctor.ipynb #739a72ce
+def with_switches(p:Profile, asked:list) -> Profile: # asked: keys of SWITCHES
+    for words in asked: p = SWITCHES[words](p)
+    return p
+
+def peak_gb(p:Profile) -> float: # infinite where a setting of the profile forbids it
+    "The largest of its figures; on a CPU float32 copies of 16-bit weights stand beside them (a GPU's host keeps those)"
+    copies = 4*p.parameters if p.precision != 'float32' and device_memory()[0] == 'CPU' else 0.
+    try: return max(memory_figures(p).values(), default=0.) + copies
+    except UserError: return math.inf
+
 def what_fits(p:Profile, memory:float) -> str:
-    "The settings with which the profile fits: none that doesn't help"
-    needed, asked = max(memory_figures(p).values()), []
-    for words, change in SWITCHES.items():
-        lighter = change(p)
-        try: less = max(memory_figures(lighter).values(), default=0.)
-        except UserError: continue # a setting of the profile forbids it
-        if less >= needed: continue
-        p, needed, asked = lighter, less, [*asked, words]
-        if needed <= memory: return f"{'; '.join(asked)} (then about {needed:.0f} GB)"
-    return 'a larger device'
+    "The settings with which the profile fits: none that doesn't help, and none that it fits without"
+    peak, asked = lambda asked: peak_gb(with_switches(p, asked)), []
+    for words in SWITCHES:
+        if peak(asked) > memory and peak([*asked, words]) < peak(asked): asked.append(words)
+    for words in list(asked):
+        others = [a for a in asked if a != words]
+        if peak(others) <= memory: asked = others
+    if peak(asked) > memory: return 'a larger device'
+    return f"{'; '.join(asked)} (then about {peak(asked):.0f} GB)"
 
 # %% ../../nbs/7_real/20_doctor.ipynb #e3cca960
 def check_figures(p:Profile) -> list:
@@ -194,10 +203,11 @@ def check_figures(p:Profile) -> list:
     figures = memory_figures(p) if p.parameters else {}
     if not figures: return []
     name, memory = device_memory()
-    lacking = {what: gb for what, gb in figures.items() if gb > memory}
+    copies = peak_gb(p) - max(figures.values())
+    lacking = {what: gb + copies for what, gb in figures.items() if gb + copies > memory}
     if not lacking:
         most = max(figures, key=figures.get)
-        message = f'{len(figures)} configurations, at most {figures[most]:.0f} GB: {most}'
+        message = f'{len(figures)} configurations, at most {figures[most] + copies:.0f} GB: {most}'
         return [Finding('memory of each', 'ok', message)]
     fits = what_fits(p, memory)
     return [Finding('memory of each', 'missing', f'{what}: about {gb:.0f} GB expected, {name} has {memory:.0f}', fits)
