@@ -250,7 +250,7 @@ def test_hub_ids(monkeypatch, tmp_path):
                           ('runwayml/stable-diffusion-v1-5', 'stable-diffusion-v1-5/stable-diffusion-v1-5 holds')):
         text = said(load_pipeline, hub_id)
         assert words in text and 'offline' in text and 'model_index.json' not in text, text
-    for name in 'sd14', 'sd15', 'sdxl': assert len(profile_of(name).base.revision) == 40
+    for name in 'sd14', 'sd15', 'sdxl', 'sd3', 'flux': assert len(profile_of(name).base.revision) == 40
     assert not any(moved_to(profile_of(name).base.path) for name in params('profiles'))
 
 
