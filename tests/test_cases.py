@@ -394,6 +394,16 @@ def test_a_vae_that_overflows_in_float16_is_upcast(made):
     assert torch.allclose(moments(pipe.vae, images), whole, atol=.02) and pipe.vae.dtype is torch.float16
 
 
+def test_a_container_may_have_less_memory_than_the_machine(tmp_path, monkeypatch):
+    files = tmp_path/'memory.max', tmp_path/'limit_in_bytes'
+    limit = lambda *texts: [f.write_text(t) for f, t in zip(files, texts)] and doctor.memory_limit(files)
+    assert doctor.memory_limit(files) == limit('max\n') == float('inf')
+    assert limit('8000000000\n') == 8 and limit('max', '16000000000') == 16
+    monkeypatch.setattr(doctor, 'memory_limit', lambda: 1e-3)
+    monkeypatch.setattr(doctor, 'device', lambda: torch.device('cpu'))
+    assert doctor.device_memory() == ('CPU', 1e-3) and doctor.check_device(profile_of('tiny'))[0].state == 'missing'
+
+
 def test_the_memory_of_every_configuration(monkeypatch):
     "The paper's largest is its published 56 GB; all weights in float32 with exact products are in it; what doesn't fit is refused"
     paper = profile_of('sd14-paper')
