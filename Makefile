@@ -28,12 +28,12 @@ export PYTHONDONTWRITEBYTECODE :=
 unexport PYTHONPATH PYTHONHOME JUPYTER_PATH
 
 # Nothing here asks a model hub for anything; real profiles do, and are run by `dvc` directly
-OFFLINE := test test-faults mutants reproduce table figures reproduce-all bench bench-gpu readme docs
+OFFLINE := test test-faults test-full mutants reproduce table figures reproduce-all bench bench-gpu readme docs
 $(OFFLINE): export HF_HUB_OFFLINE := 1
 $(OFFLINE): export TRANSFORMERS_OFFLINE := 1
 $(OFFLINE): export MPLBACKEND := agg
 
-.PHONY: help env sources restore reproduce table figures reproduce-all bench bench-gpu test test-faults mutants readme docs lab clean
+.PHONY: help env sources restore reproduce table figures reproduce-all bench bench-gpu test test-faults test-full mutants readme docs lab clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -102,6 +102,9 @@ test: restore ## the gate: rules of the house, unit tests, every page from top t
 
 test-faults: restore ## kills, full disks, bad input, hostile files, 10,000 prompts: all cases; writes results/tables/survival.csv
 	@FAULTS=full $(BIN)/python -m pytest tests/test_faults.py tests/test_faults_input.py $(PYTEST)
+
+test-full: env ## every command on a pipeline of SD v1.4's size with random weights: 16 GB of memory, 10 GB of disk (FULL=FOLDER keeps it)
+	@FULL="$(FULL)" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests/test_full_size.py $(PYTEST)
 
 mutants: restore ## small faults, one at a time: do the fast tests notice? (under an hour; resumable; results/tables/mutants.csv)
 	@OMP_NUM_THREADS=1 $(BIN)/python tools/mutants.py --lanes $(LANES)

@@ -33,9 +33,10 @@ def pytest_configure(config):
     config.option.loadscopereorder = False # by time, not by the number of tests
 
 
-def worktree(): # what git sees, but for the record that `make test-faults` is asked for
+def worktree(): # what git sees, but for the records that `make test-faults` and `make test-full` are asked for
     if not (ROOT/'.git').exists(): return '' # a ZIP
-    record = ['--', '.', ':!results/tables/survival.csv']*(os.environ.get('FAULTS') == 'full')
+    asked = dict(survival=os.environ.get('FAULTS') == 'full', full_size='FULL' in os.environ)
+    record = ['--', '.', *(f':!results/tables/{name}.csv' for name, yes in asked.items() if yes)]
     return subprocess.run(['git', 'status', '--porcelain', '-uall', *record], cwd=ROOT, check=True, capture_output=True,
                           text=True).stdout
 

@@ -9,6 +9,7 @@ import nbformat, numpy as np, pandas as pd, pytest, torch
 from PIL import Image, ImageCms
 from safetensors.torch import load_file, save_file
 
+import full_size
 from each import each
 from refusals import said
 from resalign.core import settings as core_settings
@@ -22,7 +23,7 @@ from resalign.model.data import check_lengths, check_words, content_hash, moment
 from resalign.model.pipelines import (PretrainConfig, build_pipeline, generate, load_pipeline, moved_to, save_pipeline,
                                       settle)
 from resalign.real import doctor, sources
-from resalign.real.profiles import profile_of
+from resalign.real.profiles import Profile, profile_of
 from resalign.real.sources import read_prompts
 from resalign.use.jobs import checkpoint_of, finetune
 from resalign.world.scenes import prompts, scenes, write_prompts, write_set
@@ -249,7 +250,7 @@ def test_hub_ids(monkeypatch, tmp_path):
                           ('runwayml/stable-diffusion-v1-5', 'stable-diffusion-v1-5/stable-diffusion-v1-5 holds')):
         text = said(load_pipeline, hub_id)
         assert words in text and 'offline' in text and 'model_index.json' not in text, text
-    for name in 'sd14', 'sd15', 'sdxl': assert len(profile_of(name).base.revision) == 40
+    for name in 'sd14', 'sd15', 'sdxl', 'sd3', 'flux': assert len(profile_of(name).base.revision) == 40
     assert not any(moved_to(profile_of(name).base.path) for name in params('profiles'))
 
 
@@ -393,6 +394,16 @@ def test_a_vae_that_overflows_in_float16_is_upcast(made):
     assert torch.allclose(moments(pipe.vae, images), whole, atol=.02) and pipe.vae.dtype is torch.float16
 
 
+def test_a_container_may_have_less_memory_than_the_machine(tmp_path, monkeypatch):
+    files = tmp_path/'memory.max', tmp_path/'limit_in_bytes'
+    limit = lambda *texts: [f.write_text(t) for f, t in zip(files, texts)] and doctor.memory_limit(files)
+    assert doctor.memory_limit(files) == limit('max\n') == float('inf')
+    assert limit('8000000000\n') == 8 and limit('max', '16000000000') == 16
+    monkeypatch.setattr(doctor, 'memory_limit', lambda: 1e-3)
+    monkeypatch.setattr(doctor, 'device', lambda: torch.device('cpu'))
+    assert doctor.device_memory() == ('CPU', 1e-3) and doctor.check_device(profile_of('tiny'))[0].state == 'missing'
+
+
 def test_the_memory_of_every_configuration(monkeypatch):
     "The paper's largest is its published 56 GB; all weights in float32 with exact products are in it; what doesn't fit is refused"
     paper = profile_of('sd14-paper')
@@ -408,24 +419,36 @@ def test_the_memory_of_every_configuration(monkeypatch):
         assert found and all(f.state == 'missing' and words in f.fetch and 'A card has 24' in f.message for f in found)
     ok, = doctor.check_figures(profile_of('sd14'))
     assert ok.state == 'ok' and doctor.what_fits(paper, 1.) == 'a larger device'
+    for p, memory in (paper, 24.), (paper, 40.), (profile_of('sdxl'), 24.), (Profile(**full_size.PROFILE), 16.):
+        words = doctor.what_fits(p, memory).rpartition(' (')[0].split('; ')
+        peaks = [doctor.peak_gb(doctor.with_switches(p, [w for w in words if w != left])) for left in (None, *words)]
+        assert peaks[0] <= memory < min(peaks[1:]), words
+    assert words == ['pool.algorithm: [lora]']
+    on_gpu = doctor.peak_gb(profile_of('sd14'))
+    monkeypatch.setattr(doctor, 'device_memory', lambda: ('CPU', 24.))
+    assert doctor.peak_gb(profile_of('sd14')) == on_gpu + vector and doctor.peak_gb(paper) == max(figures.values())
 
 
 # ------------------------------------------------------------------ help, home and network
 
 WATCHED = '''
 import os, socket, sys
-def no(*args, **kw): raise AssertionError('asked the network')
+from itertools import groupby
+def no(*args, **kw): os._exit(99) # an exception might be caught
 socket.socket.connect = no
 socket.getaddrinfo = no
 from resalign.use import cli
-name, *rest = sys.argv[1:]
-sys.argv = [f'resalign-{name}', *rest]
-try: getattr(cli, name)()
+try:
+    for between, words in groupby(sys.argv[1:], '+'.__eq__):
+        if between: continue
+        name, *rest = words
+        sys.argv = [f'resalign-{name}', *rest]
+        getattr(cli, name)()
 finally: print('LOADED', *(m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules), file=sys.stderr)
 '''
 
 
-def started(tmp_path, *words, **env):
+def started(tmp_path, *words, **env): # commands, with a plus between two
     keep = {k: v for k, v in os.environ.items() if not k.startswith(('HF_', 'TRANSFORMERS_', 'ORT_', 'MPL', 'XDG_'))}
     (tmp_path/'home').mkdir(exist_ok=True)
     env = keep | dict(HOME=str(tmp_path/'home'), PYTHONPATH=str(ROOT), PROGRESS='0', PYTHONDONTWRITEBYTECODE='1') | env
@@ -447,6 +470,18 @@ def test_nothing_is_left_at_home_and_an_ascii_terminal_is_enough(made, tmp_path)
     text = done.stderr.decode('ascii')
     assert done.returncode == 0, text
     assert 'torchvision' not in text and (out/'summary.csv').is_file() and b'\\u0431' in done.stdout
+    assert not list((tmp_path/'home').iterdir()), 'written at home'
+
+
+def test_no_other_command_leaves_anything_at_home_or_asks_the_network(made, tmp_path):
+    sets = lambda **kw: [word for k, v in kw.items() for word in ('--set', f'{k}={v}')]
+    base, pictures = made/'base', made/'pictures'
+    small = sets(vae_channels='[8, 8]', unet_channels='[16, 16]', vae_steps=1, decoder_steps=1, steps=1, batch=2, size=16)
+    done = started(tmp_path, 'unlearn', base, pictures, pictures, 'safe', '--method', 'ga', *sets(steps=1), '+',
+                   'finetune', 'safe', pictures, 'tuned', *sets(steps=1), '+', 'pretrain', pictures, 'new', *small, '+',
+                   'doctor', 'sd14') # of which nothing is here
+    assert done.returncode == 1 and b'To get what is missing' in done.stdout, done.stderr.decode()
+    assert all((tmp_path/out/'model_index.json').is_file() for out in ('safe', 'tuned', 'new'))
     assert not list((tmp_path/'home').iterdir()), 'written at home'
 
 

@@ -57,7 +57,8 @@ TABLES = {  # page under nbs/9_studies: the tables that it makes of what is comm
 }
 MEASURED = ['bench.csv', 'bench_gpu.csv', 'bench_pieces.csv', 'bench_solves.csv', 'moreau.csv', 'phenomenon.csv',
             'base.csv', 'scaling.csv', 'hours.csv', 'hours_costs.csv', 'hours_tasks.csv', # trained, drawn, timed or counted
-            'survival.csv', 'mutants.csv', 'mutants_survived.csv']            # by tests/test_faults.py, tools/mutants.py
+            'survival.csv', 'full_size.csv',                                  # by tests/test_faults.py, tests/test_full_size.py
+            'mutants.csv', 'mutants_survived.csv']                            # by tools/mutants.py
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Of16', 'BETAS', 'LOWER', 'BROKEN', 'PARTS', 'SAFE_LIBRARIES', 'WEIGHT_FILE', 'PREDICTIONS', 'CONDITIONS',
            'EARLIER_NAMES', 'CLASSES', 'MOVED', 'NETWORKS', 'PretrainSizes', 'PretrainConfig', 'train_tokenizer',
-           'init_vae', 'build_vae', 'build_text_encoder', 'build_unet', 'build_pipeline', 'save_pipeline', 'read_json',
-           'variant_of', 'latent_size', 'check_known_to_losses', 'latent_shape', 'flux_inputs', 'check_pipeline',
-           'is_local', 'check_complete', 'moved_to', 'cached', 'settle', 'load_pipeline', 'has_bf16', 'autocast',
-           'SamplingConfig', 'initial_latents', 'ImageStore', 'sample_batches', 'generate', 'small_clip',
+           'init_vae', 'build_vae', 'build_text_encoder', 'build_unet', 'build_pipeline', 'half', 'save_pipeline',
+           'read_json', 'variant_of', 'latent_size', 'check_known_to_losses', 'latent_shape', 'flux_inputs',
+           'check_pipeline', 'is_local', 'check_complete', 'moved_to', 'cached', 'settle', 'load_pipeline', 'has_bf16',
+           'autocast', 'SamplingConfig', 'initial_latents', 'ImageStore', 'sample_batches', 'generate', 'small_clip',
            'small_transformer', 'small_vae', 'build_sd3']
 
 # %% ../../nbs/3_model/20_pipelines.ipynb #76403d3b
@@ -166,9 +166,14 @@ def _check_weights_finite(name:str, module, advice=LOWER):
         raise UserError(f'{name}: {k}: a weight is not finite, {advice}')
 
 # %% ../../nbs/3_model/20_pipelines.ipynb #72d8f72b
+def half(module):
+    "A copy in float16, made weight by weight: none in float32 is in memory"
+    known = {id(b): b.half() for b in module.buffers() if b.is_floating_point()}
+    known |= {id(p): torch.nn.Parameter(p.detach().half(), p.requires_grad) for p in module.parameters()}
+    return copy.deepcopy(module, known) # takes what is known for the copies
+
 def save_pipeline(pipe, folder):
     "Write a diffusers folder; weights that are not finite are refused"
-    def half(module): return copy.deepcopy(module).to(torch.float16)
     net = 'unet' if hasattr(pipe, 'unet') else 'transformer'
     parts = dict(pipe.components, **{net: half(backbone(pipe))}, vae=half(pipe.vae))
     flags = ('requires_safety_checker', 'force_zeros_for_empty_prompt')

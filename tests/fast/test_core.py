@@ -1,5 +1,5 @@
 "Streams of random numbers, numbers that aren't finite, settings, names and progress."
-import hashlib, json, math, random, signal
+import hashlib, json, math, random, signal, tracemalloc
 from functools import partial
 import numpy as np, pytest, torch
 from resalign.core import runs
@@ -196,6 +196,22 @@ def test_what_a_run_leaves(tmp_path, capsys, monkeypatch):
     assert load_checkpoint(tmp_path/'c')[1] == dict(step=1) and 'using the one before' in capsys.readouterr().err
     assert not (tmp_path/'c.prev').exists() and load_checkpoint(tmp_path/'c')[1] == dict(step=1)
     assert load_checkpoint(tmp_path/'none') is None
+
+    # the library reads what is written: every dtype and shape, aligned; and never are all bytes in memory
+    kinds = torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, \
+        torch.uint8, torch.bool
+    several = {f'é{k}/{shape}': (torch.arange(math.prod(shape)) % 2).reshape(shape).to(kind)
+               for k, kind in enumerate(kinds) for shape in ((), (3,), (2, 0), (5, 3))}
+    several['view'] = torch.arange(12.).reshape(3, 4).T
+    save_checkpoint(tmp_path/'d', several, dict(text='"é"', none=None))
+    back, meta = load_checkpoint(tmp_path/'d')
+    assert meta == dict(text='"é"', none=None) and set(back) == set(several)
+    assert all(back[k].dtype == v.dtype and torch.equal(back[k], v) for k, v in several.items())
+    tracemalloc.start()
+    save_checkpoint(tmp_path/'e', {str(k): torch.zeros(2**20) for k in range(4)}, {})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20 and (tmp_path/'e').stat().st_size > 2**24
 
     # a hash is of names and contents
     (tmp_path := tmp_path/'1').mkdir()

@@ -5,8 +5,9 @@ import numpy as np, pytest, torch
 from torch import nn
 from resalign.model import pipelines
 from resalign.model.data import moments, tokenize
-from resalign.model.pipelines import (BETAS, PretrainConfig, autocast, build_vae, init_vae, initial_latents,
+from resalign.model.pipelines import (BETAS, PretrainConfig, autocast, build_vae, half, init_vae, initial_latents,
                                       train_tokenizer)
+from resalign.studies.sd14 import peak_bytes
 from resalign.studies.base import to_batch, narrow, train_one_cycle, train_denoiser, train_vae, vae_loss
 import toy_finetune as toy
 from each import each
@@ -323,3 +324,17 @@ def test_a_narrow_vae_has_the_principal_components_of_the_latents():
 
 # ------------------------------------------------------------------ noise
 
+
+
+def test_a_copy_in_float16_takes_two_bytes_a_weight():
+    # never one in float32 beside it; values, tied weights, buffers, flags and the original as they were
+    m = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Linear(64, 64, bias=False)).requires_grad_(False).eval()
+    m[2].weight = m[0].weight
+    before, copies = {k: v.clone() for k, v in m.state_dict().items()}, []
+    numbers = sum(t.numel() for t in (*m.parameters(), *m.buffers()) if t.is_floating_point())
+    assert peak_bytes(lambda: copies.append(half(m)), m) <= (4 + 2)*numbers + 24 # counters of batches
+    copy, = copies
+    assert copy[2].weight is copy[0].weight and not copy.training and not any(p.requires_grad for p in copy.parameters())
+    for k, v in copy.state_dict().items():
+        assert v.dtype == (torch.float16 if before[k].is_floating_point() else torch.int64)
+        assert torch.equal(v, before[k].to(v.dtype)) and torch.equal(m.state_dict()[k], before[k]), k
