@@ -11,10 +11,9 @@ __all__ = ['SOLVE', 'DEPTHS', 'POOL_FOLDER', 'PROPOSE', 'RUNS', 'START', 'COLUMN
            'over_seeds', 'read_part', 'unsafe_rates', 'in_words']
 
 # %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00002
-import math
+import contextlib, math
 from collections import deque
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -85,7 +84,7 @@ def moreau(f:EndLoss, start) -> dict: # name -> (x over what is trained, report)
     return {name: hypergradient(f.harm, frozen, f.trained, gamma, **SOLVE)[:2] for name, gamma in gammas.items()}
 
 # %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00016
-@contextmanager
+@contextlib.contextmanager
 def latest(path, depth:int):
     "Inside, a trajectory has its latest steps alone"
     steps, path.steps = path.steps, deque(list(path.steps)[max(0, len(path.steps) - depth):])
@@ -210,7 +209,8 @@ def slope_inputs(concept, **_) -> dict: # name -> digest
     return content(BASE, *(emoji_data()/name for name in (f'unsafe-{concept}', 'retain', POOL_FOLDER)))
 
 # %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00025
-def run_slopes(folder, where, outer_steps, seed, concept, settings, pictures, lengths, random, starts, finetunings, **_):
+def run_slopes(folder, where, outer_steps, seed, concept, settings, pictures, lengths, random, starts, finetunings,
+               **_):
     "One θ: slopes.csv"
     pipe, out = load_pipeline(BASE), []
     names = dict(unsafe=f'unsafe-{concept}', retain='retain') | {POOL_FOLDER: POOL_FOLDER}
@@ -351,5 +351,5 @@ def in_words(table:pd.DataFrame, length=1.) -> str: # table: from `over_seeds`
     now = table[table.length == length].pivot(index='finetuning', columns='method', values='error')
     best = now.idxmin(axis=1).map(LABELS).value_counts()
     helps = (now['moreau-1'] < .9*now['first-order']).sum()
-    return (f'Over one outer step {best.index[0]} is nearest in {best.iloc[0]} of {len(now)} fine-tunings; '
-            f'the published correction beats none by a tenth in {helps}')
+    return (f'Over one outer step "{best.index[0]}" predicts best in {best.iloc[0]} of {len(now)} fine-tunings; '
+            f'the published γ = 1 beats no correction, by a tenth or more, in {helps}')
