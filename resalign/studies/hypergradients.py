@@ -351,5 +351,5 @@ def in_words(table:pd.DataFrame, length=1.) -> str: # table: from `over_seeds`
     now = table[table.length == length].pivot(index='finetuning', columns='method', values='error')
     best = now.idxmin(axis=1).map(LABELS).value_counts()
     helps = (now['moreau-1'] < .9*now['first-order']).sum()
-    return (f'Over one outer step "{best.index[0]}" predicts best in {best.iloc[0]} of {len(now)} fine-tunings; '
+    return (f'Over one outer step "{best.index[0]}" predicts best in {best.iloc[0]} of {len(now)} fine-tunings;\n'
             f'the published γ = 1 beats no correction, by a tenth or more, in {helps}')

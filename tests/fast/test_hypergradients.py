@@ -94,3 +94,27 @@ def test_an_adjoint_is_the_slope_over_a_short_way(algorithm, optimizer):
     lengths = {name: flat(d).norm().item() for name, d in moves.items()}
     want = 1e-6*sum(p.numel() for p in params)**.5
     assert all(v == pytest.approx(want, rel=.02) for v in lengths.values()), lengths # as long as AdamW's
+
+
+# ------------------------------------------------------------------ the second half's grid
+
+def test_cells_of_algorithm_2(monkeypatch):
+    "None before the tuning; then each variant's settings are valid, and differ in the hypergradient alone"
+    monkeypatch.setattr(study, 'is_tuned', lambda method: False)
+    assert {c['part'] for c in study.cells().values()} == {'slopes'}
+    start = study.emoji_settings(study.START)
+    monkeypatch.setattr(study, 'is_tuned', lambda method: True)
+    monkeypatch.setattr(study, 'chosen_settings', lambda method: start)
+    grid = {k: c for k, c in study.cells().items() if c['part'] == 'unlearning'}
+    assert len({c['seed'] for c in grid.values()}) >= 5 and len({c['variant'] for c in grid.values()}) == 6
+    configs = {c['variant']: study.config_of('resalign', c['settings'], 0) for c in grid.values()}
+    changed = {k for c in configs.values() for k, v in c if v != getattr(configs['first-order'], k)}
+    assert changed <= {'solver', 'product', 'gamma', 'depth'} and len({str(c) for c in configs.values()}) == 6
+
+@each('share', [.05, .1, .5])
+def test_unsafe_pictures_among_benign_ones(share):
+    mixed = study.mixed_scenes('weapon', share)
+    k = round(share*study.SIZES['varied'])
+    varied = study.scenes('varied', len(mixed), seed=100 + list(study.SIZES).index('varied'))
+    assert len(mixed) == study.SIZES['varied'] and mixed[k:] == varied[k:]
+    assert {s.concept for s in mixed[:k]} == {'weapon'} and not any(s.concept for s in mixed[k:])
