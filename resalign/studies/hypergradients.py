@@ -91,6 +91,7 @@ def latest(path, depth:int):
     try: yield path
     finally: path.steps = steps
 
+# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00017
 DEPTHS = (1, 2, 4)
 
 def adjoints(f:EndLoss, path, g) -> dict: # name -> (x over what is trained, report)
@@ -102,7 +103,7 @@ def adjoints(f:EndLoss, path, g) -> dict: # name -> (x over what is trained, rep
     if f.ft.optimizer != 'sgd': out['adjoint-frozen'] = through_optimizer(path, g, frozen_v=True)
     return out
 
-# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00017
+# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00018
 def averaged(f:EndLoss, noise:list) -> list: # noise: moves of θ; like θ
     "The mean adjoint over starts around θ"
     found = []
@@ -110,6 +111,7 @@ def averaged(f:EndLoss, noise:list) -> list: # noise: moves of θ; like θ
         with moved(f.params, u, 1.), f.recorded() as path: found.append(f.over_theta(adjoint(f.harm, path)[0]))
     return [sum(parts)/len(found) for parts in zip(*found)]
 
+# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00019
 def hypergradients(f:EndLoss, noise:list) -> tuple: # name -> list like θ; name -> report
     "Every answer, at one θ"
     with f.recorded() as path:
@@ -118,7 +120,7 @@ def hypergradients(f:EndLoss, noise:list) -> tuple: # name -> list like θ; name
     x = {name: f.over_theta(v) for name, (v, _) in found.items()}
     return x | {'adjoint-averaged': averaged(f, noise)}, {name: report for name, (_, report) in found.items()}
 
-# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00019
+# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00021
 def outer_move(params, x, lr:float) -> list: # like θ
     "What the first AdamW step along the gradient x does to θ"
     with placed(params, params):
@@ -128,6 +130,7 @@ def outer_move(params, x, lr:float) -> list: # like θ
         for p in params: p.grad = None
         return [p.detach() - b for p, b in zip(params, before)]
 
+# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00022
 def random_moves(params, gradients:list, n:int, length:float, gen) -> list:
     "Random combinations of gradients, each of unit length, scaled to `length`"
     units, out = [flat(g)/flat(g).norm() for g in gradients], []
@@ -136,7 +139,7 @@ def random_moves(params, gradients:list, n:int, length:float, gen) -> list:
         out.append(unflat(length*v/v.norm(), params))
     return out
 
-# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00020
+# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00023
 POOL_FOLDER = 'pool-mixture' # of the simulated fine-tunings
 
 def outer_state(pipe, banks:dict, settings:dict, seed:int, steps:int) -> OuterState:
@@ -149,18 +152,20 @@ def outer_state(pipe, banks:dict, settings:dict, seed:int, steps:int) -> OuterSt
              OPTIMIZERS['adamw'](state.params, config.lr), {}, max_norm=config.clip)
     return state
 
+# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00024
 def end_loss(state:OuterState, ft:FinetuneConfig) -> EndLoss:
     "F at the θ of an outer state; L_harm without its bound, so that every sample counts"
     i = state.harmful.draw(2*state.config.unsafe_batch, generator(ft.seed, 'slope'))
     loss = FinetuneLoss(state.model, state.data.pool[POOL_FOLDER], ft, ('slope',), state.data.retain)
     return EndLoss(state.params, loss, ft, lambda: state.harmful(state.model, i, math.inf), state.adapter)
 
-# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00021
+# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00025
 def gradients_near(f:EndLoss, n:int) -> list: # lists like θ
     "∇L_harm(θ), and ∇L_FT(θ) on n samples"
     losses = [f.harm, *(f.loss.frozen(f.ft.steps*f.ft.accumulation + 1 + k) for k in range(n))]
     return [torch.autograd.grad(loss(), f.params, materialize_grads=True) for loss in losses]
 
+# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00026
 PROPOSE = ('first-order', 'moreau-1', 'moreau-fitted', 'adjoint', 'adjoint-averaged') # moves, too
 
 def moves_of(f:EndLoss, x:dict, lr:float, n:int, gen) -> dict: # name -> list like θ
@@ -170,7 +175,7 @@ def moves_of(f:EndLoss, x:dict, lr:float, n:int, gen) -> dict: # name -> list li
     own = {name: outer_move(f.params, x[name], lr) for name in PROPOSE if name in x}
     return own | {f'random-{k}': d for k, d in enumerate(drawn)}
 
-# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00022
+# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00027
 def predicted_rows(x:dict, directions:dict, measured:dict) -> list: # x: name -> list like θ
     "A row a hypergradient, move and length: ⟨x, d⟩ beside the measured slope"
     rows = []
@@ -181,6 +186,7 @@ def predicted_rows(x:dict, directions:dict, measured:dict) -> list: # x: name ->
                              error=abs(p - slope)/max(abs(slope), 1e-30)))
     return rows
 
+# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00028
 def slope_rows(f:EndLoss, lr:float, lengths, random:int, starts:int) -> list: # dicts
     "Every hypergradient at one θ against what outer steps really do"
     gen = generator(f.ft.seed, 'moves')
@@ -192,7 +198,7 @@ def slope_rows(f:EndLoss, lr:float, lengths, random:int, starts:int) -> list: # 
     gamma = lambda name: getattr(reports.get(name), 'gamma_used', math.nan)
     return [row | dict(gamma=gamma(row['method'])) for row in rows]
 
-# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00024
+# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00030
 RUNS = 'emoji/runs/hypergradients' # under the folder of results
 START = 'methods.resalign-first-order.start' # what θ begins with, and moves by
 
@@ -205,10 +211,11 @@ def slope_cells() -> dict: # name -> parameters
                                     concept=concept_of('tuning'), settings=settings, **asked)
             for where, steps in grid['where'].items() for seed in grid['seeds']}
 
+# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00031
 def slope_inputs(concept, **_) -> dict: # name -> digest
     return content(BASE, *(emoji_data()/name for name in (f'unsafe-{concept}', 'retain', POOL_FOLDER)))
 
-# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00025
+# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00032
 def run_slopes(folder, where, outer_steps, seed, concept, settings, pictures, lengths, random, starts, finetunings,
                **_):
     "One θ: slopes.csv"
@@ -225,7 +232,7 @@ def run_slopes(folder, where, outer_steps, seed, concept, settings, pictures, le
 
 COLUMNS = 'finetuning optimizer parameters where seed length direction method predicted measured error gamma'.split()
 
-# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00027
+# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00034
 UNSAFE_SEED = 900 # of unsafe pictures that no training set has
 
 def mixed_scenes(concept:str, share:float) -> list:
@@ -234,13 +241,14 @@ def mixed_scenes(concept:str, share:float) -> list:
     k = round(share*len(benign))
     return scenes(f'unsafe-{concept}', k, UNSAFE_SEED) + benign[k:]
 
+# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00035
 def mixed_folder(concept:str, share:float) -> Path:
     "The same, drawn"
     code = short(meaning('resalign.world.emoji')) | dict(sprites=[*content(sprites_folder()).values()])
     folder = emoji_data().with_name(f'emoji-varied-{concept}-{share:g}')
     return made(folder, digest(code)[:12], lambda out: write_set(out, mixed_scenes(concept, share)))
 
-# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00028
+# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00036
 @dataclass(frozen=True)
 class Downstream(Finetuned):
     "An unlearned model after a fine-tuning on varied pictures, a share of them unsafe"
@@ -249,6 +257,7 @@ class Downstream(Finetuned):
     def images(self) -> Path:
         return mixed_folder(self.unlearned.concept, self.share) if self.share else emoji_data()/'varied'
 
+# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00037
 def downstream_models(seed, settings, concept, finetunings, **_) -> dict: # phase -> model
     start = EmojiUnlearned('resalign', seed, settings, concept)
     out = dict(before=start)
@@ -257,13 +266,14 @@ def downstream_models(seed, settings, concept, finetunings, **_) -> dict: # phas
         out[name] = Downstream(start, name, own, asked.get('unsafe', 0.))
     return out
 
-# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00029
+# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00038
 def is_tuned(method:str) -> bool:
     "Has the rule of the tuning chosen a trial?"
     section = emoji_settings(f'methods.{method}')
     if 'chosen' in section or len(section['trials']) == 1: return True
     return tuning_csv().is_file() and method in set(pd.read_csv(tuning_csv()).method)
 
+# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00039
 def unlearning_cells() -> dict: # name -> parameters; none before the tuning
     "Hypergradients times seeds"
     if not is_tuned('resalign-first-order'): return {}
@@ -275,11 +285,12 @@ def unlearning_cells() -> dict: # name -> parameters; none before the tuning
                                       settings=common | changes, **asked)
             for variant, changes in grid['variants'].items() for seed in grid['seeds']}
 
-# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00030
+# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00040
 def unlearning_inputs(look, concept, **parameters) -> dict: # name -> digest
     models = downstream_models(concept=concept, **parameters)
     return {phase: model.key for phase, model in models.items()} | look_inputs(look | dict(concept=concept))
 
+# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00041
 def run_unlearning(folder, look, concept, **parameters):
     "One model before and after its fine-tunings: rates.csv"
     models = downstream_models(concept=concept, **parameters)
@@ -287,7 +298,7 @@ def run_unlearning(folder, look, concept, **parameters):
     parts = [pd.read_csv(f/'summary.csv').assign(phase=phase) for phase, f in found.items()]
     write_csv(folder/'rates.csv', pd.concat(parts), index=False)
 
-# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00031
+# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00042
 def cells() -> dict: # name -> parameters
     return slope_cells() | unlearning_cells()
 
@@ -298,7 +309,7 @@ def run(folder, part, **parameters):
     if part == 'slopes': run_slopes(folder, **parameters)
     else: run_unlearning(folder, **parameters)
 
-# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00033
+# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00044
 GROUP = ['finetuning', 'length', 'method', 'where', 'seed']
 
 def agreement(rows:pd.DataFrame) -> pd.DataFrame: # GROUP, error, cosine
@@ -309,6 +320,7 @@ def agreement(rows:pd.DataFrame) -> pd.DataFrame: # GROUP, error, cosine
     found = dict(error=np.sqrt(sums.off/sums.mm), cosine=sums.pm/np.sqrt(sums.pp*sums.mm))
     return pd.DataFrame(found).reset_index()
 
+# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00045
 def over_seeds(found:pd.DataFrame) -> pd.DataFrame: # finetuning, length, method, error, low, high, cosine
     "Geometric means of errors over seeds, near the start and late alike, with their intervals"
     rows = []
@@ -319,7 +331,7 @@ def over_seeds(found:pd.DataFrame) -> pd.DataFrame: # finetuning, length, method
         rows.append(dict(zip(GROUP[:3], key)) | error | dict(cosine=g.cosine.mean()))
     return pd.DataFrame(rows)
 
-# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00034
+# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00046
 def read_part(names, file:str) -> pd.DataFrame: # with a column `cell`
     "What cells of one part left"
     folder, parts = emoji_results()/'runs'/'hypergradients', []
@@ -329,6 +341,7 @@ def read_part(names, file:str) -> pd.DataFrame: # with a column `cell`
         parts.append(pd.read_csv(path).assign(cell=name))
     return pd.concat(parts, ignore_index=True)
 
+# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00047
 def unsafe_rates(grid:dict) -> pd.DataFrame: # variant, phase, value, low, high, objects
     "The unsafe rate over explicit and implicit prompts, with its interval over models"
     rates = read_part(grid, 'rates.csv')
@@ -340,12 +353,13 @@ def unsafe_rates(grid:dict) -> pd.DataFrame: # variant, phase, value, low, high,
         out.append(dict(variant=variant, phase=phase, **stat._asdict(), objects=g.objects.mean()))
     return pd.DataFrame(out)
 
-# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00043
+# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00058
 LABELS = {'first-order': 'first order', 'moreau-1': 'Moreau, γ = 1 (published)', 'moreau-matched': 'Moreau, γ = lr·T',
           'moreau-fitted': 'Moreau, γ fitted', 'adjoint-1': 'adjoint, last step', 'adjoint-2': 'adjoint, last 2 steps',
           'adjoint-4': 'adjoint, last 4 steps', 'adjoint': 'adjoint, all steps',
           'adjoint-frozen': 'adjoint, frozen v', 'adjoint-averaged': 'adjoint, mean of starts'}
 
+# %% ../../nbs/9_studies/43_hypergradients.ipynb #hyg00059
 def in_words(table:pd.DataFrame, length=1.) -> str: # table: from `over_seeds`
     "Who predicts an outer step, and what the published correction adds"
     now = table[table.length == length].pivot(index='finetuning', columns='method', values='error')
