@@ -9,10 +9,10 @@ __all__ = ['EndPoint', 'END_POINTS', 'HALVINGS', 'METHODS', 'Simulation', 'check
            'ResilienceConfig', 'ResAlignConfig', 'UnlearnData', 'retain_weight', 'direct_gradient', 'pass_dtype',
            'pairs_of', 'product_options', 'hessian_samples', 'own_factors', 'all_weights', 'fresh_factors', 'low_rank',
            'extracted_factors', 'moved_by', 'cross_term', 'back_to_theta', 'length', 'mean_growth', 'damped_richardson',
-           'released_solve', 'chosen_solve', 'recorded_end', 'adjoint_gradient', 'resilience_gradient', 'lora_map',
-           'pull_back', 'clipped', 'without_words', 'safe_counterparts', 'with_remedies', 'OuterState', 'direct_terms',
-           'mean_term', 'simulated_term', 'outer_gradient', 'check_folders', 'save_lora', 'resalign', 'Method',
-           'solve_row', 'split_log']
+           'released_solve', 'fitted_gamma', 'chosen_solve', 'recorded_end', 'adjoint_gradient', 'resilience_gradient',
+           'lora_map', 'pull_back', 'clipped', 'without_words', 'safe_counterparts', 'with_remedies', 'OuterState',
+           'direct_terms', 'mean_term', 'simulated_term', 'outer_gradient', 'check_folders', 'save_lora', 'resalign',
+           'Method', 'solve_row', 'split_log']
 
 # %% ../../nbs/4_method/30_resalign.ipynb #bab1aca6
 import re
@@ -31,8 +31,8 @@ from ..core.settings import Config, UserError, choose
 from ..core.training import Ranks, flatten_moments, optimise, unflatten_moments
 from .finetune import (FinetuneConfig, FinetuneLoss, Going, adapter_params, add_lora, contaminated, descend,
                                       fresh_lora, merge_lora, recorded, simulated, trainable_until_exit)
-from .hypergrad import (FallbackBudget, MoreauOperator, SolveReport, TAU, TooManyFallbacks,
-                                       adjoint, hypergradient, lora_pairs)
+from .hypergrad import (FallbackBudget, FrozenLoss, MoreauOperator, SolveReport, TAU, TooManyFallbacks,
+                                       adjoint, flat, hypergradient, lora_pairs)
 from ..model.compute import backbone, make_optimizer
 from ..model.data import Bank, embed
 from ..model.losses import AnchoredLoss, FoundWords, HarmfulLoss, LossSum, RetainLoss, denoiser
@@ -198,6 +198,8 @@ def check_switches(c):
     "A ValueError where settings contradict one another"
     if c.longer == 'halve' and c.solver not in ('identity', 'richardson'):
         raise ValueError("longer: 'halve' expected with solver richardson or identity")
+    if c.gamma == 'fitted' and (c.solver == 'identity' or c.longer == 'halve' or c.full_as == 'factors'):
+        raise ValueError('gamma: fitted expected with a solver, with longer shorten or skip, and full_as weights')
     if c.solver == 'adjoint' and c.full_as == 'factors':
         raise ValueError("full_as: 'weights' expected with solver adjoint")
     if c.pool.distinct and c.J > len(c.pool.chosen):
@@ -211,7 +213,7 @@ def check_switches(c):
 class ResilienceConfig(DirectConfig):
     "Settings of lines 3 to 7; defaults are the smoke setting"
     J:int = 1                           # simulated fine-tunings in an outer step
-    gamma:float|Literal['matched'] = 1. # as published; matched: lr · steps of the simulated fine-tuning
+    gamma:float|Literal['matched', 'fitted'] = 1. # as published; lr · steps of the simulated fine-tuning; by its length
     solver:Literal['identity', 'richardson', 'cg', 'minres', 'adjoint'] = 'cg'
     depth:NonNegativeInt|Literal['all'] = 'all' # adjoint: through the latest steps of the simulated fine-tuning
     product:Literal['exact', 'fd-central', 'fd-forward', 'gauss-newton', 'lora-bilinear'] = 'fd-forward'
@@ -416,10 +418,17 @@ def released_solve(L_harm, loss:FinetuneLoss, moved:list, gamma:float, direct:li
     report.note('left out: too long, or growing, with every step')
     return [torch.zeros_like(d) for d in direct], report, harm.item()
 
+# %% ../../nbs/4_method/30_resalign.ipynb #gam00002
+def fitted_gamma(ft_loss, end:EndPoint) -> float: # ft_loss: () -> L_FT on one frozen sample
+    "γ of the proximal step that is as long as the fine-tuning: ‖θ* − θ‖/‖∇L_FT(θ*)‖"
+    slope = flat(FrozenLoss(ft_loss, end.moved).gradient()).norm().item()
+    return (flat(end.moved) - flat(end.start)).norm().item()/max(slope, 1e-30)
+
 # %% ../../nbs/4_method/30_resalign.ipynb #meta3012
-def chosen_solve(L_harm, loss:FinetuneLoss, end:EndPoint, gamma:float, samples, back, ft, config, check,
+def chosen_solve(L_harm, loss:FinetuneLoss, end:EndPoint, gamma, samples, back, ft, config, check,
                  stationarity) -> tuple:
     "x over θ by the solver that is asked for, its report, L_harm(θ*)"
+    if gamma == 'fitted': gamma = fitted_gamma(loss.frozen(*samples), end)
     options = product_options(config.product, ft, loss, samples, loss.model.unet, end.moved)
     x, report, value = hypergradient(
         L_harm, loss.frozen(*samples), end.moved, gamma, config.solver, start=end.start if stationarity else None,

@@ -210,16 +210,17 @@ class Reference:
             batches = range(k*ft['accumulation'], (k + 1)*ft['accumulation'])
             loss = self.ft_loss(ft, step, j, batches)
             inner = opt.step(inner, grads_of(lambda x: loss(at(x)), inner))
-        asked = gamma = ft['lr']*ft['steps'] if c.gamma == 'matched' else c.gamma
         seen = ft['steps']*ft['accumulation'] # batches; the next one is new
         loss = self.ft_loss(ft, step, j, range(max(0, seen + 1 - c.samples), seen + 1))
         on_inner = lambda x: loss(at(x))
+        moved, slope = vector(inner) - vector(start), vector(grads_of(on_inner, inner))
+        named = dict(matched=ft['lr']*ft['steps'], fitted=(moved.norm()/slope.norm()).item())
+        asked = gamma = named.get(c.gamma, c.gamma)
         g = vector(grads_of(lambda x: self.harm(at(x), i, c.margin_after), inner))
         H = hessian(on_inner, inner)
         if c.clamp and c.solver == 'richardson': gamma = min(gamma, c.clamp/stretch(H, g, max(c.products, POWER)))
         x = like(solved(H, g, gamma, c), inner)
-        moved = vector(inner) - vector(start)
-        self.notes[f'{j}/stationarity'] = (vector(grads_of(on_inner, inner)) + moved/asked).norm().item()
+        self.notes[f'{j}/stationarity'] = (slope + moved/asked).norm().item()
         self.notes[f'{j}/gamma_used'] = gamma
         self.notes[f'{j}/depth_after'] = -self.harm(at(inner), i, c.margin_after).item()
         if ft['algorithm'] == 'lora': return x

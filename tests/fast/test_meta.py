@@ -103,6 +103,7 @@ SETTINGS = [ # simulated fine-tunings, settings
     ((), dict(steps=4, alpha=.3, alpha_end=4., J=1)), # the retain weight follows its schedule
     *[((), dict(margin=a, margin_after=b)) for a, b in ((1e-3, 9.), (9., 1e-3))], # each bounds its own term
     *[((simulation(lr=.03, steps=4),), dict(gamma=gamma, clamp=None)) for gamma in ('matched', .2, .05)],
+    *[((simulation(algorithm=a, lr=.03, steps=4),), dict(gamma='fitted', clamp=.5)) for a in ('lora', 'full')],
     # the newest sample, and the last ones of the fine-tuning's own; no more than there are
     *[((simulation(steps=2, prior_weight=.3),), dict(samples=n)) for n in (2, 3, 9)],
     # a step's gradient is the mean over its own batches, and the batch that defines H comes after all of them
