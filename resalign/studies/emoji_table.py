@@ -40,15 +40,14 @@ def with_phase(rows:pd.DataFrame) -> pd.DataFrame: # 'varied-lora' -> phase vari
     parts = rows.phase.str.partition('-')
     return rows.assign(phase=parts[0], finetune=parts[2].replace('', 'none'))
 
-def gather(study:str, grid:dict, # cell -> parameters
-           keys=('concept', 'method', 'seed')) -> tuple: # summaries and scores, with phase and keys; these with run too
+def gather(study:str, grid:dict,               # cell -> parameters
+           keys=('concept', 'method')) -> tuple: # both with phase and keys; summaries with seed, scores with run
     "What the cells of a study left: a row a metric, and a row a picture"
     summaries, scores = [], []
     for name, (summary, wide) in read_cells(study, grid).items():
-        about = {k: grid[name][k] for k in keys}
-        summaries.append(summary.assign(**about))
-        long = wide.melt(PICTURE, var_name='phase', value_name='score')
-        scores.append(long.assign(run=grid[name]['seed'], **about))
+        about, seed = {k: grid[name][k] for k in keys}, grid[name]['seed']
+        summaries.append(summary.assign(**about, seed=seed))
+        scores.append(wide.melt(PICTURE, var_name='phase', value_name='score').assign(**about, run=seed))
     return pd.concat(summaries, ignore_index=True), pd.concat(scores, ignore_index=True)
 
 # %% ../../nbs/9_studies/11_emoji_table.ipynb #4a9aa7s1
