@@ -2258,6 +2258,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                              'resalign/studies/emoji_fronts.py'),
                                                'resalign.studies.emoji_fronts.more_unsafe': ( '9_studies/emoji_fronts.html#more_unsafe',
                                                                                               'resalign/studies/emoji_fronts.py'),
+                                               'resalign.studies.emoji_fronts.point_settings': ( '9_studies/emoji_fronts.html#point_settings',
+                                                                                                 'resalign/studies/emoji_fronts.py'),
                                                'resalign.studies.emoji_fronts.rate_over_models': ( '9_studies/emoji_fronts.html#rate_over_models',
                                                                                                    'resalign/studies/emoji_fronts.py'),
                                                'resalign.studies.emoji_fronts.reach': ( '9_studies/emoji_fronts.html#reach',

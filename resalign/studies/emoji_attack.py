@@ -128,6 +128,7 @@ def read_cells_of(grid:dict, name:str) -> pd.DataFrame: # with method, phase and
         out.append(rows.assign(method=c['method'], phase=c['phase'], run=c['seed']))
     return pd.concat(out, ignore_index=True)
 
+# %% ../../nbs/9_studies/47_emoji_attack.ipynb #47at000f
 def attack_table(scores:pd.DataFrame, concept:str) -> pd.DataFrame: # ATTACK
     "Rates of every model and of all"
     parts = [unsafe_rows(scores[scores.kind.isin(kinds)], concept, KEYS).assign(metric=metric)
@@ -145,7 +146,7 @@ def attack_tests(scores:pd.DataFrame, concept:str) -> pd.DataFrame: # KEYS, cont
     table = pd.DataFrame(rows)
     return table.assign(p_holm=holm(table.p.astype(float)))
 
-# %% ../../nbs/9_studies/47_emoji_attack.ipynb #47at0015
+# %% ../../nbs/9_studies/47_emoji_attack.ipynb #47at0016
 def main_rows() -> pd.DataFrame:
     "The main table of this world"
     csv = emoji_results()/'tables'/'main.csv'
@@ -168,12 +169,12 @@ def flat_and_resilient(points:pd.DataFrame) -> pd.DataFrame: # measure, rho, p, 
     table = pd.DataFrame([dict(measure=m) | rank_correlation(mean[m].abs(), mean.rise) for m in MEASURES])
     return table.assign(p_holm=holm(table.p))
 
-# %% ../../nbs/9_studies/47_emoji_attack.ipynb #47at0019
+# %% ../../nbs/9_studies/47_emoji_attack.ipynb #47at001a
 def unlearn_seconds(method:str, settings:dict) -> float: # of one core
-    "A start, and as much for each step"
+    "A start, and for each step what is outside of simulated fine-tunings and what is within"
     known = emoji_settings('costs.unlearn')
-    start, step = known.get(method, known['other'])
-    return start + step*settings.get('steps', 0)*settings.get('J', 1)
+    start, step, simulated = known.get(method, known['other'])
+    return start + settings.get('steps', 0)*(step + settings.get('J', 1)*simulated)
 
 def finetune_seconds(config:dict) -> float: # of one core
     "Prior preservation takes a second batch"
@@ -184,7 +185,7 @@ def finetune_seconds(config:dict) -> float: # of one core
 def look_seconds(look:dict) -> float: # of one core
     return emoji_settings('costs.picture')*(sum(look['prompts'].values()) + look.get('subjects', 0))
 
-# %% ../../nbs/9_studies/47_emoji_attack.ipynb #47at001a
+# %% ../../nbs/9_studies/47_emoji_attack.ipynb #47at001b
 def model_work(study, who, settings, finetunings:dict, look:dict): # who: concept, method, setting, seed
     "Rows (study, what, key, seconds) of one model with its fine-tunings"
     yield study, 'unlearning', who, unlearn_seconds(who[1], settings)
@@ -198,8 +199,8 @@ def tuning_work():
     grid = emoji_settings('tuning')
     for m, section in emoji_settings('methods').items():
         for k, changes in enumerate(section['trials']):
-            who = concept_of('tuning'), m, f'trial {k}', grid['seed']
-            yield from model_work('tuning', who, section['start'] | changes, finetunings_of(grid['downstream']), grid['look'])
+            who, settings = (concept_of('tuning'), m, f'trial {k}', grid['seed']), section['start'] | changes
+            yield from model_work('tuning', who, settings, finetunings_of(grid['downstream']), grid['look'])
 
 def chosen_work(study:str, methods, seeds, finetunings:list, concepts=('reported',)): # seeds: of a method
     "Models with the settings that the tuning chooses; the start stands for them"
@@ -208,7 +209,7 @@ def chosen_work(study:str, methods, seeds, finetunings:list, concepts=('reported
         for who in [(concept_of(use), m, 'as chosen', s) for m in methods for s in seeds(m)]:
             yield from model_work(study, who, emoji_settings(f'methods.{who[1]}.start'), after, look)
 
-# %% ../../nbs/9_studies/47_emoji_attack.ipynb #47at001b
+# %% ../../nbs/9_studies/47_emoji_attack.ipynb #47at001c
 def variant_work():
     "Fronts and parts"
     look = emoji_settings('table.look')
@@ -217,6 +218,7 @@ def variant_work():
         settings = emoji_settings(f'methods.{m}.start') | changes
         yield from model_work(study, who, settings, finetunings_of(emoji_settings(f'{study}.finetunings')), look)
 
+# %% ../../nbs/9_studies/47_emoji_attack.ipynb #47at001d
 def course_work():
     "Further fine-tunings"
     look = emoji_settings('table.look')
@@ -233,11 +235,12 @@ def cell_work():
     for key in [(m, 'before', s) for m in landscape['methods'] for s in landscape['seeds']]:
         yield 'landscape', 'Hessian', key, costs['landscape']
 
-# %% ../../nbs/9_studies/47_emoji_attack.ipynb #47at001c
+# %% ../../nbs/9_studies/47_emoji_attack.ipynb #47at001e
 def plan() -> pd.DataFrame: # study, what, key, seconds: each once
     "All that the studies compute, in their order"
     known, grid = emoji_settings('phenomenon'), emoji_settings('table')
-    early = chosen_work('phenomenon', known['methods'], lambda m: known['seeds'], grid['finetunings'], known['concepts'])
+    seeds, concepts = lambda m: known['seeds'], known['concepts']
+    early = chosen_work('phenomenon', known['methods'], seeds, grid['finetunings'], concepts)
     table = chosen_work('table', emoji_settings('methods'), emoji_table.seeds_of, grid['finetunings'])
     rows = [*tuning_work(), *early, *table, *variant_work(), *course_work(), *cell_work()]
     return pd.DataFrame(rows, columns=['study', 'what', 'key', 'seconds']).drop_duplicates(['what', 'key'])

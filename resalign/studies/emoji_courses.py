@@ -38,9 +38,11 @@ def asked() -> list: # (seed, study, method, course, settings of `Course`)
     "What all three studies run"
     grid = emoji_settings('courses')
     courses = [(study, name, c) for study in STUDIES for name, c in study_courses(study).items()]
+    methods = {study: grid[study].get('methods', grid['methods']) for study in STUDIES}
     return [(seed, study, method, name, c) for seed in grid['seeds'] for study, name, c in courses
-            for method in grid['methods']]
+            for method in methods[study]]
 
+# %% ../../nbs/9_studies/31_emoji_courses.ipynb #31co0007
 def cells() -> dict: # name -> parameters
     "Studies times courses times methods times seeds"
     common = dict(concept=concept_of('reported'), look=look_of('table', 'test'))
@@ -52,7 +54,7 @@ def cells() -> dict: # name -> parameters
                                                  finetuning=course, **numbers, **common)
     return out
 
-# %% ../../nbs/9_studies/31_emoji_courses.ipynb #31co0008
+# %% ../../nbs/9_studies/31_emoji_courses.ipynb #31co0009
 PICTURES_SEED = 900 # of pictures that no training set has
 
 def course_pictures(course:Course, concept:str, n:int=0) -> tuple: # uint8 (n, 64, 64, 3), captions
@@ -66,7 +68,7 @@ def prior_bank(pipe, course:Course): # Bank, or None
     "Pictures for prior preservation: harmless ones that a user could have"
     return load_bank(pipe, emoji_data()/'varied') if course.prior_weight else None
 
-# %% ../../nbs/9_studies/31_emoji_courses.ipynb #31co000b
+# %% ../../nbs/9_studies/31_emoji_courses.ipynb #31co000c
 def look_at(test:EmojiTest, pipe, word='') -> tuple: # SUMMARY, scores
     "As a look of the main table"
     prompts = [f"{word} {row['prompt']}".strip() for row in test.rows]
@@ -83,7 +85,7 @@ def looks_along(pipe, course:Course, looks:list, test:EmojiTest, n:int=0) -> dic
     finetune(pipe, encode(pipe, images, captions), course, prior_bank(pipe, course), watch=watch, captions=captions)
     return seen
 
-# %% ../../nbs/9_studies/31_emoji_courses.ipynb #31co000c
+# %% ../../nbs/9_studies/31_emoji_courses.ipynb #31co000d
 def inputs(method, seed, settings, concept, finetuning, look, **_) -> dict: # name -> digest
     "The model, the pictures, and what is looked at"
     data = emoji_data()
@@ -102,7 +104,7 @@ def run(folder, method, seed, settings, concept, finetuning, looks, pictures, lo
     scores = {phase: s.set_index(PICTURE).score for phase, (_, s) in found.items()}
     write_csv(folder/'scores.csv', pd.DataFrame(scores), float_format='%.9g')
 
-# %% ../../nbs/9_studies/31_emoji_courses.ipynb #31co000e
+# %% ../../nbs/9_studies/31_emoji_courses.ipynb #31co000f
 COUNTED = ['unsafe', 'explicit', 'IP', 'US', 'objects', 'plasticity', 'subject_kept', 'CMMD', 'KID']
 KEYS = ['method', 'course', 'phase']
 
@@ -125,7 +127,7 @@ def course_table(study:str) -> pd.DataFrame: # KEYS, seed, step, metric, value, 
     step = rows.phase.str.extract(r'step_(\d+)', expand=False).fillna('0').astype(int)
     return rows[rows.metric.isin(COUNTED)].assign(step=step)
 
-# %% ../../nbs/9_studies/31_emoji_courses.ipynb #31co000f
+# %% ../../nbs/9_studies/31_emoji_courses.ipynb #31co0010
 def before_or_after(rows:pd.DataFrame) -> pd.DataFrame: # phase: before or after
     "Of studies that look twice"
     return rows.assign(phase=(rows.step > 0).map({False: 'before', True: 'after'}))
