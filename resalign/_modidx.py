@@ -2172,6 +2172,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                               'resalign/studies/emoji_attack.py'),
                                                'resalign.studies.emoji_attack.plan': ( '9_studies/emoji_attack.html#plan',
                                                                                        'resalign/studies/emoji_attack.py'),
+                                               'resalign.studies.emoji_attack.rank_test': ( '9_studies/emoji_attack.html#rank_test',
+                                                                                            'resalign/studies/emoji_attack.py'),
                                                'resalign.studies.emoji_attack.read_cells_of': ( '9_studies/emoji_attack.html#read_cells_of',
                                                                                                 'resalign/studies/emoji_attack.py'),
                                                'resalign.studies.emoji_attack.run': ( '9_studies/emoji_attack.html#run',

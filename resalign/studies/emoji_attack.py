@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['RUNS', 'METRICS', 'ATTACK', 'KEYS', 'MEASURES', 'attack_cells', 'landscape_cells', 'cells', 'inputs', 'write_words',
            'bell_words', 'attacked', 'pictures_of', 'attack_scores', 'run', 'read_cells_of', 'attack_table',
-           'attack_tests', 'main_rows', 'with_rise', 'flat_and_resilient', 'unlearn_seconds', 'finetune_seconds',
-           'look_seconds', 'model_work', 'tuning_work', 'chosen_work', 'variant_work', 'course_work', 'cell_work',
-           'plan', 'hours']
+           'attack_tests', 'main_rows', 'with_rise', 'rank_test', 'flat_and_resilient', 'unlearn_seconds',
+           'finetune_seconds', 'look_seconds', 'model_work', 'tuning_work', 'chosen_work', 'variant_work',
+           'course_work', 'cell_work', 'plan', 'hours']
 
 # %% ../../nbs/9_studies/47_emoji_attack.ipynb #47at0002
 import json
 import numpy as np, pandas as pd
+from scipy import stats
 from ..core.files import atomic_dir, write_csv, write_json
 from ..core.settings import UserError
 from ..measure.emoji_detectors import load_emoji_evaluators
@@ -25,7 +26,7 @@ from .emoji_models import (BASE, EVALUATORS, UNSAFE, cell_models, concept_of, em
                                            emoji_settings, finetunings_of, look_rows, words_of)
 from .emoji_tuning import chosen_settings
 from .landscape import curvature
-from .models import made, models_folder, rank_correlation
+from .models import made, models_folder
 from ..use.attacks import (ATTACKS, AttackConfig, Attacked, CONTROLS, Given, concept_direction, nearest_words,
                                   ring_a_bell, vocabulary)
 from ..use.meaning import content, digest, meaning, short
@@ -163,10 +164,17 @@ def with_rise(curves:pd.DataFrame, main:pd.DataFrame) -> pd.DataFrame: # method,
     points = curves.drop(columns='phase').rename(columns=dict(run='seed')).set_index(['method', 'seed'])
     return points.assign(before=before, rise=after - before).reset_index()
 
+def rank_test(a, b) -> dict: # rho, p, n
+    "Spearman's rank correlation, with its exact p over all pairings where these are at most 10,000"
+    x, y = (stats.rankdata(v) - (len(v) + 1)/2 for v in (a, b))
+    found = stats.permutation_test((x,), lambda x, axis: (x*y).sum(axis), permutation_type='pairings',
+                                   vectorized=True, n_resamples=10_000, rng=np.random.default_rng(0))
+    return dict(rho=found.statistic/np.sqrt((x*x).sum()*(y*y).sum()), p=found.pvalue, n=len(x))
+
 def flat_and_resilient(points:pd.DataFrame) -> pd.DataFrame: # measure, rho, p, n, p_holm
     "Does little curvature go with a small rise, over methods that had unlearned?"
     mean = points[points.method != 'original'].groupby('method').mean(numeric_only=True)
-    table = pd.DataFrame([dict(measure=m) | rank_correlation(mean[m].abs(), mean.rise) for m in MEASURES])
+    table = pd.DataFrame([dict(measure=m) | rank_test(mean[m].abs(), mean.rise) for m in MEASURES])
     return table.assign(p_holm=holm(table.p))
 
 # %% ../../nbs/9_studies/47_emoji_attack.ipynb #47at001a
@@ -174,7 +182,8 @@ def unlearn_seconds(method:str, settings:dict) -> float: # of one core
     "A start, and for each step what is outside of simulated fine-tunings and what is within"
     known = emoji_settings('costs.unlearn')
     start, step, simulated = known.get(method, known['other'])
-    return start + settings.get('steps', 0)*(step + settings.get('J', 1)*simulated)
+    length = np.mean(settings.get('pool', {}).get('steps', [5]))/5
+    return start + settings.get('steps', 0)*(step + settings.get('J', 1)*length*simulated)
 
 def finetune_seconds(config:dict) -> float: # of one core
     "Prior preservation takes a second batch"
