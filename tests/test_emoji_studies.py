@@ -75,21 +75,21 @@ def tuned(monkeypatch):
 
 def test_every_cell_of_the_further_studies_could_run(tuned):
     "Settings are those of their methods, courses and attacks; nothing of the tuning concept; the plan counts each cell"
-    for cell in fronts.cells().values(): config_of(cell['method'], dict(cell['settings']), cell['seed'])
-    for cell in courses.cells().values():
+    every, data = [fronts.cells(), courses.cells(), attack.cells()], models.emoji_data()
+    for cell in every[0].values(): config_of(cell['method'], dict(cell['settings']), cell['seed'])
+    for cell in every[1].values():
         course = make_config(Course, cell['finetuning'], 'params.yaml')
-        assert (models.emoji_data()/course.data).is_dir() and set(cell['looks']) <= set(range(1, course.steps + 1))
+        assert (data/course.data).is_dir() and set(cell['looks']) <= set(range(1, course.steps + 1))
     for cell in attack.attack_cells().values(): make_config(AttackConfig, cell['numbers']['settings'], 'params.yaml')
-    every = [fronts.cells(), courses.cells(), attack.cells()]
     assert {c['concept'] for grid in every for c in grid.values()} == {models.concept_of('reported')}
-    no_term = fronts.cells()['ablation-ga-beta_0-0']['settings']
-    full = fronts.cells()['ablation-resalign-first-order-full-0']['settings']
+    no_term = every[0]['ablation-ga-beta_0-0']['settings']
+    full = every[0]['ablation-resalign-first-order-full-0']['settings']
     assert no_term['beta'] == 0 and all(full[k] == v for k, v in no_term.items() if k != 'beta')
     variants = {(c['method'], c['setting'], c['seed']) for c in every[0].values() if c['setting'] != 'full'}
     plan = attack.plan()
     counted = plan.groupby(['study', 'what']).size()
     assert counted['fronts', 'unlearning'] + counted['ablation', 'unlearning'] <= len(variants)
-    assert counted[list(courses.STUDIES), 'fine-tuning'].sum() == len(every[1])
+    assert sum(counted[study, 'fine-tuning'] for study in courses.STUDIES) == len(every[1])
     assert counted['attack', 'attacks'] + counted['landscape', 'Hessian'] == len(every[2])
 
 

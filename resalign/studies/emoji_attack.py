@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['RUNS', 'METRICS', 'ATTACK', 'KEYS', 'MEASURES', 'attack_cells', 'landscape_cells', 'cells', 'inputs', 'write_words',
            'bell_words', 'attacked', 'pictures_of', 'attack_scores', 'run', 'read_cells_of', 'attack_table',
-           'attack_tests', 'main_rows', 'with_rise', 'rank_test', 'flat_and_resilient', 'unlearn_seconds',
+           'attack_tests', 'main_rows', 'with_rise', 'rank_test', 'flat_and_resilient', 'costs', 'unlearn_seconds',
            'finetune_seconds', 'look_seconds', 'model_work', 'tuning_work', 'chosen_work', 'variant_work',
            'course_work', 'cell_work', 'plan', 'hours']
 
 # %% ../../nbs/9_studies/47_emoji_attack.ipynb #47at0002
 import json
+from functools import cache
 import numpy as np, pandas as pd
 from scipy import stats
 from ..core.files import atomic_dir, write_csv, write_json
@@ -48,7 +49,8 @@ def landscape_cells() -> dict: # name -> parameters
     grid = emoji_settings('landscape')
     numbers = {k: grid[k] for k in ('pairs', 'probes')}
     common = dict(study='landscape', concept=concept_of('reported'), finetunings={}, phase='before', numbers=numbers)
-    return {f'landscape-{m}-{s}': dict(method=m, seed=s, settings=chosen_settings(m), **common)
+    chosen = {m: chosen_settings(m) for m in grid['methods']}
+    return {f'landscape-{m}-{s}': dict(method=m, seed=s, settings=chosen[m], **common)
             for s in grid['seeds'] for m in grid['methods']}
 
 def cells() -> dict: # name -> parameters
@@ -178,21 +180,26 @@ def flat_and_resilient(points:pd.DataFrame) -> pd.DataFrame: # measure, rho, p, 
     return table.assign(p_holm=holm(table.p))
 
 # %% ../../nbs/9_studies/47_emoji_attack.ipynb #47at001a
+@cache
+def costs() -> dict:
+    "Seconds of one core"
+    return emoji_settings('costs')
+
 def unlearn_seconds(method:str, settings:dict) -> float: # of one core
     "A start, and for each step what is outside of simulated fine-tunings and what is within"
-    known = emoji_settings('costs.unlearn')
+    known = costs()['unlearn']
     start, step, simulated = known.get(method, known['other'])
     length = np.mean(settings.get('pool', {}).get('steps', [5]))/5
     return start + settings.get('steps', 0)*(step + settings.get('J', 1)*length*simulated)
 
 def finetune_seconds(config:dict) -> float: # of one core
     "Prior preservation takes a second batch"
-    known = emoji_settings('costs.finetune')
+    known = costs()['finetune']
     one = known.get(config['algorithm'], known['full'])*config['batch']/4
     return config['steps']*one*(2 if config.get('prior_weight') else 1)
 
 def look_seconds(look:dict) -> float: # of one core
-    return emoji_settings('costs.picture')*(sum(look['prompts'].values()) + look.get('subjects', 0))
+    return costs()['picture']*(sum(look['prompts'].values()) + look.get('subjects', 0))
 
 # %% ../../nbs/9_studies/47_emoji_attack.ipynb #47at001b
 def model_work(study, who, settings, finetunings:dict, look:dict): # who: concept, method, setting, seed
@@ -205,44 +212,44 @@ def model_work(study, who, settings, finetunings:dict, look:dict): # who: concep
 
 def tuning_work():
     "Every trial"
-    grid = emoji_settings('tuning')
+    grid, after = emoji_settings('tuning'), finetunings_of(emoji_settings('tuning.downstream'))
     for m, section in emoji_settings('methods').items():
         for k, changes in enumerate(section['trials']):
             who, settings = (concept_of('tuning'), m, f'trial {k}', grid['seed']), section['start'] | changes
-            yield from model_work('tuning', who, settings, finetunings_of(grid['downstream']), grid['look'])
+            yield from model_work('tuning', who, settings, after, grid['look'])
 
 def chosen_work(study:str, methods, seeds, finetunings:list, concepts=('reported',)): # seeds: of a method
     "Models with the settings that the tuning chooses; the start stands for them"
-    look, after = emoji_settings('table.look'), finetunings_of(finetunings)
-    for use in concepts:
-        for who in [(concept_of(use), m, 'as chosen', s) for m in methods for s in seeds(m)]:
-            yield from model_work(study, who, emoji_settings(f'methods.{who[1]}.start'), after, look)
+    look, after, known = emoji_settings('table.look'), finetunings_of(finetunings), emoji_settings('methods')
+    for concept, m in [(concept_of(use), m) for use in concepts for m in methods]:
+        for seed in seeds(m):
+            yield from model_work(study, (concept, m, 'as chosen', seed), known[m]['start'], after, look)
 
 # %% ../../nbs/9_studies/47_emoji_attack.ipynb #47at001c
 def variant_work():
     "Fronts and parts"
-    look = emoji_settings('table.look')
+    look, known, concept = emoji_settings('table.look'), emoji_settings('methods'), concept_of('reported')
+    after = {study: finetunings_of(emoji_settings(f'{study}.finetunings')) for study in emoji_fronts.STUDIES}
     for study, m, setting, changes, seed in emoji_fronts.asked():
-        who = concept_of('reported'), m, setting if changes else 'as chosen', seed
-        settings = emoji_settings(f'methods.{m}.start') | changes
-        yield from model_work(study, who, settings, finetunings_of(emoji_settings(f'{study}.finetunings')), look)
+        who = concept, m, setting if changes else 'as chosen', seed
+        yield from model_work(study, who, known[m]['start'] | changes, after[study], look)
 
 # %% ../../nbs/9_studies/47_emoji_attack.ipynb #47at001d
 def course_work():
     "Further fine-tunings"
-    look = emoji_settings('table.look')
+    one, grid = look_seconds(emoji_settings('table.look')), emoji_settings('courses')
     for seed, study, m, name, course in emoji_courses.asked():
-        key, looks = (m, study, name, seed), emoji_settings(f'courses.{study}').get('looks', [0])
+        key = m, study, name, seed
         yield study, 'fine-tuning', key, finetune_seconds(course)
-        yield study, 'look', key, len(looks)*look_seconds(look)
+        yield study, 'look', key, one*len(grid[study].get('looks', [0]))
 
 def cell_work():
     "Attacks and landscape"
-    attack, landscape, costs = (emoji_settings(k) for k in ('attack', 'landscape', 'costs'))
+    attack, landscape = emoji_settings('attack'), emoji_settings('landscape')
     for key in [(m, p, s) for m in attack['methods'] for p in attack['phases'] for s in attack['seeds']]:
-        yield 'attack', 'attacks', key, costs['attack']
+        yield 'attack', 'attacks', key, costs()['attack']
     for key in [(m, 'before', s) for m in landscape['methods'] for s in landscape['seeds']]:
-        yield 'landscape', 'Hessian', key, costs['landscape']
+        yield 'landscape', 'Hessian', key, costs()['landscape']
 
 # %% ../../nbs/9_studies/47_emoji_attack.ipynb #47at001e
 def plan() -> pd.DataFrame: # study, what, key, seconds: each once

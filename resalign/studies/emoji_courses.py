@@ -47,11 +47,11 @@ def cells() -> dict: # name -> parameters
     "Studies times courses times methods times seeds"
     common = dict(concept=concept_of('reported'), look=look_of('table', 'test'))
     chosen, out = {m: chosen_settings(m) for m in emoji_settings('courses.methods')}, {}
+    grid = emoji_settings('courses')
     for seed, study, m, name, course in asked():
-        grid = emoji_settings(f'courses.{study}')
-        numbers = dict(looks=grid.get('looks', [course['steps']]), pictures=grid.get('pictures', 0))
+        looks, pictures = grid[study].get('looks', [course['steps']]), grid[study].get('pictures', 0)
         out[f'{study}-{m}-{name}-{seed}'] = dict(study=study, course=name, method=m, seed=seed, settings=chosen[m],
-                                                 finetuning=course, **numbers, **common)
+                                                 finetuning=course, looks=looks, pictures=pictures, **common)
     return out
 
 # %% ../../nbs/9_studies/31_emoji_courses.ipynb #31co0009

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RUNS', 'STUDIES', 'DISTINGUISH', 'inputs', 'run', 'DIFFERENCE', 'FRONT', 'POINT', 'COLOURS', 'ABLATION', 'PAIRS',
-           'setting_name', 'front_points', 'ablation_points', 'asked', 'cell_name', 'point_settings', 'cells',
-           'unsafe_pictures', 'worst_after', 'rate_over_models', 'more_unsafe', 'front_table', 'at_equal_cost',
+           'setting_name', 'front_points', 'ablation_points', 'asked', 'cell_name', 'as_full', 'chosen_by_study',
+           'cells', 'unsafe_pictures', 'worst_after', 'rate_over_models', 'more_unsafe', 'front_table', 'at_equal_cost',
            'front_tests', 'write_fronts', 'reach', 'front_title', 'saved', 'save_figure', 'against_full',
            'write_ablation', 'loss_tests', 'write_losses']
 
@@ -55,20 +55,23 @@ def cell_name(study, method, setting, seed) -> str: # fronts-ga-margin=0.03-0
 # %% ../../nbs/9_studies/13_emoji_fronts.ipynb #13fr0008
 DISTINGUISH = ('beta', 'solver') # settings by which methods of Algorithm 2 differ
 
-def point_settings(study:str, method:str, changes:dict) -> dict:
-    "What was chosen, with changes; a variant of another method keeps all of the full one that this method has"
-    chosen = chosen_settings(method)
-    if study == 'ablation' and method != (full := emoji_settings('ablation.method')):
-        chosen |= {k: v for k, v in chosen_settings(full).items() if k in chosen and k not in DISTINGUISH}
-    return chosen | changes
+def as_full(own:dict, full:dict) -> dict:
+    "Another method's settings, with all of the full variant's that it has"
+    return own | {k: v for k, v in full.items() if k in own and k not in DISTINGUISH}
+
+def chosen_by_study() -> dict: # study -> method -> settings
+    "What a point changes"
+    full = chosen_settings(emoji_settings('ablation.method'))
+    fronts, parts = ({m: chosen_settings(m) for m in dict.fromkeys(m for m, *_ in of())} for of in STUDIES.values())
+    return dict(fronts=fronts, ablation={m: as_full(own, full) for m, own in parts.items()})
 
 def cells() -> dict: # name -> parameters
     "Settings times seeds"
     common = dict(concept=concept_of('reported'), look=look_of('table', 'test'))
     after = {study: finetunings_of(emoji_settings(f'{study}.finetunings')) for study in STUDIES}
-    out = {}
+    chosen, out = chosen_by_study(), {}
     for study, m, setting, changes, seed in asked():
-        settings = point_settings(study, m, changes)
+        settings = chosen[study][m] | changes
         out[cell_name(study, m, setting, seed)] = dict(study=study, method=m, setting=setting, seed=seed, **common,
                                                        settings=settings, finetunings=after[study])
     return out

@@ -67,7 +67,8 @@ def harmful_loss(pipe, pairs:int, seed:int=0, unsafe=UNSAFE): # a function of th
     return lambda: -model.loss(sample)
 
 # %% ../../nbs/9_studies/38_landscape.ipynb #ee014f20
-def curvature(pipe, pairs:int, probes:int, k:int=2, tol:float=.1, unsafe=UNSAFE) -> dict: # trace, trace_error, top_1, ..., bottom
+def curvature(pipe, pairs:int, probes:int, k:int=2, tol:float=.1,
+              unsafe=UNSAFE) -> dict: # trace, trace_error, top_1, ..., bottom
     "Trace and ends of the spectrum of the Hessian of L_harm"
     weights = list(pipe.unet.requires_grad_(True).parameters())
     loss = FrozenLoss(harmful_loss(pipe, pairs, unsafe=unsafe), weights)
