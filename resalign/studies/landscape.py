@@ -60,17 +60,18 @@ def spectrum_ends(product, params:list, k:int=2, tol:float=.02, seed:int=0) -> l
 # %% ../../nbs/9_studies/38_landscape.ipynb #684432a7
 UNSAFE = Path('data/unsafe')
 
-def harmful_loss(pipe, pairs:int, seed:int=0): # a function of the UNet's weights
+def harmful_loss(pipe, pairs:int, seed:int=0, unsafe=UNSAFE): # a function of the UNet's weights
     "L_harm on a frozen sample"
-    bank, model = encode(pipe, *read_images(UNSAFE, size_of(pipe))), Denoiser(pipe)
+    bank, model = encode(pipe, *read_images(unsafe, size_of(pipe))), Denoiser(pipe)
     sample = draw_sample(bank, pairs, generator(seed, 'landscape'), model.timesteps)
     return lambda: -model.loss(sample)
 
 # %% ../../nbs/9_studies/38_landscape.ipynb #ee014f20
-def curvature(pipe, pairs:int, probes:int, k:int=2, tol:float=.1) -> dict: # trace, trace_error, top_1, ..., bottom
+def curvature(pipe, pairs:int, probes:int, k:int=2, tol:float=.1,
+              unsafe=UNSAFE) -> dict: # trace, trace_error, top_1, ..., bottom
     "Trace and ends of the spectrum of the Hessian of L_harm"
     weights = list(pipe.unet.requires_grad_(True).parameters())
-    loss = FrozenLoss(harmful_loss(pipe, pairs), weights)
+    loss = FrozenLoss(harmful_loss(pipe, pairs, unsafe=unsafe), weights)
     product = Exact(loss, weights)
     trace, error = hutchinson(product, weights, probes)
     ends = spectrum_ends(product, weights, k, tol)
