@@ -29,8 +29,9 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from ..core.runs import generator
 from ..core.settings import Config, UserError, choose
 from ..core.training import Ranks, flatten_moments, optimise, unflatten_moments
-from .finetune import (FinetuneConfig, FinetuneLoss, Going, adapter_params, add_lora, contaminated, descend,
-                                      fresh_lora, merge_lora, recorded, simulated, trainable_until_exit)
+from .finetune import (FinetuneConfig, FinetuneLoss, Going, adapter_params, add_lora, contaminated,
+                                      descend, fresh_lora, merge_lora, recorded,
+                                      simulated, trainable_until_exit)
 from .hypergrad import (FallbackBudget, FrozenLoss, MoreauOperator, SolveReport, TAU, TooManyFallbacks,
                                        adjoint, flat, hypergradient, lora_pairs)
 from ..model.compute import backbone, make_optimizer
