@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import CLIPTextModel
 
 import resalign
-from resalign.world import scenes as world
+from resalign.world import emoji, scenes as world
 from resalign.baselines import advunlearn, uce
 from resalign.baselines.parts import changed_params
 from resalign.method.demo import demo, demo_data
@@ -206,7 +206,8 @@ def test_a_module_is_merged_into_what_was_fine_tuned(given, tmp_path):
 def test_a_detector_and_validation_prompts_reach_the_methods_that_look(given, tmp_path):
     pipe, _ = given
     save_pipeline(pipe, tmp_path/'base')
-    for name in ('unsafe', 'retain'): world.write_set(tmp_path/name, world.scenes(name, 3))
+    for name in ('unsafe', 'retain'):
+        emoji.write_set(tmp_path/name, emoji.scenes({'unsafe': 'unsafe-weapon'}.get(name, name), 3))
     seen = []
     class Detector:
         threshold = .7
@@ -214,15 +215,15 @@ def test_a_detector_and_validation_prompts_reach_the_methods_that_look(given, tm
             seen.append(pictures.shape)
             return np.arange(1, len(pictures) + 1)/len(pictures) # the last of any is unsafe
         def __repr__(self): return 'demo detector'
-    asked = dict(detector=Detector(), validation=[('a red robot', 1), ('a robot', 2), ('a blue robot', 3)],
-                 erase=[' with exposed wiring', ' with its wires showing', ' with an open chest full of wires'])
+    asked = dict(detector=Detector(), validation=[('a fox', 1), ('a bear', 2), ('a lion', 3)],
+                 erase=emoji.words_of('weapon'))
     resalign.unlearn(tmp_path/'base', tmp_path/'unsafe', tmp_path/'retain', tmp_path/'out', 'rece',
                      dict(sampling_steps=2), **asked)
     log = pd.read_csv(tmp_path/'out/log.csv')
     assert log.unsafe.tolist() == pytest.approx([1/3]*2) and log.kept.tolist() == [True, False]
     assert seen == [(3, 64, 64, 3)]*2
     record = json.loads((tmp_path/'out/record.json').read_text())
-    assert record['detector'] == 'demo detector' and record['validation'][0] == ['a red robot', 1]
+    assert record['detector'] == 'demo detector' and record['validation'][0] == ['a fox', 1]
     with pytest.raises(UserError, match='safegen: unsafe picture 2 '):
         resalign.unlearn(tmp_path/'base', tmp_path/'unsafe', tmp_path/'retain', tmp_path/'no', 'safegen', **asked)
 

@@ -149,16 +149,19 @@ def courses_by_slot(tensors:dict, begin) -> dict: # begin(j, slot, number): a Co
         out[j, slot] = replace(begin(j, slot, number), going=going)
     return out
 
-# %% ../../nbs/4_method/30_resalign.ipynb #e07138cf
+# %% ../../nbs/4_method/30_resalign.ipynb #53aa14dc
 def begin_course(config, folders:list, j:int, slot:int, number:int) -> Course:
     "The `number`-th course of a slot"
     name = ('course', j, slot, number)
     drawn = draw_configs(config.pool, 1, folders, config.seed, generator(config.seed, *name))
     return Course(name, drawn[0], Going())
 
+# %% ../../nbs/4_method/30_resalign.ipynb #e07138cf
 class Courses:
     "All courses of a run; like a module, they have a `state_dict` of tensors"
-    def __init__(self, config, folders:list): # ResAlignConfig; names of the pool's banks
+    def __init__(self, config, folders:list, processes=1): # ResAlignConfig; names of the pool's banks
+        if config.horizon and processes > 1:
+            raise UserError(f'resalign: horizon: its courses belong to one process, expected 1, got {processes}')
         self.config, self.courses, self.begin = config, {}, partial(begin_course, config, folders)
 
     def at(self, step:int, j:int) -> Course|None: # None: without a horizon
@@ -460,8 +463,7 @@ def adjoint_gradient(L_harm, loss, params:list, adapter, ft, config, what:str) -
     return x, report, -value
 
 # %% ../../nbs/4_method/30_resalign.ipynb #6b7688b5
-def resilience_gradient(model, harmful,
-                        i, # which unsafe samples
+def resilience_gradient(model, harmful, i, # which unsafe samples
                         loss:FinetuneLoss, params:list,
                         adapter:dict, # from `lora_map`
                         ft:FinetuneConfig, config:ResAlignConfig,
@@ -477,7 +479,7 @@ def resilience_gradient(model, harmful,
     L_harm = lambda: harmful(model, i, config.margin_after)
     if config.solver == 'adjoint':                                                                       # lines 5, 6
         return adjoint_gradient(L_harm, loss, params, adapter, ft, config, what)
-    with END_POINTS[what](loss, params, adapter, ft, going) as end:                                             # line 5
+    with END_POINTS[what](loss, params, adapter, ft, going) as end:                                      # line 5
         if what == 'fresh' and config.solver == 'identity': end, what = EndPoint(params, None), 'own'
         def back(x, gamma, samples, options):
             return back_to_theta(x, gamma, loss, samples, options, what, end.moved, L_harm, params, adapter)
@@ -560,9 +562,7 @@ class OuterState:
         self.params = add_lora(net, 'unlearn', config.rank, config.seed, config.up_std, config.down_std) # θ
         self.adapter = lora_map(net, 'unlearn')
         self.budget, self.ranks = FallbackBudget(config.fallback_share), Ranks()
-        self.courses = Courses(config, sorted(data.pool))
-        if config.horizon and (n := self.ranks.accelerator.num_processes) > 1:
-            raise UserError(f'resalign: horizon: its courses belong to one process, expected 1, got {n}')
+        self.courses = Courses(config, sorted(data.pool), self.ranks.accelerator.num_processes)
 
     def count(self, report, where:str):
         "Count a solve; a UserError when too many fell back"

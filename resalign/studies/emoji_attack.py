@@ -32,9 +32,10 @@ from ..use.attacks import (ATTACKS, AttackConfig, Attacked, CONTROLS, Given, con
                                   ring_a_bell, vocabulary)
 from ..use.meaning import content, digest, meaning, short
 
-# %% ../../nbs/9_studies/47_emoji_attack.ipynb #47at0006
+# %% ../../nbs/9_studies/47_emoji_attack.ipynb #1777ebbc
 RUNS = 'emoji/runs/attack' # under the folder of results
 
+# %% ../../nbs/9_studies/47_emoji_attack.ipynb #caea0b3f
 def attack_cells() -> dict: # name -> parameters
     "Methods times phases times seeds"
     grid, chosen = emoji_settings('attack'), {m: chosen_settings(m) for m in emoji_settings('attack.methods')}
@@ -44,6 +45,7 @@ def attack_cells() -> dict: # name -> parameters
     return {f'attack-{m}-{phase}-{s}': dict(method=m, seed=s, settings=chosen[m], phase=phase, **common)
             for s in grid['seeds'] for m in grid['methods'] for phase in grid['phases']}
 
+# %% ../../nbs/9_studies/47_emoji_attack.ipynb #69b74349
 def landscape_cells() -> dict: # name -> parameters
     "Methods times seeds"
     grid = emoji_settings('landscape')
@@ -53,6 +55,7 @@ def landscape_cells() -> dict: # name -> parameters
     return {f'landscape-{m}-{s}': dict(method=m, seed=s, settings=chosen[m], **common)
             for s in grid['seeds'] for m in grid['methods']}
 
+# %% ../../nbs/9_studies/47_emoji_attack.ipynb #47at0006
 def cells() -> dict: # name -> parameters
     return attack_cells() | landscape_cells()
 
@@ -63,7 +66,7 @@ def inputs(method, seed, settings, concept, finetunings, phase, **_) -> dict: # 
     data = emoji_data()
     return dict(model=model.key) | content(BASE, EVALUATORS, data/f'unsafe-{concept}', data/f'test-{concept}.csv')
 
-# %% ../../nbs/9_studies/47_emoji_attack.ipynb #47at0009
+# %% ../../nbs/9_studies/47_emoji_attack.ipynb #29a7daf2
 def write_words(out, concept:str, prompts:list, candidates:int, rounds:int):
     "words.json: Ring-A-Bell's prompts, found with the original's text encoder"
     original, erase = load_pipeline(BASE), words_of(concept)
@@ -73,6 +76,7 @@ def write_words(out, concept:str, prompts:list, candidates:int, rounds:int):
     found = ring_a_bell(original, prompts, direction, tried, rounds=rounds)
     with atomic_dir(out) as tmp: write_json(tmp/'words.json', found)
 
+# %% ../../nbs/9_studies/47_emoji_attack.ipynb #47at0009
 def bell_words(concept:str, prompts:list, numbers:dict) -> list: # of prompts
     "Found when they are first asked for, and kept"
     code = short(meaning('resalign.use.attacks', []))
@@ -82,7 +86,7 @@ def bell_words(concept:str, prompts:list, numbers:dict) -> list: # of prompts
                   lambda out: write_words(out, concept, prompts, **numbers))
     return json.loads((folder/'words.json').read_text())
 
-# %% ../../nbs/9_studies/47_emoji_attack.ipynb #47at000b
+# %% ../../nbs/9_studies/47_emoji_attack.ipynb #bbcb2b26
 def attacked(pipe, concept:str, numbers:dict) -> Attacked:
     "A model, and what its attackers have: pictures of the concept, and the original"
     rows = look_rows(concept, 'test', dict.fromkeys(UNSAFE, numbers['prompts']), 0)
@@ -90,11 +94,13 @@ def attacked(pipe, concept:str, numbers:dict) -> Attacked:
     config = AttackConfig(**numbers['settings'])
     return Attacked(pipe, Given(rows, config, unsafe, original=load_pipeline(BASE), erase=tuple(words_of(concept))))
 
+# %% ../../nbs/9_studies/47_emoji_attack.ipynb #651e51ef
 def pictures_of(x:Attacked, attack:str, concept:str, numbers:dict) -> list: # of sets, a picture a prompt
     "What an attack draws"
     if attack != 'bell': return ATTACKS[attack](x).sets
     return [x.draw(bell_words(concept, x.given.prompts, numbers['words']))]
 
+# %% ../../nbs/9_studies/47_emoji_attack.ipynb #47at000b
 def attack_scores(pipe, concept:str, numbers:dict) -> pd.DataFrame: # detector, kind, prompt, seed, attack, score
     "Of every prompt under every attack: the highest score of its pictures"
     x, detector = attacked(pipe, concept, numbers), f'detector-{concept}'
@@ -116,11 +122,12 @@ def run(folder, study, method, seed, settings, concept, finetunings, phase, numb
     found = curvature(pipe, **numbers, unsafe=emoji_data()/f'unsafe-{concept}')
     write_csv(folder/'curvature.csv', pd.DataFrame([found]), index=False, float_format='%.6g')
 
-# %% ../../nbs/9_studies/47_emoji_attack.ipynb #47at000e
+# %% ../../nbs/9_studies/47_emoji_attack.ipynb #a14f25b8
 METRICS = dict(unsafe=UNSAFE, explicit=('explicit',), IP=('implicit',))
 ATTACK = 'method seed attack phase metric value low high n'.split()
 KEYS = ['method', 'attack', 'phase']
 
+# %% ../../nbs/9_studies/47_emoji_attack.ipynb #47at000e
 def read_cells_of(grid:dict, name:str) -> pd.DataFrame: # with method, phase and run
     "One table of all cells"
     out = []
@@ -131,13 +138,14 @@ def read_cells_of(grid:dict, name:str) -> pd.DataFrame: # with method, phase and
         out.append(rows.assign(method=c['method'], phase=c['phase'], run=c['seed']))
     return pd.concat(out, ignore_index=True)
 
-# %% ../../nbs/9_studies/47_emoji_attack.ipynb #47at000f
+# %% ../../nbs/9_studies/47_emoji_attack.ipynb #65ff3acb
 def attack_table(scores:pd.DataFrame, concept:str) -> pd.DataFrame: # ATTACK
     "Rates of every model and of all"
     parts = [unsafe_rows(scores[scores.kind.isin(kinds)], concept, KEYS).assign(metric=metric)
              for metric, kinds in METRICS.items()]
     return pd.concat(parts, ignore_index=True)[ATTACK]
 
+# %% ../../nbs/9_studies/47_emoji_attack.ipynb #47at000f
 def attack_tests(scores:pd.DataFrame, concept:str) -> pd.DataFrame: # KEYS, control, DIFFERENCE, p_holm
     "What each attack adds to its control"
     groups, rows = dict(list(unsafe_pictures(scores, concept).groupby(KEYS, sort=False))), []
@@ -149,15 +157,17 @@ def attack_tests(scores:pd.DataFrame, concept:str) -> pd.DataFrame: # KEYS, cont
     table = pd.DataFrame(rows)
     return table.assign(p_holm=holm(table.p.astype(float)))
 
-# %% ../../nbs/9_studies/47_emoji_attack.ipynb #47at0016
+# %% ../../nbs/9_studies/47_emoji_attack.ipynb #b5c14987
 def main_rows() -> pd.DataFrame:
     "The main table of this world"
     csv = emoji_results()/'tables'/'main.csv'
     if csv.is_file(): return pd.read_csv(csv)
     raise UserError(f'{csv}: no such file, run RESALIGN_PROFILE=emoji resalign-batch table')
 
+# %% ../../nbs/9_studies/47_emoji_attack.ipynb #cc4828c7
 MEASURES = {'trace': 'trace', 'top_1': 'largest eigenvalue', 'bottom': 'smallest eigenvalue'}
 
+# %% ../../nbs/9_studies/47_emoji_attack.ipynb #c7d51c74
 def with_rise(curves:pd.DataFrame, main:pd.DataFrame) -> pd.DataFrame: # method, seed, before, rise, and of `curvature`
     "Curvature beside what comes back, model by model"
     rows = main[(main.metric == 'IP') & (main.seed.astype(str) != 'all')].astype(dict(seed=int))
@@ -166,6 +176,7 @@ def with_rise(curves:pd.DataFrame, main:pd.DataFrame) -> pd.DataFrame: # method,
     points = curves.drop(columns='phase').rename(columns=dict(run='seed')).set_index(['method', 'seed'])
     return points.assign(before=before, rise=after - before).reset_index()
 
+# %% ../../nbs/9_studies/47_emoji_attack.ipynb #bce8b22a
 def rank_test(a, b) -> dict: # rho, p, n
     "Spearman's rank correlation, with its exact p over all pairings where these are at most 10,000"
     x, y = (stats.rankdata(v) - (len(v) + 1)/2 for v in (a, b))
@@ -173,18 +184,20 @@ def rank_test(a, b) -> dict: # rho, p, n
                                    vectorized=True, n_resamples=10_000, rng=np.random.default_rng(0))
     return dict(rho=found.statistic/np.sqrt((x*x).sum()*(y*y).sum()), p=found.pvalue, n=len(x))
 
+# %% ../../nbs/9_studies/47_emoji_attack.ipynb #47at0016
 def flat_and_resilient(points:pd.DataFrame) -> pd.DataFrame: # measure, rho, p, n, p_holm
     "Does little curvature go with a small rise, over methods that had unlearned?"
     mean = points[points.method != 'original'].groupby('method').mean(numeric_only=True)
     table = pd.DataFrame([dict(measure=m) | rank_test(mean[m].abs(), mean.rise) for m in MEASURES])
     return table.assign(p_holm=holm(table.p))
 
-# %% ../../nbs/9_studies/47_emoji_attack.ipynb #47at001a
+# %% ../../nbs/9_studies/47_emoji_attack.ipynb #56699162
 @cache
 def costs() -> dict:
     "Seconds of one core"
     return emoji_settings('costs')
 
+# %% ../../nbs/9_studies/47_emoji_attack.ipynb #fa613c40
 def unlearn_seconds(method:str, settings:dict) -> float: # of one core
     "A start, and for each step what is outside of simulated fine-tunings and what is within"
     known = costs()['unlearn']
@@ -192,16 +205,18 @@ def unlearn_seconds(method:str, settings:dict) -> float: # of one core
     length = np.mean(settings.get('pool', {}).get('steps', [5]))/5
     return start + settings.get('steps', 0)*(step + settings.get('J', 1)*length*simulated)
 
+# %% ../../nbs/9_studies/47_emoji_attack.ipynb #e9f7ad7a
 def finetune_seconds(config:dict) -> float: # of one core
     "Prior preservation takes a second batch"
     known = costs()['finetune']
     one = known.get(config['algorithm'], known['full'])*config['batch']/4
     return config['steps']*one*(2 if config.get('prior_weight') else 1)
 
+# %% ../../nbs/9_studies/47_emoji_attack.ipynb #47at001a
 def look_seconds(look:dict) -> float: # of one core
     return costs()['picture']*(sum(look['prompts'].values()) + look.get('subjects', 0))
 
-# %% ../../nbs/9_studies/47_emoji_attack.ipynb #47at001b
+# %% ../../nbs/9_studies/47_emoji_attack.ipynb #92f22567
 def model_work(study, who, settings, finetunings:dict, look:dict): # who: concept, method, setting, seed
     "Rows (study, what, key, seconds) of one model with its fine-tunings"
     yield study, 'unlearning', who, unlearn_seconds(who[1], settings)
@@ -210,6 +225,7 @@ def model_work(study, who, settings, finetunings:dict, look:dict): # who: concep
         yield study, 'fine-tuning', (*who, name), finetune_seconds(config)
         yield study, 'look', (*who, name), look_seconds(look)
 
+# %% ../../nbs/9_studies/47_emoji_attack.ipynb #9a003b59
 def tuning_work():
     "Every trial"
     grid, after = emoji_settings('tuning'), finetunings_of(emoji_settings('tuning.downstream'))
@@ -218,6 +234,7 @@ def tuning_work():
             who, settings = (concept_of('tuning'), m, f'trial {k}', grid['seed']), section['start'] | changes
             yield from model_work('tuning', who, settings, after, grid['look'])
 
+# %% ../../nbs/9_studies/47_emoji_attack.ipynb #47at001b
 def chosen_work(study:str, methods, seeds, finetunings:list, concepts=('reported',)): # seeds: of a method
     "Models with the settings that the tuning chooses; the start stands for them"
     look, after, known = emoji_settings('table.look'), finetunings_of(finetunings), emoji_settings('methods')
@@ -234,7 +251,7 @@ def variant_work():
         who = concept, m, setting if changes else 'as chosen', seed
         yield from model_work(study, who, known[m]['start'] | changes, after[study], look)
 
-# %% ../../nbs/9_studies/47_emoji_attack.ipynb #47at001d
+# %% ../../nbs/9_studies/47_emoji_attack.ipynb #407ae4d6
 def course_work():
     "Further fine-tunings"
     one, grid = look_seconds(emoji_settings('table.look')), emoji_settings('courses')
@@ -243,6 +260,7 @@ def course_work():
         yield study, 'fine-tuning', key, finetune_seconds(course)
         yield study, 'look', key, one*len(grid[study].get('looks', [0]))
 
+# %% ../../nbs/9_studies/47_emoji_attack.ipynb #47at001d
 def cell_work():
     "Attacks and landscape"
     attack, landscape = emoji_settings('attack'), emoji_settings('landscape')
@@ -251,7 +269,7 @@ def cell_work():
     for key in [(m, 'before', s) for m in landscape['methods'] for s in landscape['seeds']]:
         yield 'landscape', 'Hessian', key, costs()['landscape']
 
-# %% ../../nbs/9_studies/47_emoji_attack.ipynb #47at001e
+# %% ../../nbs/9_studies/47_emoji_attack.ipynb #c4881550
 def plan() -> pd.DataFrame: # study, what, key, seconds: each once
     "All that the studies compute, in their order"
     known, grid = emoji_settings('phenomenon'), emoji_settings('table')
@@ -261,6 +279,7 @@ def plan() -> pd.DataFrame: # study, what, key, seconds: each once
     rows = [*tuning_work(), *early, *table, *variant_work(), *course_work(), *cell_work()]
     return pd.DataFrame(rows, columns=['study', 'what', 'key', 'seconds']).drop_duplicates(['what', 'key'])
 
+# %% ../../nbs/9_studies/47_emoji_attack.ipynb #47at001e
 def hours(rows:pd.DataFrame, cores=2) -> pd.DataFrame: # by study: number of each kind, hours
     "What it takes on so many cores"
     counts = rows.groupby(['study', 'what'], sort=False).size().unstack('what').fillna(0).astype(int)

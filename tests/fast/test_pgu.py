@@ -74,7 +74,7 @@ def test_covariances_of_inputs_and_no_hook_is_left():
 @ledger('pgu/margin', 'pgu/energy')
 @each('kind, changes',
                          [('epsilon', {}), ('v_prediction', dict(energy=.9, params='cross')),
-                          ('epsilon', dict(margin=.01, lr=1., max_norm=1e6)),
+                          ('epsilon', dict(margin=.02, lr=.5, max_norm=1e6)),
                                            ('epsilon', dict(max_norm=1e6, params='all'))])
 def test_ascent_up_to_the_margin_without_the_benign_directions(kind, changes):
     pipe, data = given(kind)
@@ -102,7 +102,7 @@ def test_ascent_up_to_the_margin_without_the_benign_directions(kind, changes):
         for i in torch.randint(6, (5,), generator=stream(8, 'pgu', k)).tolist():
             rise = denoising(net, kind, bank[i:i + 1]) - before[i]
             held += bool(rise > config.margin)
-            terms.append(rise if rise <= config.margin else rise.detach()*0 + config.margin)
+            terms.append(rise if rise <= config.margin else rise*0 + config.margin)
         value = -mean(terms)
         assert abs(row['loss'] - value.item()) < 1e-5
         same_grads(step.grads, clipped({n: g @ keep[n] for n, g in gradients(value, net, trained).items()},
