@@ -890,7 +890,7 @@ def by_papermill(page, tmp_path, **parameters) -> str:
 
 def by_hand(page, monkeypatch, **parameters) -> str:
     "The same without a kernel: cell by cell, parameters after the cell that is tagged, nothing drawn"
-    blank = lambda pipe, prompts, seeds: np.zeros((len(prompts), 64, 64, 3), np.uint8)
+    blank = lambda pipe, prompts, seeds, **sampling: np.zeros((len(prompts), 64, 64, 3), np.uint8)
     monkeypatch.setattr('resalign.generate', blank, raising=False)
     monkeypatch.chdir(ROOT)
     cells, names = json.loads((ROOT/page).read_text(encoding='utf-8'))['cells'], {}
