@@ -190,7 +190,7 @@ def save_checkpoint(path,
     "Write tensors and `meta` atomically; the checkpoint before it stays as `path`.prev"
     path, digest = Path(path), hashlib.sha256()
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    by_width = dict(sorted(tensors.items(), key=lambda kv: -kv[1].itemsize)) # so that each is aligned
+    by_width = dict(sorted(tensors.items(), key=lambda kv: (-kv[1].itemsize, kv[0]))) # so that each is aligned
     with atomic_file(path) as tmp:
         with open(tmp, 'wb') as f:
             f.write(bytes(32)) # the place of the hash
