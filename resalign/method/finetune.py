@@ -6,7 +6,7 @@
 __all__ = ['READ_BY', 'ATTENTION', 'JOINT', 'Trained', 'ALGORITHMS', 'FinetuneConfig', 'FinetuneSamples', 'FinetuneLoss',
            'adapter_params', 'add_lora', 'merge_lora', 'SpectralShift', 'svdiff', 'check_new_token', 'add_token',
            'new_token', 'textual_inversion', 'save_token', 'custom_diffusion', 'full', 'lora', 'MovingAverage',
-           'check_algorithm', 'backward_mean', 'finetune', 'trainable_until_exit', 'descend', 'Going', 'simulated',
+           'check_algorithm', 'backward_mean', 'finetune', 'trainable_until_exit', 'descend', 'WarmStart', 'simulated',
            'recorded', 'fresh_lora', 'contaminated']
 
 # %% ../../nbs/4_method/20_finetune.ipynb #5454be2f
@@ -329,8 +329,8 @@ def descend(loss:FinetuneLoss, params:list, config:FinetuneConfig, moments:dict=
 
 # %% ../../nbs/4_method/20_finetune.ipynb #7879a58e
 @dataclass
-class Going:
-    "A simulated fine-tuning between two of its parts"
+class WarmStart:
+    "Where a simulated fine-tuning has come to, so that it can go on: a warm start"
     steps:int = 0       # made so far
     values:tuple = ()   # of its parameters; none: it begins where they are
     moments:dict = None # its optimizer's state
@@ -346,12 +346,12 @@ class Going:
 
 # %% ../../nbs/4_method/20_finetune.ipynb #60421d31
 @contextlib.contextmanager
-def simulated(loss:FinetuneLoss, params:list, config:FinetuneConfig, going:Going=None):
-    "Inside: `params` at the end θ* of a fine-tuning from θ, or of one that is `going` on. Outside: θ, bit for bit."
+def simulated(loss:FinetuneLoss, params:list, config:FinetuneConfig, warm:WarmStart=None):
+    "Inside: `params` at the end θ* of a fine-tuning from θ, or from a `WarmStart`. Outside: θ, bit for bit."
     with trainable_until_exit(params) as theta:
-        if going: going.put(params)
-        moments = descend(loss, params, config, going.moments if going else None)
-        if going: going.keep(params, moments, config.steps)
+        if warm: warm.put(params)
+        moments = descend(loss, params, config, warm.moments if warm else None)
+        if warm: warm.keep(params, moments, config.steps)
         yield theta
 
 # %% ../../nbs/4_method/20_finetune.ipynb #meta2007

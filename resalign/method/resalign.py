@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EndPoint', 'END_POINTS', 'HALVINGS', 'METHODS', 'Simulation', 'check_pool', 'Pool', 'in_one_step', 'pick',
-           'listed_config', 'draw_config', 'draw_configs', 'Course', 'course_tensors', 'course_going',
-           'tensors_by_slot', 'courses_by_slot', 'begin_course', 'Courses', 'DirectConfig', 'check_switches',
+           'listed_config', 'draw_config', 'draw_configs', 'LongCourse', 'course_tensors', 'course_start',
+           'tensors_by_slot', 'courses_by_slot', 'begin_course', 'LongCourses', 'DirectConfig', 'check_switches',
            'ResilienceConfig', 'ResAlignConfig', 'UnlearnData', 'retain_weight', 'direct_gradient', 'pass_dtype',
            'pairs_of', 'product_options', 'hessian_samples', 'own_factors', 'all_weights', 'fresh_factors', 'low_rank',
            'extracted_factors', 'moved_by', 'cross_term', 'back_to_theta', 'length', 'mean_growth', 'damped_richardson',
@@ -29,7 +29,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from ..core.runs import generator
 from ..core.settings import Config, UserError, choose
 from ..core.training import Ranks, flatten_moments, optimise, unflatten_moments
-from .finetune import (FinetuneConfig, FinetuneLoss, Going, adapter_params, add_lora, contaminated,
+from .finetune import (FinetuneConfig, FinetuneLoss, WarmStart, adapter_params, add_lora, contaminated,
                                       descend, fresh_lora, merge_lora, recorded,
                                       simulated, trainable_until_exit)
 from .hypergrad import (FallbackBudget, FrozenLoss, MoreauOperator, SolveReport, TAU, TooManyFallbacks,
@@ -114,62 +114,62 @@ def draw_configs(pool:Pool, n:int, names:list, seed:int, gen) -> list: # of (fol
 
 # %% ../../nbs/4_method/30_resalign.ipynb #8839f3d8
 @dataclass
-class Course:
+class LongCourse:
     "A simulated fine-tuning that goes on over several outer steps"
     name:tuple   # 'course', j, slot, number
     drawn:tuple  # folder, FinetuneConfig, unsafe share
-    going:Going
+    warm:WarmStart
 
-def course_tensors(course:Course) -> dict: # name -> tensor
+def course_tensors(course:LongCourse) -> dict: # name -> tensor
     "Its number, its steps, and where it has come to"
-    going = course.going
-    kept = dict(about=torch.tensor([course.name[-1], going.steps]), values=dict(enumerate(going.values)))
-    return dict(flatten_moments(kept | dict(moments=going.moments or {})))
+    warm = course.warm
+    kept = dict(about=torch.tensor([course.name[-1], warm.steps]), values=dict(enumerate(warm.values)))
+    return dict(flatten_moments(kept | dict(moments=warm.moments or {})))
 
-def course_going(tensors:dict) -> tuple: # number, `Going`
+def course_start(tensors:dict) -> tuple: # number, `WarmStart`
     "The inverse"
     kept = dict(values={}, moments={}) | unflatten_moments(tensors)
     number, steps = kept['about'].tolist()
     values = tuple(v for _, v in sorted(kept['values'].items(), key=lambda kv: int(kv[0])))
-    return number, Going(steps, values, {int(k): m for k, m in kept['moments'].items()})
+    return number, WarmStart(steps, values, {int(k): m for k, m in kept['moments'].items()})
 
 # %% ../../nbs/4_method/30_resalign.ipynb #bfacd8f2
-def tensors_by_slot(courses:dict) -> dict: # (j, slot) -> Course; name -> tensor
+def tensors_by_slot(courses:dict) -> dict: # (j, slot) -> LongCourse; name -> tensor
     "What a checkpoint keeps of the courses"
     return {f'{j}.{slot}.{k}': v for (j, slot), c in courses.items() for k, v in course_tensors(c).items()}
 
-def courses_by_slot(tensors:dict, begin) -> dict: # begin(j, slot, number): a Course
+def courses_by_slot(tensors:dict, begin) -> dict: # begin(j, slot, number): a LongCourse
     "The inverse"
     slots, out = {}, {}
     for name, v in tensors.items():
         j, slot, rest = name.split('.', 2)
         slots.setdefault((int(j), int(slot)), {})[rest] = v
     for (j, slot), found in slots.items():
-        number, going = course_going(found)
-        out[j, slot] = replace(begin(j, slot, number), going=going)
+        number, warm = course_start(found)
+        out[j, slot] = replace(begin(j, slot, number), warm=warm)
     return out
 
 # %% ../../nbs/4_method/30_resalign.ipynb #53aa14dc
-def begin_course(config, folders:list, j:int, slot:int, number:int) -> Course:
+def begin_course(config, folders:list, j:int, slot:int, number:int) -> LongCourse:
     "The `number`-th course of a slot"
     name = ('course', j, slot, number)
     drawn = draw_configs(config.pool, 1, folders, config.seed, generator(config.seed, *name))
-    return Course(name, drawn[0], Going())
+    return LongCourse(name, drawn[0], WarmStart())
 
 # %% ../../nbs/4_method/30_resalign.ipynb #e07138cf
-class Courses:
+class LongCourses:
     "All courses of a run; like a module, they have a `state_dict` of tensors"
     def __init__(self, config, folders:list, processes=1): # ResAlignConfig; names of the pool's banks
         if config.horizon and processes > 1:
             raise UserError(f'resalign: horizon: its courses belong to one process, expected 1, got {processes}')
         self.config, self.courses, self.begin = config, {}, partial(begin_course, config, folders)
 
-    def at(self, step:int, j:int) -> Course|None: # None: without a horizon
+    def at(self, step:int, j:int) -> LongCourse|None: # None: without a horizon
         "The course whose turn it is"
         if not self.config.horizon: return None
         slot = step % self.config.courses
         course = self.courses.get((j, slot)) or self.begin(j, slot, 0)
-        if course.going.steps >= self.config.horizon: course = self.begin(j, slot, course.name[-1] + 1)
+        if course.warm.steps >= self.config.horizon: course = self.begin(j, slot, course.name[-1] + 1)
         self.courses[j, slot] = course
         return course
 
@@ -317,22 +317,22 @@ def hessian_samples(ft:FinetuneConfig, config:ResAlignConfig) -> range:
 EndPoint = namedtuple('EndPoint', 'moved start') # parameters at θ*; where they began, None: elsewhere than θ
 
 @contextmanager
-def own_factors(loss, params, adapter, ft, going=None):
+def own_factors(loss, params, adapter, ft, warm=None):
     "θ's factors move"
     with simulated(loss, params, ft) as start: yield EndPoint(params, start)
 
 @contextmanager
-def all_weights(loss, params, adapter, ft, going=None):
+def all_weights(loss, params, adapter, ft, warm=None):
     "All weights move, beneath θ"
-    with simulated(loss, adapter['weights'], ft, going) as start:
-        yield EndPoint(adapter['weights'], None if going else start)
+    with simulated(loss, adapter['weights'], ft, warm) as start:
+        yield EndPoint(adapter['weights'], None if warm else start)
 
 @contextmanager
-def fresh_factors(loss, params, adapter, ft, going=None):
+def fresh_factors(loss, params, adapter, ft, warm=None):
     "A new adapter moves, beside θ"
     name = '_'.join(map(str, ('inner', *loss.names)))
     with fresh_lora(loss.model.unet, name, adapter['name'], ft.rank, ft.seed) as moved:
-        with simulated(loss, moved, ft, going) as start: yield EndPoint(moved, None if going else start)
+        with simulated(loss, moved, ft, warm) as start: yield EndPoint(moved, None if warm else start)
 
 # %% ../../nbs/4_method/30_resalign.ipynb #meta3004
 def low_rank(change, B, A, s:float) -> tuple: # tensors like B and A
@@ -344,7 +344,7 @@ def low_rank(change, B, A, s:float) -> tuple: # tensors like B and A
     return b, a
 
 @contextmanager
-def extracted_factors(loss, params, adapter, ft, going=None):
+def extracted_factors(loss, params, adapter, ft, warm=None):
     "All weights move, θ merged into them; then θ's factors at the best approximation of the whole change"
     factors, weights = {}, adapter['weights']
     with trainable_until_exit(params):
@@ -470,7 +470,7 @@ def resilience_gradient(model, harmful, i, # which unsafe samples
                         check=True, # spend a product on the residual
                         stationarity=True, # report how well θ* solves the proximal problem
                         direct=(), # line 2's gradient, for the release's bound
-                        going=None, # a `Going`: the simulated fine-tuning goes on from an earlier outer step
+                        warm=None, # a `WarmStart`: the simulated fine-tuning goes on from there
                        ) -> tuple: # x over θ, report, depth at θ*
     "∇_θ L_harm(θ*_FT) for one simulated fine-tuning"
     gamma = ft.lr*ft.steps if config.gamma == 'matched' else config.gamma
@@ -479,7 +479,7 @@ def resilience_gradient(model, harmful, i, # which unsafe samples
     L_harm = lambda: harmful(model, i, config.margin_after)
     if config.solver == 'adjoint':                                                                       # lines 5, 6
         return adjoint_gradient(L_harm, loss, params, adapter, ft, config, what)
-    with END_POINTS[what](loss, params, adapter, ft, going) as end:                                      # line 5
+    with END_POINTS[what](loss, params, adapter, ft, warm) as end:                                      # line 5
         if what == 'fresh' and config.solver == 'identity': end, what = EndPoint(params, None), 'own'
         def back(x, gamma, samples, options):
             return back_to_theta(x, gamma, loss, samples, options, what, end.moved, L_harm, params, adapter)
@@ -562,7 +562,7 @@ class OuterState:
         self.params = add_lora(net, 'unlearn', config.rank, config.seed, config.up_std, config.down_std) # θ
         self.adapter = lora_map(net, 'unlearn')
         self.budget, self.ranks = FallbackBudget(config.fallback_share), Ranks()
-        self.courses = Courses(config, sorted(data.pool), self.ranks.accelerator.num_processes)
+        self.courses = LongCourses(config, sorted(data.pool), self.ranks.accelerator.num_processes)
 
     def count(self, report, where:str):
         "Count a solve; a UserError when too many fell back"
@@ -599,7 +599,7 @@ def mean_term(terms:list) -> tuple: # gradients, numbers to log
 def simulated_term(state:OuterState, step:int, j:int, i, folder:str, ft:FinetuneConfig,
                    share=0., # of unsafe pictures
                    direct=(), # line 2's gradient
-                   course=None, # a `Course` that goes on
+                   course=None, # a `LongCourse` that goes on
                   ) -> tuple: # list of tensors like θ; dict
     "Lines 5 and 6 of Algorithm 2: a bounded hypergradient, and a row about it"
     config, data = state.config, state.data
@@ -608,11 +608,11 @@ def simulated_term(state:OuterState, step:int, j:int, i, folder:str, ft:Finetune
     loss = FinetuneLoss(state.model, bank, ft, (step, j), data.retain)
     x, report, depth = resilience_gradient(state.model, state.harmful, i, loss, state.params, state.adapter, ft, config,
                                            check=step % config.check_every == 0, direct=direct,
-                                           going=course and course.going)
+                                           warm=course and course.warm)
     state.count(report, f'step {step}, folder {folder}, {ft.algorithm} with lr {ft.lr:g}')
     row = dict(folder=folder) | ft.model_dump() | report.asdict() | dict(depth_after=depth)
     if any(config.pool.unsafe): row['unsafe'] = share
-    if course: row['made'] = course.going.steps
+    if course: row['made'] = course.warm.steps
     return clipped(x, config.max_norm, config.longer), row
 
 # %% ../../nbs/4_method/30_resalign.ipynb #9f5efdd7

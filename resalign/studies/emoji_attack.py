@@ -23,8 +23,9 @@ from ..model.pipelines import load_pipeline
 from . import emoji_courses, emoji_fronts, emoji_table
 from .emoji_courses import unsafe_rows
 from .emoji_fronts import more_unsafe, unsafe_pictures
-from .emoji_models import (BASE, EVALUATORS, UNSAFE, cell_models, concept_of, emoji_data, emoji_results,
-                                           emoji_settings, finetunings_of, look_rows, words_of)
+from .emoji_models import (BASE, EVALUATORS, UNSAFE, cell_models, concept_of, emoji_data,
+                                           emoji_results, emoji_settings, finetunings_of, look_rows, model_inputs,
+                                           read_files, words_of)
 from .emoji_tuning import chosen_settings
 from .landscape import curvature
 from .models import made, models_folder
@@ -60,11 +61,10 @@ def cells() -> dict: # name -> parameters
     return attack_cells() | landscape_cells()
 
 # %% ../../nbs/9_studies/47_emoji_attack.ipynb #47at0007
-def inputs(method, seed, settings, concept, finetunings, phase, **_) -> dict: # name -> digest
+def inputs(method, seed, settings, concept, finetunings, **_) -> dict: # name -> digest
     "The model, and what the attackers have"
-    model = cell_models(method, seed, settings, concept, finetunings)[phase]
-    data = emoji_data()
-    return dict(model=model.key) | content(BASE, EVALUATORS, data/f'unsafe-{concept}', data/f'test-{concept}.csv')
+    models = cell_models(method, seed, settings, concept, finetunings)
+    return model_inputs(models) | content(EVALUATORS, emoji_data()/f'test-{concept}.csv')
 
 # %% ../../nbs/9_studies/47_emoji_attack.ipynb #29a7daf2
 def write_words(out, concept:str, prompts:list, candidates:int, rounds:int):
@@ -130,13 +130,9 @@ KEYS = ['method', 'attack', 'phase']
 # %% ../../nbs/9_studies/47_emoji_attack.ipynb #47at000e
 def read_cells_of(grid:dict, name:str) -> pd.DataFrame: # with method, phase and run
     "One table of all cells"
-    out = []
-    for cell, c in grid.items():
-        csv = emoji_results()/'runs'/'attack'/cell/f'{name}.csv'
-        if not csv.is_file(): raise UserError(f'{csv}: no such file, run RESALIGN_PROFILE=emoji resalign-batch attack')
-        rows = pd.read_csv(csv)
-        out.append(rows.assign(method=c['method'], phase=c['phase'], run=c['seed']))
-    return pd.concat(out, ignore_index=True)
+    about = {cell: dict(method=c['method'], phase=c['phase'], run=c['seed']) for cell, c in grid.items()}
+    found = read_files('attack', grid, f'{name}.csv')
+    return pd.concat([rows.assign(**about[cell]) for cell, rows in found.items()], ignore_index=True)
 
 # %% ../../nbs/9_studies/47_emoji_attack.ipynb #65ff3acb
 def attack_table(scores:pd.DataFrame, concept:str) -> pd.DataFrame: # ATTACK

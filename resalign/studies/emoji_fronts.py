@@ -6,19 +6,18 @@
 __all__ = ['RUNS', 'STUDIES', 'DISTINGUISH', 'inputs', 'run', 'DIFFERENCE', 'FRONT', 'POINT', 'COLOURS', 'ABLATION', 'PAIRS',
            'setting_name', 'front_points', 'ablation_points', 'asked', 'cell_name', 'as_full', 'chosen_by_study',
            'cells', 'unsafe_pictures', 'worst_after', 'rate_over_models', 'more_unsafe', 'front_table', 'at_equal_cost',
-           'front_tests', 'write_fronts', 'reach', 'front_title', 'saved', 'save_figure', 'against_full',
-           'write_ablation', 'loss_tests', 'write_losses']
+           'front_tests', 'write_fronts', 'reach', 'front_title', 'against_full', 'write_ablation', 'loss_tests',
+           'write_losses']
 
 # %% ../../nbs/9_studies/13_emoji_fronts.ipynb #13fr0002
 import pandas as pd
 from ..baselines.methods import NAMES
-from ..core.files import write_csv
 from ..core.settings import UserError
 from ..measure.metrics import Stat
 from ..measure.statistics import compare, holm, model_interval
 from . import emoji_table
-from .emoji_models import (UNSAFE, cell_inputs, concept_of, emoji_results, emoji_settings,
-                                           finetunings_of, look_of, run_cell)
+from .emoji_models import (UNSAFE, cell_inputs, concept_of, emoji_settings, finetunings_of, look_of,
+                                           run_cell, save_table)
 from .emoji_table import gather, over_models
 from .emoji_tuning import chosen_settings
 
@@ -140,13 +139,13 @@ def front_tests(best:pd.DataFrame, after:pd.DataFrame, method='resalign') -> pd.
     return table.assign(p_holm=holm(table.p.astype(float)))
 
 # %% ../../nbs/9_studies/13_emoji_fronts.ipynb #13fr0015
-def write_fronts(grid:dict, tables):
+def write_fronts(grid:dict):
     "fronts.csv and fronts_tests.csv"
     summary, scores = gather('fronts', {k: c for k, c in grid.items() if c['study'] == 'fronts'}, POINT)
     after = worst_after(unsafe_pictures(scores, concept_of('reported')), POINT)
     fronts = front_table(summary, after)
-    write_csv(tables/'fronts.csv', fronts.round(6), index=False)
-    write_csv(tables/'fronts_tests.csv', front_tests(at_equal_cost(fronts), after).round(6), index=False)
+    save_table(fronts.round(6), 'fronts')
+    save_table(front_tests(at_equal_cost(fronts), after).round(6), 'fronts_tests')
 
 # %% ../../nbs/9_studies/13_emoji_fronts.ipynb #13fr0016
 COLOURS = {'original': '.4', 'ga': 'C0', 'esd-x': 'C1', 'salun': 'C2', 'uce': 'C4', 'ca-retain': 'C5',
@@ -166,18 +165,6 @@ def front_title(best:pd.DataFrame, method='resalign') -> str:
     next_best = f'{NAMES[others.index[0]]} {others.iloc[0]:.0f}%'
     return f'Unsafe after fine-tuning, at equal benign quality: {own}, {order} {next_best}'
 
-# %% ../../nbs/9_studies/13_emoji_fronts.ipynb #13fr0017
-def saved(name:str, otherwise:pd.DataFrame) -> pd.DataFrame:
-    "A table of this world's results, or what stands in for it until there is one"
-    csv = emoji_results()/'tables'/f'{name}.csv'
-    return pd.read_csv(csv) if csv.is_file() else otherwise
-
-def save_figure(fig, name:str):
-    "Among this world's figures"
-    folder = emoji_results()/'figures'
-    folder.mkdir(parents=True, exist_ok=True)
-    fig.savefig(folder/f'{name}.png', dpi=100, metadata={'Software': None})
-
 # %% ../../nbs/9_studies/13_emoji_fronts.ipynb #13fr001d
 ABLATION = 'method setting seed phase metric value low high n'.split()
 
@@ -188,14 +175,14 @@ def against_full(after:pd.DataFrame, full='full') -> pd.DataFrame: # setting, un
     table = pd.DataFrame(rows)
     return table.assign(p_holm=holm(table.p.astype(float).where(table.setting != full)))
 
-def write_ablation(grid:dict, tables):
+def write_ablation(grid:dict):
     "ablation.csv and ablation_tests.csv"
     concept = concept_of('reported')
     summary, scores = gather('fronts', {k: c for k, c in grid.items() if c['study'] == 'ablation'}, POINT)
     whole = over_models(summary, scores, concept, (*POINT, 'phase'))
-    write_csv(tables/'ablation.csv', pd.concat([summary, whole])[ABLATION].round(6), index=False)
+    save_table(pd.concat([summary, whole])[ABLATION].round(6), 'ablation')
     tests = against_full(worst_after(unsafe_pictures(scores, concept), POINT))
-    write_csv(tables/'ablation_tests.csv', tests.round(6), index=False)
+    save_table(tests.round(6), 'ablation_tests')
 
 # %% ../../nbs/9_studies/13_emoji_fronts.ipynb #13fr0022
 PAIRS = {'GA': ('ga', 'resalign-first-order'), 'ESD': ('esd-retain', 'resalign-esd'),
@@ -213,9 +200,9 @@ def loss_tests(pictures:pd.DataFrame) -> pd.DataFrame: # loss, finetune, without
     table = pd.DataFrame(rows)
     return table.assign(p_holm=holm(table.p.astype(float)))
 
-def write_losses(tables):
+def write_losses():
     "losses.csv, from the cells of the main table"
     asked = {m for pair in PAIRS.values() for m in pair}
     grid = {k: c for k, c in emoji_table.cells().items() if c['method'] in asked}
     _, scores = gather('table', grid)
-    write_csv(tables/'losses.csv', loss_tests(unsafe_pictures(scores, concept_of('reported'))).round(6), index=False)
+    save_table(loss_tests(unsafe_pictures(scores, concept_of('reported'))).round(6), 'losses')

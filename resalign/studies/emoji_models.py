@@ -7,7 +7,8 @@ __all__ = ['DATA', 'BASE', 'EVALUATORS', 'SUBJECT_SEED', 'PICTURE', 'UNSAFE', 'M
            'emoji_results', 'emoji_settings', 'emoji_data', 'concept_of', 'EmojiUnlearned', 'EmojiFinetuned',
            'subject_rows', 'look_rows', 'right', 'drawn_as', 'scores_of', 'metrics_of', 'values_of', 'one_model',
            'many_models', 'EmojiTest', 'look_key', 'look_inputs', 'looked', 'write_look', 'first_pictures',
-           'cell_models', 'cell_inputs', 'run_cell', 'emoji_methods', 'finetunings_of', 'look_of', 'read_cells']
+           'cell_models', 'model_inputs', 'cell_inputs', 'read_look', 'write_cell', 'run_cell', 'emoji_methods',
+           'finetunings_of', 'look_of', 'read_files', 'read_cells', 'save_table', 'saved', 'titled', 'save_figure']
 
 # %% ../../nbs/9_studies/07_emoji_models.ipynb #d8b197ed
 from dataclasses import dataclass
@@ -236,21 +237,32 @@ def cell_models(method, seed, settings, concept, finetunings) -> dict: # phase -
     return dict(before=start) | {name: EmojiFinetuned(start, name, s) for name, s in finetunings.items()}
 
 # %% ../../nbs/9_studies/07_emoji_models.ipynb #955956s1
-def cell_inputs(concept, finetunings, look, **_) -> dict: # name -> digest
-    "All that a cell reads; its code and its parameters have keys of their own"
-    sets = {f'unsafe-{concept}', 'retain', *POOL, *(name.partition('-')[0] for name in finetunings)}
-    read = [emoji_data()/name for name in sorted(sets)]
-    return content(BASE, *read) | look_inputs(look | dict(concept=concept))
+def model_inputs(models:dict) -> dict: # phase -> model, `before` among them; name -> digest
+    "All that models are made of; their code and their settings have keys of their own"
+    asked = models['before'].arguments()
+    images = [m.images() for m in models.values() if isinstance(m, Finetuned)]
+    return content(asked['pipeline'], asked['unsafe'], asked['benign'], *asked['pool'].values(), *images)
+
+def cell_inputs(method, seed, settings, concept, finetunings, look, **_) -> dict: # name -> digest
+    "Of the models, and of what is looked at"
+    models = cell_models(method, seed, settings, concept, finetunings)
+    return model_inputs(models) | look_inputs(look | dict(concept=concept))
 
 # %% ../../nbs/9_studies/07_emoji_models.ipynb #955956s2
-def run_cell(folder, method, seed, settings, concept, finetunings, look, **_):
+def read_look(folder:Path) -> tuple: # SUMMARY, scores
+    return tuple(pd.read_csv(folder/name) for name in ('summary.csv', 'scores.csv'))
+
+def write_cell(folder, found:dict): # phase -> (SUMMARY, scores)
     "summary.csv (SUMMARY, phase) and scores.csv (PICTURE, a column a phase)"
+    write_csv(folder/'summary.csv', pd.concat([s.assign(phase=phase) for phase, (s, _) in found.items()]), index=False)
+    scores = {phase: s.set_index(PICTURE).score for phase, (_, s) in found.items()}
+    write_csv(folder/'scores.csv', pd.DataFrame(scores), float_format='%.9g')
+
+def run_cell(folder, method, seed, settings, concept, finetunings, look, **_):
+    "One model before and after its fine-tunings, and pictures of each"
     models = cell_models(method, seed, settings, concept, finetunings)
     found = {phase: looked(model, look | dict(concept=concept)) for phase, model in models.items()}
-    parts = [pd.read_csv(f/'summary.csv').assign(phase=phase) for phase, f in found.items()]
-    write_csv(folder/'summary.csv', pd.concat(parts), index=False)
-    scores = {phase: pd.read_csv(f/'scores.csv').set_index(PICTURE).score for phase, f in found.items()}
-    write_csv(folder/'scores.csv', pd.DataFrame(scores), float_format='%.9g')
+    write_cell(folder, {phase: read_look(f) for phase, f in found.items()})
     sheets = [np.asarray(Image.open(f/'sheet.png').convert('RGB')) for f in found.values()]
     Image.fromarray(np.concatenate(sheets)).save(folder/'pictures.jpg', quality=88)
 
@@ -271,12 +283,39 @@ def look_of(study:str, split:str) -> dict: # arguments of `EmojiTest`, without t
     return dict(emoji_settings(f'{study}.look'), split=split, **emoji_settings('evaluate'))
 
 # %% ../../nbs/9_studies/07_emoji_models.ipynb #e60a6as3
-def read_cells(study:str, names) -> dict: # cell -> (summary, scores)
-    "What the cells of a study left"
+def read_files(study:str, names, file:str) -> dict: # cell -> table
+    "One of the files that each cell of a study left"
     folder, out = emoji_results()/'runs'/study, {}
-    for name in names:
-        for file in ('summary.csv', 'scores.csv'):
-            if (folder/name/file).is_file(): continue
-            raise UserError(f'{folder/name/file}: no such file, run RESALIGN_PROFILE=emoji resalign-batch {study}')
-        out[name] = tuple(pd.read_csv(folder/name/f) for f in ('summary.csv', 'scores.csv'))
+    for csv in (folder/name/file for name in names):
+        if not csv.is_file():
+            raise UserError(f'{csv}: no such file, run RESALIGN_PROFILE=emoji resalign-batch {study}')
+        out[csv.parent.name] = pd.read_csv(csv)
     return out
+
+def read_cells(study:str, names) -> dict: # cell -> (summary, scores)
+    "What the cells of a study left, where they are looks at models"
+    summaries, scores = (read_files(study, names, file) for file in ('summary.csv', 'scores.csv'))
+    return {name: (summaries[name], scores[name]) for name in names}
+
+# %% ../../nbs/9_studies/07_emoji_models.ipynb #ab2c4858
+def save_table(table:pd.DataFrame, name:str, **kw): # as of `write_csv`
+    "Among this world's tables"
+    folder = emoji_results()/'tables'
+    folder.mkdir(parents=True, exist_ok=True)
+    write_csv(folder/f'{name}.csv', table, index=False, **kw)
+
+def saved(name:str, otherwise:pd.DataFrame) -> pd.DataFrame:
+    "A table of this world's results, or what stands in for it until there is one"
+    csv = emoji_results()/'tables'/f'{name}.csv'
+    return pd.read_csv(csv) if csv.is_file() else otherwise
+
+def titled(title:str, name:str) -> str: # name: of the table that the figure shows
+    "A figure's title; until the table is there it says that the numbers are made up"
+    if (emoji_results()/'tables'/f'{name}.csv').is_file(): return title
+    return f'Made-up numbers: the study has not been run\n{title}'.strip()
+
+def save_figure(fig, name:str):
+    "Among this world's figures"
+    folder = emoji_results()/'figures'
+    folder.mkdir(parents=True, exist_ok=True)
+    fig.savefig(folder/f'{name}.png', dpi=100, metadata={'Software': None})

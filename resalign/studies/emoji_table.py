@@ -8,11 +8,10 @@ __all__ = ['RUNS', 'inputs', 'run', 'COLUMNS', 'seeds_of', 'cells', 'with_phase'
 
 # %% ../../nbs/9_studies/11_emoji_table.ipynb #93aa502a
 import pandas as pd
-from ..core.files import write_csv
 from ..measure.statistics import discrimination
 from .emoji_models import (PICTURE, SETS, SUMMARY, cell_inputs, concept_of, emoji_methods,
                                            emoji_results, emoji_settings, finetunings_of, look_of, many_models,
-                                           read_cells, run_cell)
+                                           read_cells, run_cell, save_table)
 from .emoji_tuning import chosen_settings
 
 # %% ../../nbs/9_studies/11_emoji_table.ipynb #11a3dcbb
@@ -91,8 +90,7 @@ def worst(main:pd.DataFrame, metric='IP') -> pd.DataFrame: # by method: before, 
 
 def write_tables():
     "tables/main.csv and pairs.csv"
-    main, tables = collect(cells()), emoji_results()/'tables'
-    tables.mkdir(parents=True, exist_ok=True)
-    write_csv(tables/'main.csv', main, index=False)
+    main = collect(cells())
+    save_table(main, 'main')
     pairs = [pairs_apart(main, emoji_settings('table.headline'), m) for m in ('IP', 'explicit')]
-    write_csv(tables/'pairs.csv', pd.concat(pairs), index=False)
+    save_table(pd.concat(pairs), 'pairs')

@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['RUNS', 'inputs', 'run', 'COLUMNS', 'WITHIN', 'OUTSIDE', 'tried_settings', 'cells', 'trial_rows', 'all_trials',
-           'compared', 'best_trials', 'tuning_csv', 'chosen_settings']
+           'compared', 'best_trials', 'tuning_csv', 'is_tuned', 'chosen_settings']
 
 # %% ../../nbs/9_studies/09_emoji_tuning.ipynb #2bb814c1
 import json
 import pandas as pd
 from ..baselines.methods import config_of
-from ..core.files import write_csv
 from ..core.settings import UserError
 from .emoji_models import (cell_inputs, concept_of, emoji_methods, emoji_results, emoji_settings,
                                            finetunings_of, look_of, read_cells, run_cell)
@@ -78,14 +77,19 @@ def best_trials(rows:pd.DataFrame, # of all methods, `original` among them
 # %% ../../nbs/9_studies/09_emoji_tuning.ipynb #90b52ae3
 def tuning_csv(): return emoji_results()/'tables'/'tuning.csv'
 
+def is_tuned(method:str) -> bool:
+    "Is it known which settings to use: those of `chosen`, of the one trial, or of the rule?"
+    section = emoji_settings(f'methods.{method}')
+    if 'chosen' in section or len(section['trials']) == 1: return True
+    return tuning_csv().is_file() and method in set(pd.read_csv(tuning_csv()).method)
+
 def chosen_settings(method:str) -> dict:
     "What the rule chose, of the trials that were run; what `chosen` says, where the method's section has that"
     section = emoji_settings(f'methods.{method}')
     if 'chosen' in section: return section['start'] | section['chosen']
     if len(section['trials']) == 1: return tried_settings(method, 0)
-    where = f'{tuning_csv()}: no row of {method}, expected its trials: RESALIGN_PROFILE=emoji resalign-batch tuning'
-    if not tuning_csv().is_file(): raise UserError(where)
-    rows = pd.read_csv(tuning_csv())
-    if method not in set(rows.method): raise UserError(where)
-    best = best_trials(rows, emoji_settings('tuning.budget')).loc[method]
+    if not is_tuned(method):
+        raise UserError(f'{tuning_csv()}: no row of {method}, expected its trials: RESALIGN_PROFILE=emoji '
+                        'resalign-batch tuning')
+    best = best_trials(pd.read_csv(tuning_csv()), emoji_settings('tuning.budget')).loc[method]
     return section['start'] | json.loads(best.changes)
