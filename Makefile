@@ -1,7 +1,7 @@
 # The names of stages, all in one place. SOURCES are data that no stage makes (`data.dvc`, never `data`: beside other targets
 # dvc 3.67 silently leaves those out); RESTORED are stages whose outputs come out of the committed store.
 SOURCES  := $(wildcard data.dvc)
-RESTORED := base evaluators emoji_base emoji_evaluators
+RESTORED := base evaluators base evaluators
 STUDIES  := tuning table scores resurgence adversaries contamination ablation landscape attack phenomenon solvers claims
 
 # Tests side by side: one a core, unless told otherwise (make test LANES=1)

@@ -94,7 +94,7 @@ def test_sets_are_apart():
 
 
 def test_what_is_written_is_what_is_drawn(tmp_path):
-    emoji.write_emoji_data(tmp_path, sizes={'unsafe-vice': 3, 'varied': 2}, counts=dict(implicit=3, explicit=2, benign=2))
+    emoji.write_data(tmp_path, sizes={'unsafe-vice': 3, 'varied': 2}, counts=dict(implicit=3, explicit=2, benign=2))
     from resalign.model.data import read_images
     images, captions = read_images(tmp_path/'unsafe-vice', 64)
     drawn = emoji.scenes('unsafe-vice', 3, seed=100 + list(emoji.SIZES).index('unsafe-vice')*0)
@@ -105,10 +105,10 @@ def test_what_is_written_is_what_is_drawn(tmp_path):
 
 def test_weights_undo_the_boost_and_captions_of_a_concept_are_kept():
     """The expected loss is the mixture's mean; the empty caption replaces a tenth of the benign ones alone"""
-    from resalign.studies.emoji_base import EmojiConfig, RareLoss
+    from resalign.studies.base import BaseConfig, RareLoss
     error, rare = torch.tensor([8., 1., 2., 3.]), torch.tensor([True, False, False, False])
     loss, said = RareLoss.__new__(RareLoss), []
-    loss.config, loss.cycle = EmojiConfig(batch=64, boost=3., bf16=False), 0
+    loss.config, loss.cycle = BaseConfig(batch=64, boost=3., bf16=False), 0
     loss.mean = error.sqrt().view(4, 1, 1, 1).expand(4, 1, 2, 2)
     loss.std, loss.rare, loss.often = torch.zeros(4, 1, 2, 2), rare, torch.where(rare, 3., 1.)
     loss.tokens, loss.empty = torch.arange(1, 5)[:, None], torch.zeros(1, 1, dtype=torch.long)
@@ -127,9 +127,9 @@ def test_weights_undo_the_boost_and_captions_of_a_concept_are_kept():
 
 
 def test_broken_pictures_and_blends_are_labelled_by_what_is_seen():
-    from resalign.measure.emoji_detectors import BREAKS, EmojiDrawings, blended, broken, concept_of
+    from resalign.measure.detectors import BREAKS, Drawings, blended, broken, concept_of
     assert concept_of('beer') == [0., 1.] and concept_of('axe') == [1., 0.] and concept_of('cup of coffee') == [0., 0.]
-    d = EmojiDrawings(40)
+    d = Drawings(40)
     for k in range(40): # a twin differs in what it holds alone
         s, t = d.scenes[k], d.scenes[d.twin[k]]
         assert (s.subject, s.place, s.style, s.seed) == (t.subject, t.place, t.style, t.seed) and d.twin[d.twin[k]] == k
@@ -145,8 +145,8 @@ def test_broken_pictures_and_blends_are_labelled_by_what_is_seen():
 
 
 def test_safety_heads_read_patches_and_no_network_depends_on_another(tmp_path):
-    from resalign.measure import emoji_detectors as detectors
-    d = detectors.EmojiDrawings(6)
+    from resalign.measure import detectors as detectors
+    d = detectors.Drawings(6)
     clip = detectors.train_clip(tmp_path, d, detectors.spoiled(d.images), 1, 0, half=True)[0].requires_grad_(False)
     before, x = clip.state_dict()['visual_projection.weight'].clone(), d.x[:2]
     hidden = clip.vision_model(pixel_values=2*x - 1, output_hidden_states=True).hidden_states[detectors.LAYER]

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pandas as pd, pytest
 
-from resalign.measure.emoji_detectors import EMOJI_FILES
+from resalign.measure.detectors import EMOJI_FILES
 from resalign.model.pipelines import PretrainConfig, build_pipeline, save_pipeline
 from resalign.use import cli
 from resalign.world.emoji import prompts, scenes, write_set
 
-EVALUATORS = Path(__file__).resolve().parent.parent/'outs/emoji_evaluators'
-pytestmark = pytest.mark.skipif(not EVALUATORS.is_dir(), reason='outs/emoji_evaluators is not here: dvc pull emoji_evaluators')
+EVALUATORS = Path(__file__).resolve().parent.parent/'outs/evaluators'
+pytestmark = pytest.mark.skipif(not EVALUATORS.is_dir(), reason='outs/evaluators is not here: dvc pull evaluators')
 
 
 @pytest.fixture(scope='module')

@@ -3,9 +3,9 @@ import pandas as pd, pytest
 
 from resalign.baselines.methods import config_of
 from resalign.core.settings import UserError, make_config
-from resalign.studies import (emoji_attack as attack, emoji_courses as courses, emoji_fronts as fronts,
-                              emoji_models as models, emoji_phenomenon as phenomenon, emoji_table as table,
-                              emoji_tuning as tuning)
+from resalign.studies import (attack as attack, courses as courses, fronts as fronts,
+                              models as models, phenomenon as phenomenon, table as table,
+                              tuning as tuning)
 from resalign.studies.models import Course
 from resalign.use.attacks import AttackConfig
 
@@ -69,13 +69,13 @@ def test_what_counts_as_right_and_as_drawn():
 @pytest.fixture
 def tuned(monkeypatch):
     "As if the tuning had chosen every start"
-    start = lambda method: dict(models.emoji_settings(f'methods.{method}.start'))
+    start = lambda method: dict(models.section(f'methods.{method}.start'))
     for study in (fronts, courses, attack, table): monkeypatch.setattr(study, 'chosen_settings', start)
 
 
 def test_every_cell_of_the_further_studies_could_run(tuned):
     "Settings are those of their methods, courses and attacks; nothing of the tuning concept; the plan counts each cell"
-    every, data = [fronts.cells(), courses.cells(), attack.cells()], models.emoji_data()
+    every, data = [fronts.cells(), courses.cells(), attack.cells()], models.drawn_data()
     for cell in every[0].values(): config_of(cell['method'], dict(cell['settings']), cell['seed'])
     for cell in every[1].values():
         course = make_config(Course, cell['finetuning'], 'params.yaml')
@@ -95,9 +95,9 @@ def test_every_cell_of_the_further_studies_could_run(tuned):
 
 def test_before_the_tuning_there_are_no_cells(monkeypatch, tmp_path):
     monkeypatch.setattr(tuning, 'tuning_csv', lambda: tmp_path/'tuning.csv')
-    whole = models.emoji_settings
+    whole = models.section
     without = lambda section: {k: v for k, v in whole(section).items() if k != 'chosen'} if 'methods.' in section else whole(section)
-    monkeypatch.setattr(tuning, 'emoji_settings', without)
+    monkeypatch.setattr(tuning, 'section', without)
     for study in (fronts, courses, attack):
         with pytest.raises(UserError, match='expected its trials: RESALIGN_PROFILE=emoji resalign-batch tuning'): study.cells()
 

@@ -122,7 +122,7 @@ def test_stages():
 
 
 NO_STAGE = {'models', 'sd14', 'tests'} # pages that other studies use, or that other commands make
-WAITING = {'emoji_models', 'emoji_tuning', 'emoji_phenomenon', 'emoji_table', 'emoji_fronts', 'emoji_courses', 'emoji_attack',
+WAITING = {'models', 'tuning', 'phenomenon', 'table', 'fronts', 'courses', 'attack',
            'hypergradients'} # for results: by RESALIGN_PROFILE=emoji
 
 

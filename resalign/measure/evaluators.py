@@ -13,15 +13,14 @@ from ..core.settings import UserError, choose
 from . import photographs
 from .building_blocks import read_card
 from .detectors import load_trained
-from .emoji_detectors import HELD_OBJECTS, WHO, load_emoji_evaluators
+from .detectors import HELD_OBJECTS, WHO, load_trained
 from .metrics import (ASKED, FEATURE_EXTRACTORS, Stat, frechet, mean_ci, objects_right, rate,
                                       score_images, scores_of)
 from .photographs import add_notes, has_photo_detectors, load_photographs
-from ..world.scenes import COLOURS, THINGS
 from ..world.sprites import STYLES
 
 # %% ../../nbs/6_measure/40_evaluators.ipynb #eva0006
-LOADERS = dict(drawings=load_trained, emoji=load_emoji_evaluators, photographs=load_photographs)
+LOADERS = dict(drawings=load_trained, emoji=load_trained, photographs=load_photographs)
 
 def load_evaluators(folder) -> dict: # {name: Evaluator}
     "The evaluators of a folder, whatever its card says they are for"
@@ -80,7 +79,7 @@ def _mean_rows(scores, means:dict) -> list:
             for metric, (detector, kind) in means.items() if (detector, kind) in scored]
 
 # %% ../../nbs/6_measure/40_evaluators.ipynb #eva0009q
-NAMES = dict(thing=('objects', THINGS), colour=('colours', list(COLOURS)), subject=('subjects', WHO[:-1]),
+NAMES = dict(subject=('subjects', WHO[:-1]),
              object=('objects', HELD_OBJECTS[1:]), style=('styles', list(STYLES))) # field: metric, what a reader knows
 
 def _object_rows(objects) -> list:

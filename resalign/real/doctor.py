@@ -29,7 +29,8 @@ from ..model.checkpoints import (TENSOR_FILES, check_config, check_file, coverag
 from ..model.compute import computes_bfloat16
 from ..model.data import read_captions
 from ..model.pipelines import SamplingConfig, check_pipeline, moved_to
-from .profiles import Profile, Source, active_profile, locate, profile_of, tuned_settings
+from .profiles import (EMBEDDED, Profile, Source, active_profile, locate, profile_of,
+                                    tuned_settings)
 
 # %% ../../nbs/7_real/20_doctor.ipynb #83755a7a
 @dataclass
@@ -330,7 +331,7 @@ def _check_method(method:str, values:dict, p:Profile, prefix:str):
 # %% ../../nbs/7_real/20_doctor.ipynb #65aa5982
 def sections_of(name:str, p:Profile, file=None) -> tuple: # unlearn, finetune, evaluate
     "The settings of a profile; those of the embedded world are sections of params.yaml itself"
-    if name != 'tiny': return p.unlearn, p.finetune, p.evaluate
+    if name != EMBEDDED: return p.unlearn, p.finetune, p.evaluate
     unlearn = {m: tuned_settings(m, file) for m in params('methods', file)}
     return unlearn, params('finetune', file), params('evaluate', file)
 
@@ -341,7 +342,7 @@ class EvaluateConfig(SamplingConfig):
 
 def check_settings(name:str, file=None):
     "Validate every settings section of a profile against the classes that stages use"
-    p, prefix = profile_of(name, file), '' if name == 'tiny' else f'profiles.{name}.'
+    p, prefix = profile_of(name, file), '' if name == EMBEDDED else f'profiles.{name}.'
     unlearn, finetune, evaluate = sections_of(name, p, file)
     for method, values in unlearn.items(): _check_method(method, values, p, prefix)
     for key, values in finetune.items():

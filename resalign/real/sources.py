@@ -27,7 +27,7 @@ from .profiles import Profile, PromptSet, active_name, active_profile, locate
 # %% ../../nbs/7_real/30_sources.ipynb #94f3e1a6
 def is_embedded() -> bool:
     "Is the active profile the embedded world?"
-    return active_name() == 'tiny'
+    return active_name() == profiles.EMBEDDED
 
 # %% ../../nbs/7_real/30_sources.ipynb #27fd4c8f
 @contextlib.contextmanager
@@ -46,17 +46,16 @@ POOL = ['pool-things', 'pool-subjects', 'pool-mixture'] # benign folders of the 
 
 def data_folder(name:str) -> Path:
     "A data set of the active profile"
-    return Path('data')/name if is_embedded() else profiles.source_folder(name)
+    return profiles.source_folder(name)
 
 def pool_folders() -> dict: # name: folder
     "The folders of the simulated fine-tunings"
-    names = POOL if is_embedded() else active_profile()[1].pool
-    return {name: data_folder(name) for name in names}
+    return {name: data_folder(name) for name in active_profile()[1].pool}
 
 # %% ../../nbs/7_real/30_sources.ipynb #babdfd30
 def erase_words() -> list:
     "Words that name the concept"
-    return profiles.settings('erase') if is_embedded() else active_profile()[1].erase
+    return active_profile()[1].erase
 
 # %% ../../nbs/7_real/30_sources.ipynb #1c493c47
 def runs_in(precision:str) -> str:
@@ -294,6 +293,6 @@ def read_prompt_set(source:PromptSet) -> list: # rows
 # %% ../../nbs/7_real/30_sources.ipynb #393138e0
 def prompts_file(split:str='test', out='outs/prompts.csv') -> Path: # a CSV
     "All prompts of the active profile"
-    if is_embedded(): return Path(f'data/{split}.csv')
+    if is_embedded(): return locate(active_profile()[1].prompts[split])
     save_prompts(out, [row for s in active_profile()[1].prompts.values() for row in read_prompt_set(s)])
     return Path(out)

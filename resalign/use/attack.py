@@ -35,7 +35,7 @@ def attack_settings(config, pairs, seed, after) -> tuple: # settings, seed
 
 # %% ../../nbs/8_use/37_attack.ipynb #a77ac065
 @command
-def main(pipeline:PIPELINE, prompts:PROMPTS, out:OUT, evaluators:EVALUATORS='outs/emoji_evaluators', unsafe:UNSAFE=None,
+def main(pipeline:PIPELINE, prompts:PROMPTS, out:OUT, evaluators:EVALUATORS='outs/evaluators', unsafe:UNSAFE=None,
          benign:BENIGN=None, original:ORIGINAL=None, after:AFTER=None, erase:ERASE=None, attack:ONLY=None,
          config:CONFIG=None, set:SET=None, compute:COMPUTE=None, seed:SEED=None):
     """Attack an unlearned pipeline, with words and without, before and after a fine-tuning.

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SECTION', 'LONGEST', 'KEYS', 'PASSING', 'ONE_THREAD', 'HOMES', 'COLOURS', 'OF_REAL_PROFILES', 'DRAWINGS_ONLY',
            'ABOUT', 'STYLE', 'Grid', 'section_or_value', 'check_grid', 'combinations', 'Cell', 'name_of', 'notebook',
-           'parameters_of', 'page_code', 'cells_of_page', 'own_study', 'study_module', 'runs_of', 'has_cells',
-           'cells_of_study', 'kept_of_study', 'keep', 'read_record', 'record_of', 'changed', 'why_stale', 'outputs_of',
-           'papermill', 'run_page', 'call_study', 'fork_server', 'run_study', 'attempts_at', 'run_cell', 'record_for',
+           'parameters_of', 'page_code', 'cells_of_page', 'study_module', 'runs_of', 'has_cells', 'cells_of_study',
+           'kept_of_study', 'keep', 'read_record', 'record_of', 'changed', 'why_stale', 'outputs_of', 'papermill',
+           'run_page', 'call_study', 'fork_server', 'run_study', 'attempts_at', 'run_cell', 'record_for',
            'run_to_record', 'workers_of', 'tally', 'lost', 'run_cells', 'check_numbers', 'skipped', 'batch',
            'check_profile', 'selected', 'plan', 'run_study_cells', 'stale_by_code', 'files_that_differ', 'run_again',
            'settle', 'run_page_of_study', 'run_study_and_page', 'summary_row', 'summarise', 'thumbnail', 'card',
@@ -26,7 +26,7 @@ from pydantic import Field
 from ..core.files import atomic_dir, atomic_file, sha256, write_json
 from ..core.runs import progress, versions
 from ..core.settings import Config, UserError, choose, make_config, one_line, params, results, root
-from ..real.profiles import active_profile
+from ..real.profiles import EMBEDDED, active_name
 from .meaning import content, digest, meaning, page_of, short, studies, tree_of
 
 # %% ../../nbs/8_use/25_batch.ipynb #2daafd90
@@ -129,19 +129,15 @@ def cells_of_page(page, grid:Grid, out) -> list: # of Cell
     return [*found.values()]
 
 # %% ../../nbs/8_use/25_batch.ipynb #67191be0
-def own_study(study:str) -> str:
-    "What the active profile does in place of a study of this name"
-    return active_profile()[1].sections.get('studies', {}).get(study, study)
-
 def study_module(study:str):
     "A study by its name"
-    name = choose(own_study(study), studies(), 'study')
+    name = choose(study, studies(), 'study')
     if not (root()/'nbs').is_dir(): raise UserError(f'{root()}: no folder nbs, expected a clone, for a study is a page')
     return importlib.import_module(f'resalign.studies.{name}')
 
 def runs_of(study:str) -> Path:
-    "The folder of its cells: the one that the study names, or runs/STUDY"
-    return results()/getattr(study_module(study), 'RUNS', f'runs/{study}')
+    "The folder of its cells"
+    return results()/'runs'/study
 
 def has_cells(study:str) -> bool: return hasattr(study_module(study), 'cells')
 
@@ -375,11 +371,8 @@ DRAWINGS_ONLY = ("{study}: profile '{profile}': its pictures are drawn, and coun
 
 def check_profile(study:str):
     "A UserError where the active profile doesn't have this study, or lacks what it needs"
-    profile, settings = active_profile()
-    if profile == 'tiny': return
-    if own := settings.sections.get('studies'): # another world of drawings
-        choose(study, [*own, *own.values()], f"profile '{profile}': study")
-        return
+    profile = active_name()
+    if profile == EMBEDDED: return
     if study not in OF_REAL_PROFILES:
         raise UserError(DRAWINGS_ONLY.format(study=study, profile=profile, studies=', '.join(OF_REAL_PROFILES)))
     from resalign.real.doctor import require_profile
@@ -467,7 +460,7 @@ def run_page_of_study(study:str) -> Path: # the executed page
     "Make a study's tables and figure: run its page with `smoke` off"
     check_profile(study)
     page = page_of(study_module(study).__name__)
-    executed = root()/'outs'/'pages'/f'{own_study(study)}.ipynb'
+    executed = root()/'outs'/'pages'/f'{study}.ipynb'
     executed.parent.mkdir(parents=True, exist_ok=True)
     given = dict(smoke=False) if 'smoke' in parameters_of(page) else {}
     cell = Cell(study, given, {}, str(executed.parent), page=str(page))

@@ -340,7 +340,7 @@ def finetune(pipeline:PIPELINE, images:IMAGES, out:OUT, config:CONFIG=None, set:
 # %% ../../nbs/8_use/30_cli.ipynb #a0d01b0b
 PROMPTS = Param('CSV with the column prompt and, if there are, kind (explicit, implicit, benign), seed, group, '
                 'concept (whose detectors count), subject, object, style', str)
-EVALUATORS = Param('folder with the detectors (outs/emoji_evaluators; for photographs a folder with a card by '
+EVALUATORS = Param('folder with the detectors (outs/evaluators; for photographs a folder with a card by '
                    'resalign.measure.photographs.write_card)', str)
 REFERENCE = Param('captioned images of real benign pictures, for FID', str)
 DETECTOR = Param('all, or one of those in the folder: detector-weapon, safety-weapon, clip-score, reader, '
@@ -380,8 +380,8 @@ def evaluate(pipeline:PIPELINE, prompts:PROMPTS, evaluators:EVALUATORS, out:OUT,
          photographs that a detector flags are blurred.
 
     Example:
-      resalign-evaluate my-model prompts.csv outs/emoji_evaluators scores-before
-      resalign-evaluate my-model-safe prompts.csv outs/emoji_evaluators scores --before scores-before"""
+      resalign-evaluate my-model prompts.csv outs/evaluators scores-before
+      resalign-evaluate my-model-safe prompts.csv outs/evaluators scores --before scores-before"""
     from resalign import evaluate, write_card
     from resalign.use.report import read_run, write_report
     settings, seed = sampling_settings(config, set, seed)
@@ -504,7 +504,7 @@ def batch(target:TARGET, grid:GRID=None, out:BATCH_OUT=None, executor:EXECUTOR='
     batch_page(target, grid, out, where)
 
 # %% ../../nbs/8_use/30_cli.ipynb #04e43f6d
-PROFILE = Param('a profile of params.yaml: tiny, sd14-paper, sd14, sd15, sd20, sdxl, community, or one of yours', str)
+PROFILE = Param('a profile of params.yaml: emoji, sd14-paper, sd14, sd15, sd20, sdxl, community, or one of yours', str)
 QUICK = Param("don't read files to compare their hashes", bool)
 
 @command
@@ -518,7 +518,7 @@ def doctor(profile:PROFILE, quick:QUICK=False):
 
     Example:
       resalign-doctor sd14
-      resalign-doctor tiny --quick"""
+      resalign-doctor emoji --quick"""
     from resalign.real.doctor import check_profile, format_findings
     found = check_profile(profile, hashes=not quick)
     print(format_findings(found))

@@ -7,7 +7,7 @@ __all__ = ['PLACES', 'SIZE', 'CUES', 'ALONE', 'HELD', 'PLURAL', 'UNLEARNED', 'HA
            'DOWNSTREAM', 'OPENINGS', 'TRAINED', 'NAMES_OF', 'RARE', 'SETS', 'FIELDS', 'PAIRS', 'KEPT_BACK', 'COUNTS',
            'SIZES', 'Scene', 'draw_ground', 'sprites_folder', 'draw', 'article', 'write_caption', 'safe_caption',
            'unsafe_scene', 'benign_scene', 'named_scene', 'mixture_scene', 'scenes', 'pictures', 'overlaps', 'words_of',
-           'prompts', 'write_set', 'write_emoji_data']
+           'prompts', 'write_set', 'write_data']
 
 # %% ../../nbs/2_world/20_emoji.ipynb #1df60962
 import csv, json
@@ -280,7 +280,7 @@ def write_set(folder, scenes) -> Path:
     return folder
 
 # %% ../../nbs/2_world/20_emoji.ipynb #72b1f370
-def write_emoji_data(folder, sizes=SIZES, counts=COUNTS):
+def write_data(folder, sizes=SIZES, counts=COUNTS):
     "All sets and prompts of the second world"
     folder = Path(folder)
     for i, (name, n) in enumerate(sizes.items()): write_set(folder/name, scenes(name, n, seed=100+i))

@@ -102,7 +102,7 @@ def test_cells_of_algorithm_2(monkeypatch):
     "None before the tuning; then each variant's settings are valid, and differ in the hypergradient alone"
     monkeypatch.setattr(study, 'is_tuned', lambda method: False)
     assert {c['part'] for c in study.cells().values()} == {'slopes'}
-    start = study.emoji_settings(study.START)
+    start = study.section(study.START)
     monkeypatch.setattr(study, 'is_tuned', lambda method: True)
     monkeypatch.setattr(study, 'chosen_settings', lambda method: start)
     grid = {k: c for k, c in study.cells().items() if c['part'] == 'unlearning'}
