@@ -1,8 +1,6 @@
-# The names of stages, all in one place. SOURCES are data that no stage makes (`data.dvc`, never `data`: beside other targets
-# dvc 3.67 silently leaves those out); RESTORED are stages whose outputs come out of the committed store.
-SOURCES  := $(wildcard data.dvc)
-RESTORED := base evaluators base evaluators
-STUDIES  := tuning table scores resurgence adversaries contamination ablation landscape attack phenomenon solvers claims
+# The names of stages, all in one place. RESTORED are stages whose outputs come out of the committed store; data are drawn by code
+RESTORED := base evaluators
+STUDIES  := tuning phenomenon table fronts courses attack hypergradients claims summary
 
 # Tests side by side: one a core, unless told otherwise (make test LANES=1)
 LANES ?= $(shell nproc 2>/dev/null || echo 2)
@@ -33,7 +31,7 @@ $(OFFLINE): export HF_HUB_OFFLINE := 1
 $(OFFLINE): export TRANSFORMERS_OFFLINE := 1
 $(OFFLINE): export MPLBACKEND := agg
 
-.PHONY: help env sources restore reproduce table figures reproduce-all bench bench-gpu test test-faults test-full mutants readme docs lab clean
+.PHONY: help env no-git restore reproduce table figures reproduce-all bench bench-gpu test test-faults test-full mutants readme docs lab clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -70,14 +68,13 @@ $(VENV)/.stamp: $(LOCKS) setup.py settings.ini pyproject.toml
 	@touch $@
 
 # ------------------------------------------------------------------ the main job
-sources: env # a ZIP has no .git, which dvc asks for unless told
+no-git: env # a ZIP has no .git, which dvc asks for unless told
 	@test -e .git || $(BIN)/dvc config --quiet --local core.no_scm true
-	@for s in $(SOURCES); do $(BIN)/dvc pull --quiet "$$s"; done
 
-restore: sources # base model and evaluators from the committed store, nothing else
+restore: no-git # base model and evaluators from the committed store, nothing else
 	@if test -f dvc.lock; then $(BIN)/dvc pull --quiet $(RESTORED); else echo 'no dvc.lock yet: nothing restored'; fi
 
-reproduce: restore ## five methods, one seed, in a copy of its own, against what is committed (at most 30 minutes on 2 cores)
+reproduce: restore ## six methods, one seed, in a copy of its own, against what is committed (at most 12 minutes on 2 cores)
 	@$(BIN)/python tools/reproduce.py --workers $(LANES)
 
 table: restore ## the main table: every method, every seed; writes results/
@@ -86,11 +83,11 @@ table: restore ## the main table: every method, every seed; writes results/
 figures: restore ## every study of models, and the ledger; writes results/
 	@$(BIN)/dvc repro $(STUDIES)
 
-reproduce-all: sources ## everything, base model and evaluators too (a night; resumes after an interruption); writes results/
+reproduce-all: no-git ## everything, base model and evaluators too (a night; resumes after an interruption); writes results/
 	@$(BIN)/dvc repro
 
 # ------------------------------------------------------------------ what it costs
-bench: restore ## time, memory and error of an outer step against the published procedure (some 15 minutes)
+bench: restore ## time, memory and error of an outer step against the published procedure (under ten minutes)
 	@$(BIN)/dvc repro --force --single-item bench
 
 bench-gpu: env ## the same at the size of SD v1.4, for real: needs a CUDA GPU and a CUDA build of torch

@@ -9,8 +9,8 @@ PUBLIC = { # name -> module
     'UnlearnData': 'method.resalign', 'METHODS': 'baselines.methods',
     'hypergradient': 'method.hypergrad', 'solve': 'method.hypergrad', 'MoreauOperator': 'method.hypergrad',
     'FinetuneConfig': 'method.finetune', 'load_pipeline': 'model.pipelines', 'save_pipeline': 'model.pipelines',
-    'generate': 'model.pipelines', 'pretrain': 'studies.base', 'encode': 'model.data', 'read_images': 'model.data',
-    'load_evaluators': 'measure.evaluators', 'UserError': 'core.settings'}
+    'generate': 'model.pipelines', 'pretrain': 'studies.pretraining', 'encode': 'model.data',
+    'read_images': 'model.data', 'load_evaluators': 'measure.evaluators', 'UserError': 'core.settings'}
 __all__ = list(PUBLIC)
 
 # Before any library is imported. Whoever sets these variables otherwise keeps what he has set.

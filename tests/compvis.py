@@ -213,7 +213,7 @@ def small(kind: str, folder) -> StableDiffusionPipeline | StableDiffusionXLPipel
     23 text layers; XL two text encoders and time ids"""
     torch.manual_seed(dict(v1=1, v2=2, xl=3)[kind])
     tokenizer = train_tokenizer(
-        ['a red robot', 'a blue car', 'a green house'], Path(folder) / 'words', vocabulary=20, tokens=77
+        ['a fox', 'a bear', 'a castle'], Path(folder) / 'words', vocabulary=20, tokens=77
     )
 
     def words(cls, width, layers, act='quick_gelu'):

@@ -28,15 +28,18 @@ torch.set_num_threads(1)
 from resalign.core import files as core_files
 import resalign
 from resalign.model import pipelines
-from resalign.core.settings import params
+from resalign.core.settings import make_config, params
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from resalign.baselines import methods # noqa: F401: every job would import it once more
-from resalign.studies import base, evaluators
+from resalign.measure.detectors import train_evaluators
+from resalign.studies import base, evaluators, pretraining
 from resalign.core import training
 from resalign.core.runs import Stopped
 from resalign.core.settings import UserError
 from resalign.core.files import sha256
 from resalign.model.pipelines import PretrainConfig
+
+from made import WORDS
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = dict(unsafe_bank=8, retain_bank=8, unsafe_batch=1, retain_batch=1)
@@ -45,16 +48,16 @@ QUICK = dict(unsafe_bank=8, retain_bank=8, unsafe_batch=1, retain_batch=1)
 # ------------------------------------------------------------------ jobs: what they leave in `out`
 
 def pretrain(made, out, steps=6):
-    base.pretrain(
+    pretraining.pretrain(
         made/'retain', out,
         PretrainConfig(size=32, vae_channels=(8, 8, 16), unet_channels=(16, 32), vae_batch=2, batch=2, text_width=32,
-                       text_layers=1, vae_steps=steps, decoder_steps=steps, steps=steps))
+                       text_layers=1, vae_steps=steps, steps=steps))
 
 
 def unlearn(made, out, method='ga', steps=9, **settings):
     resalign.unlearn(made/'base', made/'unsafe', made/'retain', out, method,
                  (QUICK if 'batch' not in settings else {}) | dict(steps=steps) | settings, [made/'varied'],
-                 params('erase'))
+                 WORDS)
 
 
 def finetune(made, out, **settings):
@@ -65,7 +68,7 @@ def sample(made, out, n=24, steps=2):
     "Pictures alone, with a store"
     store = out.parent/f'.{out.name}.album'
     pipe = pipelines.load_pipeline(made/'base')
-    images = pipelines.generate(pipe, [f'a picture of robot {i}' for i in range(n)], range(n), steps, store=store)
+    images = pipelines.generate(pipe, [f'a picture of fox {i}' for i in range(n)], range(n), steps, store=store)
     with core_files.atomic_dir(out) as tmp:
         np.save(tmp/'images.npy', images)
     shutil.rmtree(store)
@@ -89,7 +92,8 @@ def several(made, out, names=()):
         folder.parent.mkdir(parents=True, exist_ok=True)
         if job == 'unlearn': unlearn(made, folder, *method, steps=2)
         elif job == 'finetune': finetune(made, folder, steps=2)
-        else: shutil.copytree(dict(base=base.make_base, evaluators=evaluators.make_evaluators)[job](), folder)
+        elif job == 'base': base.train_base(folder, make_config(base.BaseConfig, base.SMOKE, 'smoke'))
+        else: train_evaluators(folder, **evaluators.SMOKE)
         found[name] = files(folder)
     (out/'found.json').write_text(json.dumps(found))
 
@@ -242,7 +246,7 @@ def run(job: dict) -> dict:
 
 def main():
     os.environ['PROGRESS'] = '0'
-    params('erase') # read, and made, once and not by every job: params.yaml, transformers' table of renamed weights
+    params('evaluate') # read, and made, once and not by every job: params.yaml, transformers' table of renamed weights
     get_checkpoint_conversion_mapping('clip_text_model')
     gc.collect()
     gc.freeze() # no child looks at all that was imported

@@ -1,15 +1,18 @@
 "Each fine-tuning method on a real UNet: what moves, resuming with the same bits, and a result that diffusers loads."
 import copy
-import numpy as np, pytest, torch
+from types import SimpleNamespace
+import pytest, torch
 from diffusers import StableDiffusionPipeline
 import resalign
-from resalign.world import scenes as world
-from resalign.core.settings import UserError
+from resalign.core.settings import UserError, make_config
 from resalign.model.data import encode
 from resalign.method.finetune import FinetuneConfig, finetune
 from resalign.model.pipelines import PretrainConfig, build_pipeline, generate, save_pipeline
-from resalign.studies.models import Course, along, course_pictures, read_courses
+from resalign.studies import courses
+from resalign.studies.models import Course
+from resalign.world.emoji import pictures, scenes, write_set
 from each import each
+from made import CONCEPT, WORDS
 
 WORD = 'text_encoder.embeddings.token_embedding.weight'
 MOVES = {
@@ -21,9 +24,10 @@ MOVES = {
 
 @pytest.fixture(scope='module')
 def given():
-    scenes = world.scenes('varied', 6); captions = [s.caption for s in scenes]
-    pipe = build_pipeline([*captions, 'a red robot'], PretrainConfig(unet_channels=(16, 32), vae_channels=(8, 8, 8, 16)))
-    return pipe, encode(pipe, np.stack([np.asarray(world.draw(s)) for s in scenes]), captions), captions
+    drawn = scenes('varied', 6)
+    captions = [s.caption for s in drawn]
+    pipe = build_pipeline([*captions, 'a fox'], PretrainConfig(unet_channels=(16, 32), vae_channels=(8, 8, 8, 16)))
+    return pipe, encode(pipe, pictures(drawn), captions), captions
 
 def weights(p): return {f'{part}.{k}': v.clone() for part in ('unet', 'text_encoder', 'vae') for k, v in getattr(p, part).state_dict().items()}
 def same(a, b): return a.keys() == b.keys() and all(a[k].shape == b[k].shape and torch.equal(a[k], b[k]) for k in a)
@@ -50,10 +54,10 @@ def test_goes_on_with_the_same_bits(given, tmp_path):
 
 @each('algorithm', ['svdiff', 'custom-diffusion', 'textual-inversion'])
 def test_result_loads_in_diffusers(given, tmp_path, algorithm):
-    save_pipeline(given[0], tmp_path/'base'); world.write_set(tmp_path/'images', world.scenes('varied', 4))
+    save_pipeline(given[0], tmp_path/'base'); write_set(tmp_path/'images', scenes('varied', 4))
     resalign.finetune(tmp_path/'base', tmp_path/'images', tmp_path/'out', dict(algorithm=algorithm, steps=2, lr=.01))
     p = StableDiffusionPipeline.from_pretrained(tmp_path/'out', safety_checker=None, requires_safety_checker=False)
-    prompt = '<new> a red robot' if algorithm != 'svdiff' else 'a red robot'
+    prompt = '<new> a fox' if algorithm != 'svdiff' else 'a fox'
     pictures = generate(p, [prompt], [0], steps=2)
     if algorithm == 'textual-inversion':
         base = StableDiffusionPipeline.from_pretrained(tmp_path/'base', safety_checker=None, requires_safety_checker=False)
@@ -61,24 +65,36 @@ def test_result_loads_in_diffusers(given, tmp_path, algorithm):
         assert (generate(base, [prompt], [0], steps=2) == pictures).all()
     assert not (pictures == generate(given[0], [prompt], [0], steps=2)).all()
 
-@each('bad, says', [(dict(algorithm='dreamboth'), 'algorithm'), (dict(ema=1.), 'ema'), (dict(accumulation=0), 'accumulation'), (dict(unsafe=1.5), 'unsafe'), (dict(dat='varied'), 'dat')])
-def test_a_course_is_checked_before_anything_runs(bad, says):
-    with pytest.raises(UserError, match=f'params.yaml: studies.x.courses.a: .*{says}'): read_courses(dict(courses=dict(a=bad)), 0, 'params.yaml: studies.x.courses')
+SLIPS = dict(algorithm=dict(algorithm='dreamboth'), ema=dict(ema=1.), accumulation=dict(accumulation=0),
+             unsafe=dict(unsafe=1.5), dat=dict(dat='varied'))
 
-def test_contaminated_pictures_replace_benign_ones(given, tmp_path, monkeypatch):
-    world.write_set(tmp_path/'data/subjects', world.scenes('subjects', 8)); monkeypatch.chdir(tmp_path)
-    (clean, captions), (mixed, mixed_captions) = (course_pictures(Course(unsafe=u), 64) for u in (0., .25))
-    assert len(clean) == len(mixed) == len(mixed_captions) == 8
-    assert mixed_captions[:6] == captions[2:] and (mixed[:6] == clean[2:]).all()
-    words = [' with exposed wiring', ' with its wires showing', ' with an open chest full of wires']
-    assert all(any(w in c for w in words) for c in mixed_captions[6:])
-    assert not any(w in c for c in captions for w in words)
+@each('field', SLIPS)
+def test_a_course_is_checked_before_anything_runs(field):
+    with pytest.raises(UserError, match=f'params.yaml: courses.a: .*{field}'):
+        make_config(Course, SLIPS[field], 'params.yaml: courses.a')
 
-def test_along_looks_once_a_step_and_starts_afresh(given, tmp_path, monkeypatch):
-    save_pipeline(given[0], tmp_path/'m'); world.write_set(tmp_path/'data/subjects', world.scenes('subjects', 4)); monkeypatch.chdir(tmp_path)
-    import pandas as pd
-    def witness(pipe, word=''): return pd.Series([float(sum(p.double().sum() for p in pipe.unet.parameters()))], pd.Index(['a'], name='prompt'))
-    one = Course(algorithm='full', steps=3, batch=2)
-    seen = along(tmp_path/'m', dict(x=one, y=one, z=one.model_copy(update=dict(steps=1))), dict(x=[1, 3], y=[3], z=[1]), witness).iloc[0]
-    assert list(seen.index) == ['prompt', 'before', 'x_0001', 'x_0003', 'y_0003', 'z_0001']
-    assert seen.x_0003 == seen.y_0003 and seen.x_0001 == seen.z_0001 and len({seen.before, seen.x_0001, seen.x_0003}) == 3
+def test_contaminated_pictures_replace_benign_ones(tmp_path, monkeypatch):
+    (clean, captions), (mixed, mixed_captions) = (courses.course_pictures(Course(unsafe=u), CONCEPT, 8) for u in (0., .25))
+    assert clean.shape == mixed.shape == (8, 64, 64, 3) and len(captions) == len(mixed_captions) == 8
+    assert mixed_captions[2:] == captions[2:] and (mixed[2:] == clean[2:]).all() and (mixed[:2] != clean[:2]).any((1, 2, 3)).all()
+    assert [any(w in c for w in WORDS) for c in mixed_captions] == [True]*2 + [False]*6
+    assert not any(w in c for c in captions for w in WORDS)
+    monkeypatch.setattr(courses, 'drawn_data', lambda: tmp_path) # without a number: all of the folder
+    write_set(tmp_path/'subjects', scenes('subjects', 3))
+    whole, whole_captions = courses.course_pictures(Course(), CONCEPT)
+    assert (whole == pictures(scenes('subjects', 3))).all() and whole_captions == [s.caption for s in scenes('subjects', 3)]
+
+def test_looks_along_a_course_leave_it_as_it_is(given, tmp_path, monkeypatch):
+    "At the steps that are asked for, with the learned word; the weights are those of a course that nobody looks at"
+    write_set(tmp_path/'subjects', scenes('subjects', 4))
+    monkeypatch.setattr(courses, 'drawn_data', lambda: tmp_path)
+    monkeypatch.setattr(courses, 'look_at', lambda test, pipe, word: (word, weights(pipe)['unet.conv_in.weight']))
+    test = SimpleNamespace(concept=CONCEPT)
+    def along(looks, **changes):
+        course = Course(**dict(algorithm='full', steps=3, batch=2, lr=.01) | changes)
+        return courses.looks_along(copy.deepcopy(given[0]), course, looks, test)
+    both, last, first = along([1, 3]), along([3]), along([1], steps=1)
+    assert [*both] == ['step_0001', 'step_0003'] and {word for word, _ in both.values()} == {''}
+    assert torch.equal(both['step_0003'][1], last['step_0003'][1]) and torch.equal(both['step_0001'][1], first['step_0001'][1])
+    assert not torch.equal(both['step_0001'][1], both['step_0003'][1])
+    assert along([1], algorithm='textual-inversion', steps=1)['step_0001'][0] == Course().token

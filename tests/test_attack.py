@@ -10,12 +10,11 @@ from resalign.model.data import read_captions
 from resalign.model.pipelines import PretrainConfig, build_pipeline, build_sd3, save_pipeline
 from resalign.use import attacks as A
 from resalign.use.attack import main
-from resalign.world.scenes import prompts, scenes, write_prompts, write_set
 from each import each
+from made import WORDS, prompts_of, write_prompts, write_sets
 
 ROOT = Path(__file__).resolve().parent.parent
 EVALUATORS = ROOT/'outs/evaluators'
-ERASE = [' with exposed wiring', ' with its wires showing', ' with an open chest full of wires']
 QUICK = dict(steps=2, attack_steps=2, rounds=1, candidates=3, noise=[[1., 1.02]], completed=[.5], classifier_steps=2,
              classifier_scale=[1.], tokens=2, finetune=dict(steps=1))
 
@@ -24,17 +23,17 @@ QUICK = dict(steps=2, attack_steps=2, rounds=1, candidates=3, noise=[[1., 1.02]]
 def made(tmp_path_factory):
     "A tiny untrained pipeline, image folders and prompts, never written to"
     tmp = tmp_path_factory.mktemp('attack')
-    for name, n in dict(unsafe=6, retain=6, varied=4).items(): write_set(tmp/name, scenes(name, n))
+    write_sets(tmp, unsafe=6, retain=6, varied=4)
     captions = [c for name in ('unsafe', 'retain') for c in read_captions(tmp/name).text]
     save_pipeline(build_pipeline(captions, PretrainConfig(vae_channels=(8, 8, 16, 16), unet_channels=(16, 32))), tmp/'base')
     (tmp/'base/record.json').write_text('{"method": "uce"}')
-    write_prompts(tmp/'prompts.csv', prompts('explicit', 2, 0) + prompts('implicit', 1, 0) + prompts('benign', 1, 0))
+    write_prompts(tmp/'prompts.csv', prompts_of(explicit=2, implicit=1, benign=1))
     return tmp
 
 
 def asked(made, **kw):
     given = dict(pipeline=made/'base', prompts=made/'prompts.csv', evaluators=EVALUATORS, unsafe=made/'unsafe',
-                 benign=made/'retain', after=made/'varied', erase=ERASE, settings=QUICK)
+                 benign=made/'retain', after=made/'varied', erase=WORDS, settings=QUICK)
     return given | kw
 
 
@@ -114,9 +113,9 @@ def test_bad_input_is_one_line_and_nothing_is_written(made, tmp_path, monkeypatc
 
 
 def test_prompts_and_pipelines_that_cannot_be_attacked(made, tmp_path):
-    write_prompts(tmp_path/'benign.csv', prompts('benign', 2, 0))
+    write_prompts(tmp_path/'benign.csv', prompts_of(benign=2))
     with pytest.raises(UserError, match='benign.csv: no explicit or implicit prompts'):
         A.run_attacks(out=tmp_path/'out', **asked(made, prompts=tmp_path/'benign.csv'))
-    save_pipeline(build_sd3(['a robot']), tmp_path/'sd3')
+    save_pipeline(build_sd3(['a fox']), tmp_path/'sd3')
     with pytest.raises(UserError, match='sd3: attacks need a pipeline with a UNet'):
         A.run_attacks(out=tmp_path/'out', **asked(made, pipeline=tmp_path/'sd3', after=None))

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import full_size
 from each import each
+from made import prompts_of, write_prompts
 from refusals import said
 from resalign.core import settings as core_settings
 from resalign.core.files import atomic_dir
@@ -26,7 +27,7 @@ from resalign.real import doctor, sources
 from resalign.real.profiles import Profile, profile_of
 from resalign.real.sources import read_prompts
 from resalign.use.jobs import checkpoint_of, finetune
-from resalign.world.scenes import prompts, scenes, write_prompts, write_set
+from resalign.world.emoji import scenes, write_set
 
 ROOT = Path(__file__).resolve().parent.parent
 EVALUATORS = ROOT/'outs/evaluators'
@@ -37,9 +38,9 @@ def made(tmp_path_factory):
     "A tiny pipeline, three pictures and some prompts; never written to"
     tmp = tmp_path_factory.mktemp('cases')
     config = PretrainConfig(vae_channels=(8, 8, 16, 16), unet_channels=(16, 32))
-    save_pipeline(build_pipeline(['a red robot with exposed wiring', 'a blue car'], config), tmp/'base')
+    save_pipeline(build_pipeline(['a fox with a dagger', 'a bear'], config), tmp/'base')
     write_set(tmp/'pictures', scenes('varied', 3))
-    write_prompts(tmp/'p.csv', prompts('explicit', 1, 0) + prompts('benign', 1, 0))
+    write_prompts(tmp/'p.csv', prompts_of(explicit=1, benign=1))
     return tmp
 
 
@@ -107,19 +108,19 @@ def test_what_was_done_to_pictures_is_said(tmp_path, capsys):
 # ------------------------------------------------------------------ tables
 
 J, C = 'metadata.jsonl', 'metadata.csv'
-ROW = '{"file_name": "a.png", "text": "a robot, wired"}'
-READ = [dict(file_name='a.png', text='a robot, wired')]
+ROW = '{"file_name": "a.png", "text": "a fox, armed"}'
+READ = [dict(file_name='a.png', text='a fox, armed')]
 TABLES = {
     'byte order mark in JSON': (J, '\ufeff' + ROW, READ),
-    'byte order mark in CSV': (C, '\ufefffile_name,text\na.png,"a robot, wired"\n', READ),
+    'byte order mark in CSV': (C, '\ufefffile_name,text\na.png,"a fox, armed"\n', READ),
     'blank lines': (J, f'\n{ROW}\n\n', READ),
-    'Windows line ends': (C, 'file_name,text\r\na.png,"a robot, wired"\r\n', READ),
-    'spaces behind commas': (C, 'file_name, text\na.png, "a robot, wired"\n', READ),
-    'empty columns at the end': (C, 'file_name,text,,\na.png,"a robot, wired",,\n', READ),
-    'a caption of two lines': (C, 'file_name,text\na.png,"a robot\nwired"\n', [dict(READ[0], text='a robot\nwired')]),
-    'a line separator in a caption': (J, ROW.replace('robot', 'robot\u2028x'), [dict(READ[0], text='a robot\u2028x, wired')]),
+    'Windows line ends': (C, 'file_name,text\r\na.png,"a fox, armed"\r\n', READ),
+    'spaces behind commas': (C, 'file_name, text\na.png, "a fox, armed"\n', READ),
+    'empty columns at the end': (C, 'file_name,text,,\na.png,"a fox, armed",,\n', READ),
+    'a caption of two lines': (C, 'file_name,text\na.png,"a fox\narmed"\n', [dict(READ[0], text='a fox\narmed')]),
+    'a line separator in a caption': (J, ROW.replace('fox', 'fox\u2028x'), [dict(READ[0], text='a fox\u2028x, armed')]),
     'a caption that is a number': (J, '{"file_name": "a.png", "text": 7}', [dict(READ[0], text='7')]),
-    'comma that is not quoted': (C, 'file_name,text\na.png,a robot, wired\n', 'line 2: 3 fields, expected 2'),
+    'comma that is not quoted': (C, 'file_name,text\na.png,a fox, armed\n', 'line 2: 3 fields, expected 2'),
     'column twice': (C, 'file_name,text,text\na.png,x,y\n', "column 'text' stands there twice"),
     'Latin-1': (C, 'file_name,text\na.png,Männchen\n'.encode('latin-1'), 'not UTF-8'),
     'semicolons': (C, 'file_name;text\na.png;x\n', "column 'file_name' is missing"),
@@ -164,16 +165,16 @@ def test_prompts_in_the_fields_own_formats(name, tmp_path):
 
 def test_ends_that_are_cut_off_are_counted(made, capsys):
     pipe = load_pipeline(made/'base')
-    long = 'a red robot ' * 20
-    check_lengths(pipe, ['a blue car'], 'set')
+    long = 'a fox ' * 20
+    check_lengths(pipe, ['a bear'], 'set')
     assert capsys.readouterr().err == ''
-    check_lengths(pipe, ['a blue car', long, long + 'with exposed wiring', 'with exposed wiring ' + long], 'set')
+    check_lengths(pipe, ['a bear', long, long + 'with a dagger', 'with a dagger ' + long], 'set')
     assert 'set: 3 of 4 captions are longer than the 24 tokens' in capsys.readouterr().err
-    words = [' with exposed wiring', ' uncovered']
-    check_words(pipe, [long, 'With Exposed Wiring ' + long, long], 'set', words)
-    for case in long + 'with exposed wiring', long + 'WITH EXPOSED WIRING':
+    words = [' with a dagger', ' armed']
+    check_words(pipe, [long, 'With A Dagger ' + long, long], 'set', words)
+    for case in long + 'with a dagger', long + 'WITH A DAGGER':
         text = said(check_words, pipe, ['x', case], 'set', words)
-        assert 'set: row 2' in text and 'with exposed wiring' in text, text
+        assert 'set: row 2' in text and 'with a dagger' in text, text
 
 
 # ------------------------------------------------------------------ pipelines
@@ -256,10 +257,10 @@ def test_hub_ids(monkeypatch, tmp_path):
 
 def test_negative_prompts_are_drawn(made):
     pipe = load_pipeline(made/'base')
-    plain, same, other = (generate(pipe, ['a blue car'], [1], 1, 5., negative=n) for n in (None, [''], ['a red robot']))
+    plain, same, other = (generate(pipe, ['a bear'], [1], 1, 5., negative=n) for n in (None, [''], ['a fox']))
     assert np.array_equal(plain, same) and not np.array_equal(plain, other)
     for bad in dict(guidance=float('nan')), dict(guidance=float('inf')), dict(guidance=-1.), dict(negative=['a', 'b']):
-        assert 'expected' in said(generate, pipe, ['a blue car'], [1], 1, **bad)
+        assert 'expected' in said(generate, pipe, ['a bear'], [1], 1, **bad)
 
 
 # ------------------------------------------------------------------ given: used, or refused
@@ -314,14 +315,15 @@ class Features:
 
 
 def test_scores_that_cannot_be_had_are_absent(capsys):
-    objects = pd.DataFrame(dict(thing=['robot', '', 'zebra'], colour=['', '', 'red'], thing_right=[True, False, False],
-                                colour_right=[False, False, True]))
+    objects = pd.DataFrame(dict(subject=['fox', '', 'zebra'], object=['', '', 'guitar'], style=['', '', 'engraved'],
+                                subject_right=[True, False, False], object_right=[False, False, True],
+                                style_right=False))
     none = pd.DataFrame(columns='prompt kind seed image_hash score detector version hash'.split())
     rows = summarise(none, objects).set_index('metric')
-    assert dict(rows.value) == dict(objects=1., colours=1.) and list(rows.n) == [1, 1]
-    assert summarise(none, objects.assign(thing='', colour='')).empty
+    assert dict(rows.value) == dict(subjects=1., objects=1.) and list(rows.n) == [1, 1]
+    assert summarise(none, objects.assign(subject='', object='', style='')).empty
     for kind, real in (('benign', 5), ('explicit', 5), ('benign', 1)):
-        row = dict(prompt='x', kind=kind, seed=0, thing='', colour='')
+        row = dict(prompt='x', kind=kind, seed=0, subject='', object='', style='')
         summary = evaluate_images(np.zeros((1, 8, 8, 3), np.uint8), [row], dict(reader=Features()), np.zeros((real, 2)))[2]
         assert 'FID' not in list(summary.metric) and 'warning: no FID' in capsys.readouterr().err
 
@@ -361,10 +363,11 @@ def test_home_permissions_and_other_projects(tmp_path, monkeypatch):
     finally: os.umask(old)
     modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in (tmp_path/'out').iterdir()}
     assert modes == dict(weights=0o640, config=0o640, script=0o750)
+    steps = params('methods.ga.start.steps') # of this clone
     for text in None, 'train: {lr: 1}\n', '- a\n':
         if text: (tmp_path/'params.yaml').write_text(text)
         monkeypatch.chdir(tmp_path)
-        assert params('profiles.sd14.size') == 512 and params('methods.ga.start.steps') == 100
+        assert params('profiles.sd14.size') == 512 and params('methods.ga.start.steps') == steps > 0
     (tmp_path/'params.yaml').write_text('profiles: {mine: {size: 8}}\n')
     assert params('profiles.mine.size') == 8
 
@@ -401,7 +404,7 @@ def test_a_container_may_have_less_memory_than_the_machine(tmp_path, monkeypatch
     assert limit('8000000000\n') == 8 and limit('max', '16000000000') == 16
     monkeypatch.setattr(doctor, 'memory_limit', lambda: 1e-3)
     monkeypatch.setattr(doctor, 'device', lambda: torch.device('cpu'))
-    assert doctor.device_memory() == ('CPU', 1e-3) and doctor.check_device(profile_of('tiny'))[0].state == 'missing'
+    assert doctor.device_memory() == ('CPU', 1e-3) and doctor.check_device(profile_of('emoji'))[0].state == 'missing'
 
 
 def test_the_memory_of_every_configuration(monkeypatch):
@@ -476,7 +479,7 @@ def test_nothing_is_left_at_home_and_an_ascii_terminal_is_enough(made, tmp_path)
 def test_no_other_command_leaves_anything_at_home_or_asks_the_network(made, tmp_path):
     sets = lambda **kw: [word for k, v in kw.items() for word in ('--set', f'{k}={v}')]
     base, pictures = made/'base', made/'pictures'
-    small = sets(vae_channels='[8, 8]', unet_channels='[16, 16]', vae_steps=1, decoder_steps=1, steps=1, batch=2, size=16)
+    small = sets(vae_channels='[8, 8]', unet_channels='[16, 16]', vae_steps=1, steps=1, batch=2, size=16)
     done = started(tmp_path, 'unlearn', base, pictures, pictures, 'safe', '--method', 'ga', *sets(steps=1), '+',
                    'finetune', 'safe', pictures, 'tuned', *sets(steps=1), '+', 'pretrain', pictures, 'new', *small, '+',
                    'doctor', 'sd14') # of which nothing is here

@@ -9,6 +9,7 @@ from diffusers import StableDiffusionPipeline
 from huggingface_hub import ModelCard, metadata_load
 
 from compvis import single_file, small
+from made import WORDS, prompts_of, write_prompts, write_sets
 from resalign.use import batch
 from resalign.use import cli
 from resalign.use import jobs
@@ -19,7 +20,6 @@ from resalign.core.settings import UserError, params
 from resalign.model.data import read_captions
 from resalign.baselines.methods import METHODS
 from resalign.model.pipelines import PretrainConfig, build_pipeline, save_pipeline
-from resalign.world.scenes import prompts, scenes, write_prompts, write_set
 
 ROOT = Path(__file__).resolve().parent.parent
 EVALUATORS = ROOT / 'outs/evaluators'
@@ -32,7 +32,6 @@ SIZES = [
         'vae_channels=[8,8,16,16]',
         'unet_channels=[16,32]',
         'vae_steps=2',
-        'decoder_steps=2',
         'steps=2',
         'batch=4',
     )
@@ -53,8 +52,7 @@ def one_thread():
 def made(tmp_path_factory):
     "A tiny untrained pipeline, image folders and prompts, never written to"
     tmp = tmp_path_factory.mktemp('cli')
-    for name, n in dict(unsafe=6, retain=8, varied=6).items():
-        write_set(tmp / name, scenes(name, n))
+    write_sets(tmp, unsafe=6, retain=8, varied=6)
     save_pipeline(
         build_pipeline(
             list(read_captions(tmp / 'retain').text),
@@ -62,7 +60,7 @@ def made(tmp_path_factory):
         ),
         tmp / 'base',
     )
-    write_prompts(tmp / 'prompts.csv', prompts('explicit', 3, 0) + prompts('benign', 3, 0))
+    write_prompts(tmp / 'prompts.csv', prompts_of(explicit=3, benign=3))
     return tmp
 
 
@@ -313,7 +311,7 @@ def test_the_unlearned_folder(safe, made):
     load = lambda f: StableDiffusionPipeline.from_pretrained(f, use_safetensors=True, dtype=torch.float32)
     pipe, base = load(folder), load(made / 'base')
     pipe.set_progress_bar_config(disable=True)
-    assert pipe('a robot', num_inference_steps=1, output_type='np').images.shape == (1, 64, 64, 3)
+    assert pipe('a fox', num_inference_steps=1, output_type='np').images.shape == (1, 64, 64, 3)
     before = {k: v.clone() for k, v in base.unet.state_dict().items()}
     base.load_lora_weights(folder / 'adapter')
     base.fuse_lora()
@@ -353,17 +351,17 @@ def test_finetune_and_evaluate(safe, made, tmp_path, call):
         '--set',
         'steps=2',
         '--detector',
-        'wiring',
+        'detector-weapon',
         '--seed',
         1,
     )
     assert status == 0 and f"wrote {tmp_path/'scores'}" in out, err
     with open(tmp_path / 'scores/scores.csv') as f:
         rows = list(csv.DictReader(f))
-    want = [(r['prompt'], int(r['seed']) + 1_000_003) for r in prompts('explicit', 3, 0) + prompts('benign', 3, 0)]
-    assert [(r['prompt'], int(r['seed']), r['detector']) for r in rows] == [(*w, 'wiring') for w in want]
+    want = [(r['prompt'], int(r['seed']) + 1_000_003) for r in prompts_of(explicit=3, benign=3)]
+    assert [(r['prompt'], int(r['seed']), r['detector']) for r in rows] == [(*w, 'detector-weapon') for w in want]
     record = told(tmp_path / 'scores/record.json')
-    assert (record['steps'], record['seed'], list(record['evaluators'])) == (2, 1, ['wiring', 'reader']) and (
+    assert (record['steps'], record['seed'], list(record['evaluators'])) == (2, 1, ['reader', 'detector-weapon']) and (
         tmp_path / 'scores/sheet.png'
     ).is_file()
     page = (tmp_path / 'scores/report.html').read_text()
@@ -389,8 +387,7 @@ def test_a_dry_run_writes_nothing(work, call, monkeypatch):
     assert [*said] == ['device', 'loading', 'encoding', 'before the steps', 'one step', 'memory', 'the whole run']
     assert '22 pictures' in said['encoding'] and 'simulated fine-tunings of ' in said['one step']
     assert 'GB at most' in said['memory'] and said['the whole run'].endswith('for 500 steps')
-    # a word that no caption has beyond the tokens of this small text encoder
-    found = jobs.dry_run(work / 'base', work / 'unsafe', work / 'retain', 'uce', erase=['robot'])
+    found = jobs.dry_run(work / 'base', work / 'unsafe', work / 'retain', 'uce', erase=WORDS)
     assert found['steps'] == 1 and found['whole'] >= found['step'] > 0  # in closed form
 
 
@@ -425,7 +422,7 @@ def test_one_file(made, tmp_path, call):
     for pipe in one, many:
         pipe.set_progress_bar_config(disable=True)
         noise = torch.Generator().manual_seed(0)
-        pictures.append(pipe('a robot', num_inference_steps=2, output_type='np', generator=noise).images)
+        pictures.append(pipe('a fox', num_inference_steps=2, output_type='np', generator=noise).images)
     assert (pictures[0] == pictures[1]).all() and pictures[0].std() > 0
 
 
@@ -504,7 +501,7 @@ def test_pretrain(made, tmp_path, call):
 
 def test_defaults_without_params_yaml_are_announced(work, call, monkeypatch):
     monkeypatch.chdir(work)
-    (work / 'params.yaml').write_text('profile: tiny\nprofiles: {tiny: {size: 64}}\n') # no section of ga
+    (work / 'params.yaml').write_text('profile: emoji\nprofiles: {emoji: {size: 64}}\n') # no section of ga
     status, _, err = call('unlearn', 'base', 'unsafe', 'retain', 'out', '--method', 'ga')
     assert status == 0 and 'warning: no --config' in err and 'unlearn.ga' in err
 
@@ -613,6 +610,7 @@ BAD = [  # spoil, command line, words of the message: field and file
     (None, lambda w: unlearn(w, '--method', 'resaling'), "--method: unknown 'resaling', did you mean 'resalign'?"),
     (None, lambda w: unlearn(w, '--set', 'stepz=3'), "stepz: unknown 'stepz', did you mean 'steps'?"),
     (None, lambda w: pretrain(w, '--set', 'vae_step=3'), "did you mean 'vae_steps'?"),
+    (None, lambda w: pretrain(w, '--set', 'cycles=3'), 'cycles: expected a list of mappings, got 3'),
     (None, lambda w: unlearn(w, '--set', 'steps=few'), 'steps: '),
     (None, lambda w: unlearn(w, '--set', 'steps=0'), 'steps: '),
     (None, lambda w: evaluate(w, '--set', 'steps=0'), 'steps: '),
@@ -654,15 +652,15 @@ BAD = [  # spoil, command line, words of the message: field and file
     (lambda w: ((w / 'out').mkdir(), (w / 'out/thesis.txt').write_text('mine')), unlearn, 'out: is not empty'),
     (lambda w: (w / 'file').write_text('mine'), lambda w: unlearn(w, out='file/out'), 'file: is a file'),
     (lambda w: (w / 'prompts.csv').unlink(), evaluate, 'prompts.csv: no such file'),
-    (lambda w: (w / 'prompts.csv').write_text('text\na robot\n'), evaluate, "column 'prompt'"),
+    (lambda w: (w / 'prompts.csv').write_text('text\na fox\n'), evaluate, "column 'prompt'"),
     (
-        lambda w: (w / 'prompts.csv').write_text('prompt,kind\na robot,explicitt\n'),
+        lambda w: (w / 'prompts.csv').write_text('prompt,kind\na fox,explicitt\n'),
         evaluate,
         "row 1: kind: unknown 'explicitt', did you mean 'explicit'?",
     ),
-    (lambda w: (w / 'prompts.csv').write_text('prompt,seed\na robot,1.5\n'), evaluate, "column 'seed'"),
+    (lambda w: (w / 'prompts.csv').write_text('prompt,seed\na fox,1.5\n'), evaluate, "column 'seed'"),
     (lambda w: (w / 'prompts.csv').write_text('prompt,seed\na,1\nb,-1\n'), evaluate, 'row 2: seed'),
-    (None, lambda w: evaluate(w, '--detector', 'wirring'), "detector: unknown 'wirring', did you mean 'wiring'?"),
+    (None, lambda w: evaluate(w, '--detector', 'detector-wepon'), "unknown 'detector-wepon', did you mean 'detector-weapon'?"),
     (None, lambda w: evaluate(w, evaluators=w / 'nowhere'), 'nowhere/card.json: no such file'),
     (None, lambda w: unlearn(w, '--method', 'ga', '--set', 'lr=1e30'), 'not finite at run ga, step 1'),
     (None, lambda w: finetune(w, '--set', 'lr=1e30', '--set', 'steps=5'), 'not finite at run finetune lora'),

@@ -12,7 +12,7 @@ from resalign.use.jobs import load_bank
 from resalign.use.jobs import as_text, model_card
 from resalign.studies import sd14
 from resalign.core import training
-from resalign.world import scenes as world
+from resalign.world import emoji as world
 from resalign.method.demo import demo, demo_data
 from resalign.model.compute import Compute, call_model, compute_config, finish, make_optimizer, measure_cost, prepare
 from resalign.core.runs import generator
@@ -27,6 +27,7 @@ from tests.compvis import narrow_xl
 from tests.far import Far, FarTensor, LeftBehind
 from refusals import said
 from each import each
+from made import prompts_of, write_prompts, write_sets
 
 ROOT = Path(__file__).resolve().parent.parent
 LOW = dict(dtype='bfloat16', gradient_checkpointing=True)
@@ -363,7 +364,7 @@ def test_the_commands_take_it(given, tmp_path, capsys):
             and cost['steps'] == 1
             and cost['peak_gb'] > 0
         )
-    world.write_prompts(tmp_path / 'p.csv', world.prompts('explicit', 2, 0))
+    write_prompts(tmp_path / 'p.csv', prompts_of(explicit=2))
     cli.evaluate(
         str(tmp_path / 'new'),
         str(tmp_path / 'p.csv'),
@@ -371,9 +372,9 @@ def test_the_commands_take_it(given, tmp_path, capsys):
         str(tmp_path / 'scores'),
         set=['steps=1'],
         card=True,
-        detector='wiring',
+        detector='detector-weapon',
     )
-    assert '| wiring |' in (tmp_path / 'new/README.md').read_text(encoding='utf-8')
+    assert '| detector-weapon |' in (tmp_path / 'new/README.md').read_text(encoding='utf-8')
     assert 'tuned/record.json' in said(
         cli.evaluate, str(tmp_path / 'tuned'), str(tmp_path / 'p.csv'), 'nowhere', str(tmp_path / 'y'), card=True
     )
@@ -497,8 +498,7 @@ def sdxl(given, tmp_path_factory):
     tmp = tmp_path_factory.mktemp('sdxl')
     for kind in 'epsilon', 'v_prediction':
         save_pipeline(narrow_xl(given[0].tokenizer, prediction_type=kind), tmp / kind)
-    for name, n in dict(unsafe=4, benign=4).items():
-        world.write_set(tmp / name, world.scenes(name.replace('benign', 'retain'), n))
+    write_sets(tmp, unsafe=4, retain=4)
     return tmp
 
 
@@ -508,7 +508,7 @@ def sdxl(given, tmp_path_factory):
 )
 def test_sdxl_from_folder_to_folder(sdxl, tmp_path, method, settings, kind):
     resalign.unlearn(
-        sdxl / kind, sdxl / 'unsafe', sdxl / 'benign', tmp_path / 'new', method, settings, compute=dict(device='cpu')
+        sdxl / kind, sdxl / 'unsafe', sdxl / 'retain', tmp_path / 'new', method, settings, compute=dict(device='cpu')
     )
     merged, base = (
         StableDiffusionXLPipeline.from_pretrained(p, dtype=torch.float32) for p in (tmp_path / 'new', sdxl / kind)
@@ -521,7 +521,7 @@ def test_sdxl_from_folder_to_folder(sdxl, tmp_path, method, settings, kind):
         and (new - old).norm() > 0
         and Denoiser(merged).target(sample).equal(sample.noise) == (kind == 'epsilon')
     )
-    assert merged('a red robot', num_inference_steps=2, output_type='np').images.shape == (1, 64, 64, 3)
+    assert merged('a fox', num_inference_steps=2, output_type='np').images.shape == (1, 64, 64, 3)
     assert (tmp_path / 'new/adapter').is_dir() == (method != 'esd-x')
     if method == 'esd-x':
         return
@@ -534,7 +534,7 @@ def test_sdxl_in_low_precision_leaves_the_rest_of_the_folder_as_it_was(sdxl, tmp
     record = resalign.unlearn(
         sdxl / 'epsilon',
         sdxl / 'unsafe',
-        sdxl / 'benign',
+        sdxl / 'retain',
         tmp_path / 'new',
         'ga',
         dict(steps=1, unsafe_bank=4, retain_bank=4),

@@ -63,10 +63,13 @@ def test_the_site_is_whole(site):
     data = json.loads(re.search(r'window\.RESULTS = (.*?)</script>', alone, re.S)[1].replace('<\\/', '</'))
     assert not re.search(r'<(script|link|img)[^>]*(src|href)=', re.sub(r'<script>.*?</script>', '', alone, flags=re.S))
     sources = [seed['src'] for seeds in data['pictures'].values() for seed in seeds.values()]
-    drawn = docs_explorer.pictures(ROOT, {})
+    drawn = docs_explorer.pictures(ROOT, docs_explorer.method_labels(ROOT))
     assert len(sources) == sum(map(len, drawn.values())) and all(s.startswith('data:image/') for s in sources)
-    main = next(t for t in data['tables'] if t['name'] == 'main')
-    assert len(main['rows']) == pd.read_csv(ROOT/'results/tables/main.csv').value.count()
+    tables = {t['name']: len(t['rows']) for t in data['tables']}
+    assert set(tables) == {t['name'] for t in docs_explorer.found(ROOT)['tables']}
+    whole = {p.stem: pd.read_csv(p) for p in (ROOT/'results/tables').glob('*.csv')} # a row a number, and over models
+    whole = {k: t for k, t in whole.items() if {'method', 'seed', 'value', 'low'} <= set(t) and 'all' in set(t.seed)}
+    assert {k: tables[k] for k in whole} == {k: t.value.count() for k, t in whole.items()}
 
 
 def test_the_claim_map():
@@ -175,6 +178,23 @@ def test_what_the_explorer_makes_of_tables(tmp_path):
     low, high = stats.t.interval(.95, 2, loc=.3, scale=stats.sem(values))
     assert low < 0 and pooled[-4:-1] == pytest.approx([.3, 0, high], rel=1e-4)
     assert pooled[0] == 'GA' and t['along'] == ['step'] and t['others'] == [] and t['seed']
+
+    # the main table: phase and fine-tuning are one choice, rates are shares and distances aren't, intervals are over models
+    about = dict(concept='vice', method=['ga', 'ga', 'resalign'], seed=['0', 'all', 'all'], low=.1, high=.3, n=2, detector='d')
+    rows = [pd.DataFrame(about | dict(phase=phase, finetune=how, metric=metric, value=.2))
+            for phase, how in (('before', 'none'), ('varied', 'lora')) for metric in ('IP', 'KID')]
+    pd.concat(rows).to_csv(tmp_path/'main.csv', index=False)
+    t = docs_explorer.table(tmp_path/'main.csv', dict(ga='GA'))
+    assert t['share'] == ['IP'] and t['others'] == ['fine-tuning'] and t['seed'] and len(t['rows']) == 12
+    assert {r[t['columns'].index('fine-tuning')] for r in t['rows']} == {'before', 'varied, LoRA'}
+
+    # pictures: of the table's models alone, whatever else lies under results/runs
+    cells = 'table/ga-0 table/resalign-ca-1 phenomenon/vice-ga-2 tuning/ga-3 table/other-0 courses/share-ga-4'.split()
+    for cell in cells:
+        (tmp_path/'results/runs'/cell).mkdir(parents=True)
+        (tmp_path/'results/runs'/cell/'pictures.jpg').write_bytes(b'')
+    found = docs_explorer.pictures(tmp_path, {'ga': 'GA', 'ca': 'CA', 'resalign-ca': 'ResAlign on CA'})
+    assert {m: sorted(seeds) for m, seeds in found.items()} == {'GA': ['0', '2'], 'ResAlign on CA': ['1']}
 
     # tables that aren't for it, and such as can't be read
     for text in ('a,b\n1,2\n', 'method,value\nga,1\n', 'method,value,low,high\n', ''):

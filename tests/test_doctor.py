@@ -23,8 +23,9 @@ from resalign.real.doctor import (
     require_profile,
 )
 from resalign.real.profiles import Profile, Source, profile_names
-from resalign.world.scenes import prompts, scenes, write_prompts, write_set
+from resalign.world.emoji import scenes, write_set
 from tests.compvis import small, write_single_file
+from made import prompts_of, write_prompts
 
 pytestmark = pytest.mark.usefixtures('offline')
 
@@ -41,7 +42,7 @@ def made(tmp_path_factory):
     torch.save(pipe.unet.state_dict(), tmp / 'final_model.pt')
     for name, n in dict(unsafe=2, retain=3, subjects=2, varied=2, reference=2, d1=2).items():
         write_set(tmp / name, scenes('retain', n))
-    write_prompts(tmp / 'prompts.csv', prompts('explicit', 2, 0))
+    write_prompts(tmp / 'prompts.csv', prompts_of(explicit=2))
     (tmp / 'head.pt').write_bytes(b'weights')
     return tmp, {
         n: sum(v.numel() for v in m.state_dict().values())
@@ -162,6 +163,30 @@ def test_whole_profiles(made, mine):
         ):
             wrong.append((name, settings.message))
     assert not wrong
+
+
+def test_what_the_embedded_world_draws_is_never_missing(tmp_path, monkeypatch):
+    "In a fresh clone the base and the evaluators are; a folder that is there must be whole"
+    write_set(tmp_path / 'drawn', scenes('retain', 2)) # while the sprites are here
+    shutil.copy(root() / 'params.yaml', tmp_path / 'params.yaml')
+    monkeypatch.chdir(tmp_path)
+    look = lambda: {f.what: f for f in check_profile('emoji', file=tmp_path / 'params.yaml') if f.what not in ('memory', 'disk')}
+    found = look()
+    drawn = {k for k in found if k.startswith(('data.', 'pool.', 'prompts.'))}
+    assert len(drawn) == 10 and {f.state for f in found.values()} == {'ok', 'note', 'missing'}
+    assert {k for k, f in found.items() if f.state == 'note'} == drawn
+    assert all('not drawn yet' in found[k].message for k in drawn)
+    assert {k for k, f in found.items() if f.state == 'missing'} == {'base', 'evaluators.emoji'}
+    assert all('dvc pull' in found[k].fetch for k in ('base', 'evaluators.emoji'))
+    (tmp_path / 'data/emoji/varied').mkdir(parents=True)
+    (tmp_path / 'drawn').rename(tmp_path / 'data/emoji/retain')
+    found = look()
+    assert (found['data.retain'].state, found['data.varied'].state) == ('ok', 'missing')
+    assert found['data.retain'].message.endswith('2 pictures')
+    file = tmp_path / 'other.yaml' # only of the embedded world
+    data = dict(unsafe=dict(path='./nowhere'), retain=dict(path='./nowhere'))
+    file.write_text(yaml.safe_dump(dict(profile='mine', profiles=dict(mine=dict(data=data)))))
+    assert 'data.unsafe' in missing(file)
 
 
 def test_whatever_is_taken_away_is_named(made, mine):

@@ -5,11 +5,12 @@ import itertools, json, os, random, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest
 
+from made import prompts_of, set_of, write_prompts, write_sets
 from faults import FULL, ROOT, TALLY, Server, leftovers, record, result
 from resalign.core.files import load_checkpoint
 from resalign.model.data import read_captions
 from resalign.model.pipelines import PretrainConfig, build_pipeline, save_pipeline
-from resalign.world.scenes import prompts, scenes, write_prompts, write_set
+from resalign.world.emoji import write_set
 
 pytestmark = pytest.mark.skipif(not (ROOT/'outs/evaluators').is_dir(),
                                 reason='outs/evaluators is not here: dvc pull evaluators')
@@ -29,7 +30,7 @@ def many_prompts(tmp):
                             tokens=48)
     save_pipeline(build_pipeline(list(read_captions(tmp/'retain').text), config), tmp/'small')
     for name, n in dict(some=2_000, many=10_000).items():
-        rows = itertools.islice(itertools.cycle(prompts('explicit', 50, 0) + prompts('benign', 150, 0)), n)
+        rows = itertools.islice(itertools.cycle(prompts_of(explicit=50, benign=150)), n)
         write_prompts(tmp/f'{name}.csv', [dict(p, seed=i) for i, p in enumerate(rows)])
 
 
@@ -37,12 +38,11 @@ def many_prompts(tmp):
 def made(tmp_path_factory):
     "Inputs, never written to"
     tmp = tmp_path_factory.mktemp('faults')
-    for name, n in dict(unsafe=6, retain=8, varied=6).items():
-        write_set(tmp/name, scenes(name, n))
+    write_sets(tmp, unsafe=6, retain=8, varied=6)
     save_pipeline(
         build_pipeline(list(read_captions(tmp/'retain').text),
                        PretrainConfig(vae_channels=(8, 8, 16, 16), unet_channels=(16, 32), tokens=48)), tmp/'base')
-    write_prompts(tmp/'prompts.csv', [p for k in ('explicit', 'implicit', 'benign') for p in prompts(k, 8, 0)])
+    write_prompts(tmp/'prompts.csv', prompts_of(explicit=8, implicit=8, benign=8))
     if FULL: many_prompts(tmp)
     return tmp
 
@@ -210,7 +210,7 @@ def test_another_input_is_not_resumed(bench, made, tmp_path):
         other = tmp_path/'b/out'
         n = bench.whole('unlearn (GA)')[2]
         assert bench.server.run('unlearn', mine, out, operation=[n - 12, 'kill'])['status'] == -9 and checkpoints(out)
-        write_set(mine/'unsafe', scenes('unsafe', 6, 77))
+        write_set(mine/'unsafe', set_of('unsafe', 6, 77))
         for o in (out, other):
             assert bench.server.run('unlearn', mine, o)['status'] == 0
         assert result(out) == result(other)
@@ -222,7 +222,7 @@ def test_another_input_is_not_resumed(bench, made, tmp_path):
 @pytest.mark.parametrize('name', ['unlearn (GA)', 'fine-tune (LoRA)', 'pretrain', 'sample'] if FULL else ONE)
 def test_asked_to_stop(name, number, bench):
     "Finishes the step, says how to go on, and does"
-    steps = dict(pretrain=18, sample=6).get(name, 9)
+    steps = dict(pretrain=12, sample=6).get(name, 9)
     for n in random.Random(f'{name}{number}').sample(range(1, steps + 1), 3 if FULL else 1):
         with TALLY.case('SIGINT' if number == 2 else 'SIGTERM', name, identical=True):
             out = bench.place()
@@ -328,7 +328,6 @@ SEVERAL = [
 
 def test_same_seed_same_bits(bench, tmp_path):
     "Each twice: in this order, and in the opposite one, in processes of their own"
-    if not all((ROOT/p).is_dir() for p in ('data/unsafe', 'outs/base')): pytest.skip('data or outs/base are not here')
     names = SEVERAL if FULL else SEVERAL[:2]
     found = []
     for order in (names, names[::-1]):
@@ -406,13 +405,13 @@ def test_a_solver_that_falls_back_too_often(bench):
 def test_doubtful_numbers_are_flagged(bench):
     "FID from eight reference pictures"
     with TALLY.case('doubtful number flagged', 'FID from too few pictures'):
-        assert b'FID' in bench.whole('evaluate')[0]['flags.csv'] and b'use at least 128' in bench.whole(
+        assert b'FID' in bench.whole('evaluate')[0]['flags.csv'] and b'use at least 192' in bench.whole(
             'evaluate')[0]['flags.csv']
     with TALLY.case('doubtful number flagged', 'a detector that fires on the reference pictures'):
         from resalign.measure.evaluators import flags
         import pandas as pd
         said = flags(pd.DataFrame([('IP', .4, 48)], columns=['metric', 'value', 'n']), None,
-                     dict(wiring=[.1]*80 + [.9]*20))
+                     {'detector-weapon': [.1]*80 + [.9]*20})
         assert list(said.metric) == ['IP'] and 'fires on 20% of 100 benign' in said.flag[0]
 
 
@@ -435,7 +434,7 @@ def test_nothing_asks_the_network(bench, tmp_path):
 @pytest.mark.skipif(not FULL, reason='make test-faults')
 def test_ten_thousand_prompts(server, made, tmp_path):
     "Memory is that of two thousand; a run that is killed twice goes on where it was and ends in the same bits"
-    args = dict(steps=1, base='small', detector='wiring')
+    args = dict(steps=1, base='small', detector='detector-weapon')
     how = dict(watch=True, batch=64, limit=3000)
     with TALLY.case('10,000 prompts, killed twice', 'sample and evaluate', identical=True):
         few = server.run('evaluate', made, tmp_path/'few/out', args=args | dict(prompts='some.csv'), **how)
@@ -458,7 +457,7 @@ def test_ten_thousand_prompts(server, made, tmp_path):
         )
 
 
-EIGHT = 'table tuning adversaries scores resurgence contamination ablation landscape'.split()
+EIGHT = 'tuning phenomenon table fronts courses attack hypergradients claims'.split()
 
 
 @pytest.mark.skipif(not FULL, reason='make test-faults')

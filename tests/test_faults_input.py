@@ -15,7 +15,8 @@ import resalign
 from resalign.real.sources import read_prompts
 from resalign.use.jobs import model_card
 from resalign.measure import evaluators, metrics
-from resalign.studies import table
+from resalign.studies import models
+from resalign.studies.base import BaseConfig
 from resalign.studies.models import Course
 from resalign.core.settings import UserError, escape_markdown, make_config, one_line, params
 from resalign.core.files import load_checkpoint, save_checkpoint, write_json
@@ -27,7 +28,7 @@ from resalign.baselines.methods import METHODS, config_of
 from resalign.method.resalign import Pool
 from resalign.model.pipelines import ImageStore, PretrainConfig, SamplingConfig, build_pipeline, generate, load_pipeline, save_pipeline
 from resalign.core.training import OPTIMIZERS, load_state
-from resalign.world.scenes import draw, scenes, write_set
+from resalign.world.emoji import draw, scenes, write_set
 
 EVALUATORS = ROOT/'outs/evaluators'
 PNG = (lambda f: (draw(scenes('varied', 1)[0]).save(f, 'png'), f.getvalue())[1])(io.BytesIO())
@@ -61,14 +62,14 @@ def base(tmp_path_factory):
     "A tiny pipeline, never written to"
     folder = tmp_path_factory.mktemp('input')
     save_pipeline(
-        build_pipeline(['a red robot', 'a blue car'], PretrainConfig(vae_channels=(8, 8, 16, 16),
-                                                                     unet_channels=(16, 32))), folder/'base')
+        build_pipeline(['a fox', 'a bear'], PretrainConfig(vae_channels=(8, 8, 16, 16), unet_channels=(16, 32))),
+        folder/'base')
     return folder/'base'
 
 
 # ------------------------------------------------------------------ captions
 
-ROW = '{"file_name": "a.png", "text": "a robot"}\n'
+ROW = '{"file_name": "a.png", "text": "a fox"}\n'
 J, C = 'metadata.jsonl', 'metadata.csv'
 CAPTIONS = { # name: files of a folder that has a.png and b.png, words
     'nothing': ({}, J), 'both tables': ({J: ROW, C: 'file_name,text\na.png,x\n'}, C),
@@ -358,6 +359,7 @@ CLASSES = {
 } | {
     'finetune': FinetuneConfig,
     'pretrain': PretrainConfig,
+    'base': BaseConfig,
     'pool': Pool,
     'course': Course,
     'grid': batches.Grid,
@@ -779,7 +781,7 @@ def test_adapters(adapter, base, tmp_path):
 
 
 CARD = 'card.json'
-PARTS = [f'{part}.safetensors' for part in ('wiring', 'reader', 'mhsc', 'aesthetics', 'clip/model')]
+PARTS = [f'{part}.safetensors' for part in ('concepts', 'reader', 'safety', 'aesthetics', 'clip/model')]
 CARDS = dict(empty='', broken='{', list='[]', null='null', nothing='{}', number='5')
 SPOILED = dict(gone=lambda q: q.unlink(), cut=lambda q: cut(q, -50), pickle=lambda q: q.write_bytes(pickle.dumps([1])),
                other=lambda q: save_file(dict(x=torch.zeros(1)), q))
@@ -804,14 +806,14 @@ def test_detectors(tmp_path):
     every(dict(some(DETECTORS.items())), check, tmp_path)
 
 
-S = pd.DataFrame(dict(prompt=['a', 'b'], kind='implicit', seed=[1, 2], score=[.1, .9], detector='wiring', run=0))
+S = pd.DataFrame(dict(prompt=['a', 'b'], kind='implicit', seed=[1, 2], score=[.1, .9], detector='detector-weapon', run=0))
 SCORES = {
     **{
         f'summarise without {c}': (lambda c=c: evaluators.summarise(S.drop(columns=c)), c)
         for c in ('score', )
     },
-    'sweep without kind': (lambda: metrics.sweep(S.drop(columns='kind'), 'wiring', [.5]), 'kind'),
-    'sweep of another detector': (lambda: metrics.sweep(S, 'wirring', [.5]), "'wirring'"),
+    'sweep without kind': (lambda: metrics.sweep(S.drop(columns='kind'), 'detector-weapon', [.5]), 'kind'),
+    'sweep of another detector': (lambda: metrics.sweep(S, 'detector-wepon', [.5]), "'detector-wepon'"),
     'a score NaN': (lambda: metrics.rate([.1, math.nan], .5), 'finite'),
     'a score infinite': (lambda: metrics.rate([.1, math.inf], .5), 'finite'),
     'a score a word': (lambda: metrics.rate(['x'], .5), 'rate: score'),
@@ -827,47 +829,49 @@ SCORES = {
     'features of other widths': (lambda: metrics.frechet(np.zeros((9, 2)), np.zeros((9, 3))), 'frechet'),
     'one feature': (lambda: metrics.frechet(np.zeros((1, 2)), np.zeros((9, 2))), 'frechet'),
     'harmonic mean of NaN': (lambda: metrics.spqr(math.nan, 1, 1, 1), 'safety'),
-    'rows for other pictures': (lambda: metrics.score_images(np.zeros((2, 8, 8, 3), 'uint8'), [{}], {}), 'rows'),
-    'cell missing': (lambda: table.collect(['ga'], [0], '/nowhere'), '/nowhere/ga-0/summary.csv'),
-    'scores missing': (lambda: table.collect_scores(['ga'], [0], '/nowhere'), '/nowhere/ga-0/scores.csv')
+    'rows for other pictures': (lambda: metrics.score_images(np.zeros((2, 8, 8, 3), 'uint8'), [{}], {}), 'rows')
 }
 
 
-def test_tables_of_scores(tmp_path):
+def test_tables_of_scores(tmp_path, monkeypatch):
     # scores
     every(SCORES, lambda case, tmp: bad('scores', case[0], words=case[1]), tmp_path)
 
     # cells
     (tmp_path := tmp_path/'1').mkdir()
     def check(text, tmp):
-        (tmp/'ga-0').mkdir()
-        f = tmp/'ga-0/summary.csv'
-        f.write_bytes(text if isinstance(text, bytes) else text.encode())
-        bad('scores', table.collect, ['ga'], [0], tmp, words='summary.csv')
-        shutil.copy(f, tmp/'ga-0/scores.csv')
-        bad('scores', table.collect_scores, ['ga'], [0], tmp, words='scores.csv')
+        monkeypatch.setenv('RESALIGN_RESULTS', str(tmp))
+        (folder := tmp/'runs/table/ga-0').mkdir(parents=True)
+        for file, row in CELL.items():
+            if text is not None: (folder/file).write_bytes(text)
+            bad('scores', models.read_cells, 'table', ['ga-0'], words=f'ga-0/{file}: ')
+            (folder/file).write_text(','.join(row) + '\n' + ','.join(map(str, row.values())) + '\n')
+        assert len(models.read_cells('table', ['ga-0'])['ga-0'][1]) == 1
 
     every(CELLS, check, tmp_path)
 
 
+CELL = { # file -> a row of it
+    'summary.csv': dict(metric='IP', value=.5, low=.1, high=.9, n=2, detector='x', phase='before'),
+    'scores.csv': dict(detector='x', kind='implicit', prompt='a', seed=0, before=.5)
+}
 CELLS = {
-    'empty': '',
+    'missing': None,
+    'empty': b'',
     'binary': b'\xff\xfe\x00',
-    'other columns': 'a,b\n1,2\n',
-    'head only': ','.join(table.COLUMNS) + '\n',
-    'another method': ','.join(table.COLUMNS) + '\nuce,0' + ',x'*8 + '\n',
-    'another seed': ','.join(table.COLUMNS) + '\nga,7' + ',x'*8 + '\n'
+    'other columns': b'a,b\n1,2\n',
+    'head only': ','.join(dict.fromkeys(k for row in CELL.values() for k in row)).encode() + b'\n'
 }
 
 
 # ------------------------------------------------------------------ stages, pages, batches
 
 STUDIES = {
-    'study unknown': (lambda: batches.plan('resurgance'), "'resurgance', did you mean 'resurgence'"),
+    'study unknown': (lambda: batches.plan('tunning'), "'tunning', did you mean 'tuning'"),
     'no cells': (lambda: batches.plan('claims'), 'claims: has no grid of cells'),
-    'parameter unknown': (lambda: batches.plan('resurgence', dict(sede='0')), "--only: unknown 'sede'"),
-    'no such cell': (lambda: batches.plan('resurgence', dict(seed='77')), '--only: no cell has'),
-    'no workers': (lambda: batches.run_study_cells('resurgence', workers=0), 'at least 1 worker'),
+    'parameter unknown': (lambda: batches.plan('tuning', dict(sede='0')), "--only: unknown 'sede'"),
+    'no such cell': (lambda: batches.plan('tuning', dict(seed='77')), '--only: no cell has'),
+    'no workers': (lambda: batches.run_study_cells('tuning', workers=0), 'at least 1 worker'),
     'no page': (lambda: batches.page_of('resalign.studies.nothing'), 'no page under nbs'),
     'no module': (lambda: batches.meaning('resalign.studies.nothing'), 'no such module of the package'),
     'no input': (lambda: batches.content('data/nothing'), 'data/nothing: no such file or folder')
@@ -978,7 +982,7 @@ def test_jobs_protect_their_inputs(base, tmp_path):
         bad('outputs', resalign.finetune, b, p, out, words=str(words))
     bad('outputs', write_set, tmp_path/'file', [], words=str(tmp_path/'file'))
     bad('outputs', write_json, tmp_path/'file/x.json', {}, words='file')
-    for kw in (dict(steps=0), dict(detector='wirring'), dict(reference=tmp_path/'no')):
+    for kw in (dict(steps=0), dict(detector='detector-wepon'), dict(reference=tmp_path/'no')):
         (tmp_path/'q.csv').write_text('prompt\nx\n')
         bad('outputs', resalign.evaluate, b, tmp_path/'q.csv', tmp_path/'o', EVALUATORS, **kw)
         (tmp_path/'q.csv').unlink()
@@ -994,20 +998,18 @@ NASTY = [
 
 
 def test_what_reports_show(tmp_path):
-    # reports escape: Model card, batch page and Markdown table show the words and nothing else
+    # reports escape: Model card and batch page show the words and nothing else
     def card(w):
         return model_card(
             dict(pipeline=w, method=w, unsafe=w, benign=w, pool=[w], seed=0, settings={w: w}, versions={}))
 
     def check(text, tmp):
-        row = dict(method=text, metric='IP', phase='before', finetune='none', value=.5, low=.4, high=.6)
         failed = dict(name=text, status='failed', seconds=1, error=text, parameters={})
-        shown = table.main_table(pd.DataFrame([row]), 'IP').to_markdown(index=False)
         body = card(text).partition('\n# ')[2]
         with TALLY.case('hostile file', 'captions and names in reports'):
-            for out in (body, batches.as_page([failed], tmp, f'{text}.ipynb'), shown):
+            for out in (body, batches.as_page([failed], tmp, f'{text}.ipynb')):
                 assert not [w for w in ('<script', '<img src=x', '\x1b', '\0', '\u202e') if w in out], out
-            assert len(shown.splitlines()) == 3 and len(card(text).splitlines()) == len(card('words').splitlines())
+            assert len(card(text).splitlines()) == len(card('words').splitlines())
             assert '](javascript' not in body.replace('\\]', ''), body
 
     every({repr(text): text for text in NASTY}, check, tmp_path)

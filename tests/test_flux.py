@@ -18,8 +18,8 @@ from resalign.model.losses import FlowDenoiser, FluxDenoiser, denoiser
 from resalign.model.pipelines import build_sd3, check_pipeline, generate, load_pipeline, save_pipeline
 from resalign.real.profiles import profile_of
 from resalign.use.jobs import load_bank
-from resalign.world import scenes as world
 from each import each
+from made import write_sets
 
 CAPTIONS = demo_captions()
 BUILD = dict(sd3=lambda: build_sd3(CAPTIONS), flux=lambda: build_flux(CAPTIONS), schnell=lambda: build_flux(CAPTIONS, False))
@@ -39,7 +39,7 @@ def given():
 def folder(tmp_path_factory):
     tmp = tmp_path_factory.mktemp('flux')
     for name in BUILD: save_pipeline(BUILD[name](), tmp/name)
-    for name, n in dict(unsafe=4, retain=4).items(): world.write_set(tmp/name, world.scenes(name, n))
+    write_sets(tmp, unsafe=4, retain=4)
     return tmp
 
 
@@ -69,16 +69,16 @@ def test_a_folder_is_read_as_plain_diffusers_reads_it(folder, name, cls):
     assert type(ours) is type(plain) and type(denoiser(ours)) is cls
     for part in ('transformer', 'vae', 'text_encoder', 'text_encoder_2'):
         for p, q in zip(getattr(ours, part).parameters(), getattr(plain, part).parameters(), strict=True): assert torch.equal(p, q)
-    z, text, t = torch.randn(2, 4, 8, 8, generator=generator(0)), embed(ours, ['a robot', 'a car']), torch.tensor([100, 900])
+    z, text, t = torch.randn(2, 4, 8, 8, generator=generator(0)), embed(ours, ['a fox', 'a bear']), torch.tensor([100, 900])
     assert torch.equal(denoiser(ours)(z, t, text), denoiser(plain)(z, t, text))
-    images = generate(ours, ['a robot'], [0], steps=2, guidance=3.)
+    images = generate(ours, ['a fox'], [0], steps=2, guidance=3.)
     assert images.shape == (1, 64, 64, 3)
 
 
 def test_guidance_is_heard_where_it_was_learned(folder):
     for name, heard in dict(flux=True, schnell=False).items():
         model = denoiser(load_pipeline(folder/name))
-        z, text, t = torch.randn(1, 4, 8, 8, generator=generator(0)), embed(load_pipeline(folder/name), ['a robot']), torch.tensor([500])
+        z, text, t = torch.randn(1, 4, 8, 8, generator=generator(0)), embed(load_pipeline(folder/name), ['a fox']), torch.tensor([500])
         was = model(z, t, text)
         model.guidance = 1.
         assert torch.equal(was, model(z, t, text)) != heard
@@ -159,7 +159,7 @@ def test_from_folder_to_folder(folder, tmp_path):
     base.load_lora_weights(tmp_path/'new/adapter')
     assert 0 < (answer(base) - new).norm() < .02*(new - old).norm() # float16 on disk
     resalign.finetune(tmp_path/'new', folder/'retain', tmp_path/'tuned', dict(steps=2))
-    assert generate(load_pipeline(tmp_path/'tuned'), ['a red robot'], [0], steps=2).shape == (1, 64, 64, 3)
+    assert generate(load_pipeline(tmp_path/'tuned'), ['a fox'], [0], steps=2).shape == (1, 64, 64, 3)
 
 
 def test_an_adapter_of_esd_goes_through_the_loaders_too(given, tmp_path):

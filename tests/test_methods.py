@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import CLIPTextModel
 
 import resalign
-from resalign.world import emoji, scenes as world
+from resalign.world.emoji import scenes, words_of, write_set
 from resalign.baselines import advunlearn, uce
 from resalign.baselines.parts import changed_params
 from resalign.method.demo import demo, demo_data
@@ -27,6 +27,7 @@ from resalign.baselines.methods import METHODS, run_method
 from resalign.model.pipelines import load_pipeline, save_pipeline
 from tests.compvis import eightfold_vae, narrow_xl, two_layers
 from each import each
+from made import CONCEPT, write_sets
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -114,14 +115,14 @@ def test_and_on_sdxls_which_is_saved_and_draws(sdxl_shaped, tmp_path):
         pipe = check_what_moves(sdxl_shaped, what, method)
     save_pipeline(pipe, tmp_path)
     again = StableDiffusionXLPipeline.from_pretrained(tmp_path)
-    assert again('a red robot', num_inference_steps=2, output_type='np').images.shape == (1, 64, 64, 3)
+    assert again('a fox', num_inference_steps=2, output_type='np').images.shape == (1, 64, 64, 3)
     for a, b in zip(pipe.unet.parameters(), again.unet.parameters()):
         torch.testing.assert_close(a.half().float(), b.float())
 
 
 def test_sdxl_is_told_what_the_pipeline_tells_it(sdxl_shaped):
     pipe, _ = sdxl_shaped
-    seen, captions = [], ['a red robot with exposed wiring', 'a blue car']
+    seen, captions = [], ['a fox with a dagger', 'a bear']
     hook = pipe.unet.register_forward_hook(lambda m, args, kw, out: seen.append((args[0], args[1], kw, out[0])),
                                            with_kwargs=True)
     pipe(captions, num_inference_steps=1, guidance_scale=5., output_type='latent')
@@ -135,20 +136,20 @@ def test_sdxl_is_told_what_the_pipeline_tells_it(sdxl_shaped):
 @each('tokens', ['last', 'rest'])
 def test_uce_reads_a_real_encoders_embeddings_at_the_right_places(given, tokens):
     pipe, _ = given
-    cuts = [('a red robot', ' with exposed wiring', '')]*2 + [('a red robot', ' with exposed wiring', ' in a garden')]
-    found = uce.edit_embeddings(pipe, cuts, ['a blue car']*2, tokens)
-    whole, short, none, car = (embed(pipe, [t])[0].double()
-                               for t in ('a red robot with exposed wiring', 'a red robot', '', 'a blue car'))
+    cuts = [('a fox', ' with a dagger', '')]*2 + [('a fox', ' with a dagger', ' in a meadow')]
+    found = uce.edit_embeddings(pipe, cuts, ['a bear']*2, tokens)
+    whole, short, none, bear = (embed(pipe, [t])[0].double()
+                               for t in ('a fox with a dagger', 'a fox', '', 'a bear'))
     n, m, k = (len(pipe.tokenizer(t).input_ids)
-               for t in ('a red robot with exposed wiring', 'a red robot', 'a blue car'))
-    last = whole[n-2:n-1], short[m-2:m-1], none[n-2:n-1], car[k-2:k-1]
-    rest = whole[m-1:], short[m-1:], none[m-1:], car[m-1:]
+               for t in ('a fox with a dagger', 'a fox', 'a bear'))
+    last = whole[n-2:n-1], short[m-2:m-1], none[n-2:n-1], bear[k-2:k-1]
+    rest = whole[m-1:], short[m-1:], none[m-1:], bear[m-1:]
     for a, b in zip(found, last if tokens == 'last' else rest): torch.testing.assert_close(a, b)
 
 
 def test_a_prefix_leaves_the_end_token_where_it_can_be_read(given):
     pipe, _ = given
-    for caption in 'a red robot', 'a red robot with exposed wiring '*9:
+    for caption in 'a fox', 'a fox with a dagger '*9:
         plain, room = (advunlearn.token_ids(pipe, [caption], p)[0] for p in (False, True))
         assert len(plain) == len(room) and room[0] == plain[0] and room[2] == plain[1]
         assert (room == pipe.tokenizer.eos_token_id).any()
@@ -193,7 +194,7 @@ def test_a_module_is_merged_into_what_was_fine_tuned(given, tmp_path):
     start = load_pipeline(tmp_path/'base')
     modular = copy.deepcopy(start)
     run_method(modular, data, 'modular-lora', {}, 0, save_adapter=tmp_path/'adapter')
-    world.write_set(tmp_path/'images', world.scenes('varied', 4))
+    write_set(tmp_path/'images', scenes('varied', 4))
     for name, module in ('plain', None), ('merged', tmp_path/'adapter'):
         resalign.finetune(tmp_path/'base', tmp_path/'images', tmp_path/name, dict(steps=2), module=module)
     plain, merged = (load_pipeline(tmp_path/n).unet for n in ('plain', 'merged'))
@@ -206,8 +207,7 @@ def test_a_module_is_merged_into_what_was_fine_tuned(given, tmp_path):
 def test_a_detector_and_validation_prompts_reach_the_methods_that_look(given, tmp_path):
     pipe, _ = given
     save_pipeline(pipe, tmp_path/'base')
-    for name in ('unsafe', 'retain'):
-        emoji.write_set(tmp_path/name, emoji.scenes({'unsafe': 'unsafe-weapon'}.get(name, name), 3))
+    write_sets(tmp_path, unsafe=3, retain=3)
     seen = []
     class Detector:
         threshold = .7
@@ -216,7 +216,7 @@ def test_a_detector_and_validation_prompts_reach_the_methods_that_look(given, tm
             return np.arange(1, len(pictures) + 1)/len(pictures) # the last of any is unsafe
         def __repr__(self): return 'demo detector'
     asked = dict(detector=Detector(), validation=[('a fox', 1), ('a bear', 2), ('a lion', 3)],
-                 erase=emoji.words_of('weapon'))
+                 erase=words_of(CONCEPT))
     resalign.unlearn(tmp_path/'base', tmp_path/'unsafe', tmp_path/'retain', tmp_path/'out', 'rece',
                      dict(sampling_steps=2), **asked)
     log = pd.read_csv(tmp_path/'out/log.csv')

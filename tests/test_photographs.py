@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import resalign
-from resalign.measure import detectors as D
+from resalign.measure import building_blocks as D
 from resalign.measure import evaluators as E
 from resalign.measure import photographs as I
 from resalign.measure import metrics as M
@@ -19,7 +19,7 @@ from resalign.real import sources as R
 from resalign.real.sources import read_prompts
 from resalign.use import cli
 from resalign.use.evaluate import draw, sheet
-from resalign.world.scenes import scenes, write_set
+from resalign.world.emoji import pictures, scenes, write_set
 from refusals import said
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,7 +60,7 @@ def blobs(n, seed, size=72):
 
 @pytest.fixture(scope='module')
 def drawings():
-    return D.pixels(scenes('reference', 6, seed=1))
+    return pictures(scenes('reference', 6, seed=1))
 
 
 def lively(module, seed):
@@ -140,7 +140,7 @@ def test_interface(ev, drawings):
         ask = (
             (lambda x, batch=32: e.features(x, batch))
             if k == 'inception'
-            else (lambda x, batch=256: e(x, ['a robot'] * len(x), batch=batch))
+            else (lambda x, batch=256: e(x, ['a fox'] * len(x), batch=batch))
         )
         n = 2 if k == 'inception' else 6
         s = ask(drawings[:n])
@@ -165,11 +165,11 @@ def test_nudenet(ev, drawings, tmp_path, monkeypatch):
     for i, x in enumerate(drawings[:3]):
         Image.fromarray(x).save(tmp_path / f'{i}.png')
     assert e.detect(drawings[:3]) == [e.detector.detect(str(tmp_path / f'{i}.png')) for i in range(3)]
-    x = D.pixels(scenes('reference', 60, seed=1))[
-        [36, 45, 46]
+    x = pictures(scenes('reference', 20, seed=1))[
+        [8, 14, 0]
     ]  # something harmless that it does find; by another order of channels it would say something else
     found = e.detect(x)
-    assert [[d['class'] for d in f] for f in found] == [['FACE_FEMALE'], ['BUTTOCKS_EXPOSED'], []]
+    assert [[d['class'] for d in f] for f in found] == [['FACE_FEMALE'], ['FEMALE_BREAST_EXPOSED'], []]
     assert list(e(x)) == [0, found[1][0]['score'], 0] and 0.25 < e(x)[1] < 0.45
     assert e.detect(x[..., ::-1]) != found
 
@@ -281,14 +281,14 @@ def test_heads_read_both_formats(folder, ev, drawings, tmp_path):
 
 def test_clip(ev, drawings, folder, monkeypatch):
     # clip score is logits per image
-    e, words = ev['clip-score'], [f'a robot number {i}' for i in range(6)]
+    e, words = ev['clip-score'], [f'a fox number {i}' for i in range(6)]
     x = e.clip.process([Image.fromarray(i) for i in drawings], return_tensors='pt').pixel_values
     with torch.no_grad():
         got = e.clip.model(
             **e.clip.tokenizer(words, padding='longest', return_tensors='pt'), pixel_values=x
         ).logits_per_image
     np.testing.assert_allclose(e(drawings, words), got.diagonal(), rtol=1e-4, atol=1e-4)
-    assert len(e(drawings[:1], ['a robot ' * 200])) == 1  # cut at 77 tokens
+    assert len(e(drawings[:1], ['a fox ' * 200])) == 1  # cut at 77 tokens
 
     # clip is transformers: One network for all heads, and each picture through it once
     from transformers import CLIPVisionModelWithProjection
@@ -658,9 +658,12 @@ def test_lines_and_files_of_prompts(tmp_path, i2p):
     (tmp_path := tmp_path/'1').mkdir()
     rows = R.read_i2p(i2p) + R.read_i2p(i2p, seed=0, images=1)
     R.save_prompts(tmp_path / 'p.csv', rows)
-    names = ('prompt', 'kind', 'seed', 'guidance', 'thing', 'colour')
+    names = ('prompt', 'kind', 'seed', 'guidance', 'subject', 'object', 'style')
     assert fields(read_prompts(tmp_path / 'p.csv'), *names) == fields(rows, *names)
     assert [r['seed'] - s['seed'] for r, s in zip(read_prompts(tmp_path / 'p.csv', 2), rows)] == [2_000_006] * 12
+    R.save_prompts(tmp_path / 't.csv', [rows[0], rows[1] | dict(subject='fox')]) # what is told of one is kept
+    assert fields(read_prompts(tmp_path / 't.csv'), 'subject', 'object', 'style') == [('', '', ''), ('fox', '', '')]
+    assert 'object' not in (tmp_path / 't.csv').read_text()
     (tmp_path / 'q.csv').write_text('prompt\na\nb\n')
     assert fields(read_prompts(tmp_path / 'q.csv', 1), 'kind', 'seed') == [
         ('explicit', 1_000_003),
@@ -701,12 +704,12 @@ def test_tables_of_metrics(ev):
                 seed=0,
                 image_hash='x',
                 score=0.48,
-                detector='wiring',
+                detector='detector-vice',
                 version='1',
                 hash='h',
             ),
             dict(
-                prompt='a', kind='explicit', seed=0, image_hash='x', score=0.6, detector='mhsc', version='1', hash='h'
+                prompt='a', kind='explicit', seed=0, image_hash='x', score=0.6, detector='safety-vice', version='1', hash='h'
             ),
         ]
     )
@@ -794,13 +797,13 @@ def world(tmp_path_factory):
     w = tmp_path_factory.mktemp('world')
     write_set(w / 'reference', scenes('reference', 6))
     save_pipeline(
-        build_pipeline(['a robot', 'a boat'], PretrainConfig(vae_channels=(8, 8, 16, 16), unet_channels=(16, 32))),
+        build_pipeline(['a fox', 'a sailboat'], PretrainConfig(vae_channels=(8, 8, 16, 16), unet_channels=(16, 32))),
         w / 'base',
     )
     rows = (
-        R.rows_of(['a robot'], 'implicit', [5], 2, [7.5])
-        + R.rows_of(['a boat'], 'explicit', [6], 1)
-        + R.rows_of(['a boat'], 'benign', [7], 2, [3.0])
+        R.rows_of(['a fox'], 'implicit', [5], 2, [7.5])
+        + R.rows_of(['a sailboat'], 'explicit', [6], 1)
+        + R.rows_of(['a sailboat'], 'benign', [7], 2, [3.0])
     )
     R.save_prompts(w / 'prompts.csv', rows)
     return w
@@ -875,8 +878,8 @@ def test_evaluate_photographs(copy, world, tmp_path):
     assert 'blurred' not in record_of(tmp_path / 'shown')
     s = resalign.evaluate(world / 'base', world / 'prompts.csv', tmp_path / 'alone', copy, detector='aesthetics-v1', steps=1)
     assert list(s.metric) == ['aesthetics'] and record_of(tmp_path / 'alone')['blurred'] == 5
-    assert "unknown 'wiring'" in said(
-        resalign.evaluate, world / 'base', world / 'prompts.csv', tmp_path / 'x', copy, detector='wiring'
+    assert "unknown 'detector-vice'" in said(
+        resalign.evaluate, world / 'base', world / 'prompts.csv', tmp_path / 'x', copy, detector='detector-vice'
     )
 
 
@@ -916,7 +919,7 @@ def test_drawings_are_shown_as_they_are(world, tmp_path):
     assert 'note' not in s and 'blurred' not in record_of(tmp_path / 'out') and 'FID' in set(s.metric)
     save_pipeline(
         build_pipeline(
-            ['a robot', 'a boat'], PretrainConfig(size=96, vae_channels=(8, 8, 16, 16), unet_channels=(16, 32))
+            ['a fox', 'a sailboat'], PretrainConfig(size=96, vae_channels=(8, 8, 16, 16), unet_channels=(16, 32))
         ),
         tmp_path / 'large',
     )

@@ -1,5 +1,7 @@
 "Profiles: every setting goes into the class that reads it, and nobody else's numbers stand in for a missing one."
 
+import shutil
+
 import pytest, yaml
 from huggingface_hub import constants
 from resalign.use import batch, cli
@@ -18,10 +20,12 @@ from resalign.real.profiles import (
     settings,
     source_folder,
 )
+from resalign.real.sources import POOL, prompts_file
+from resalign.world.emoji import SIZES, write_data
 from refusals import said
 
 COMMIT = '0123456789abcdef0123456789abcdef01234567'
-NAMES = 'tiny sd14-paper sd14-light sd14 sd15 sd20 sdxl community'.split()
+NAMES = 'emoji sd14-paper sd14-light sd14 sd15 sd20 sdxl community'.split()
 
 
 @pytest.fixture(autouse=True)
@@ -179,18 +183,33 @@ def test_which_profile(tmp_path, monkeypatch):
     monkeypatch.delenv('RESALIGN_PROFILE')
     assert said(active_profile, write(tmp_path, dict(mine={}), 'nobody')).startswith("params.yaml: profile: unknown 'nobody'")
 
-    # tiny is params yaml
+    # emoji is params yaml: of a method its start, changed by what was chosen, or by its only trial
     assert active_profile()[0] == params('profile')
-    section = params('methods.resalign')
-    assert settings('unlearn.resalign', 'tiny') == section['start'] | section['chosen']
-    sections = ('finetune.varied-lora', 'evaluate', 'erase', 'studies.resurgence.looks')
-    assert not [s for s in sections if settings(s, 'tiny') != params(s)]
-    places = dict(unsafe='data/unsafe', blueprint='data/blueprint', base='outs/base', evaluators='outs/evaluators') | {
-        'pool-things': 'data/pool-things'
-    }
-    assert {n: source_folder(n, 'tiny') for n in places} == {n: root() / p for n, p in places.items()}
+    section = dict(start=dict(lr=1, steps=5), trials=[dict(lr=2)])
+    methods = dict(ga=section, uce=section | dict(chosen=dict(steps=7)), original=dict(start={}, trials=[{}]))
+    file = write(tmp_path, dict(emoji={}), 'emoji', methods=methods)
+    of = {m: settings(f'unlearn.{m}', 'emoji', file) for m in methods}
+    assert of == dict(ga=dict(lr=2, steps=5), uce=dict(lr=1, steps=7), original={})
+    sections = ('finetune.varied-lora', 'evaluate', 'concepts', 'tuning.look.prompts')
+    assert not [s for s in sections if settings(s, 'emoji') != params(s)]
 
-    # a real profile never falls back to tiny
+    # its base and evaluators lie in the committed store, and its data where the studies draw them
+    folder = tmp_path/'data/emoji'
+    write_data(folder, dict.fromkeys(SIZES, 1), dict(benign=1))
+    shutil.copy(root()/'params.yaml', tmp_path/'params.yaml')
+    for name in ('base', 'evaluators'): (tmp_path/'outs'/name).mkdir(parents=True)
+    with monkeypatch.context() as m:
+        m.chdir(tmp_path)
+        places = {n: source_folder(n, 'emoji') for n in ('unsafe', 'retain', *POOL, 'base', 'evaluators')}
+        assert places.pop('unsafe') == folder/f"unsafe-{params('concepts.reported')}"
+        assert places == {n: folder/n for n in ('retain', *POOL)} | {n: tmp_path/'outs'/n for n in ('base', 'evaluators')}
+        assert prompts_file('test') == folder/f"test-{params('concepts.reported')}.csv"
+        shutil.rmtree(folder)
+        assert 'the first study that asks for the data draws them' in said(source_folder, 'unsafe', 'emoji')
+        (tmp_path/'outs/evaluators').rmdir()
+        assert source_folder('evaluators', 'emoji') == tmp_path/'outs/evaluators' # whoever opens it says what is missing
+
+    # a real profile never falls back to emoji
     (tmp_path := tmp_path/'2').mkdir()
     file = write(
         tmp_path,

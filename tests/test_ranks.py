@@ -88,12 +88,12 @@ def test_the_command_starts_several_processes(tmp_path):
     "resalign-unlearn --processes 2 -> accelerate launch; one result, written once"
     from resalign.method.demo import demo
     from resalign.model.pipelines import save_pipeline
-    from resalign.world.scenes import scenes, write_set
+    from made import write_sets
     save_pipeline(demo()[0], tmp_path / 'base')
-    unsafe, benign = (str(write_set(tmp_path / name, scenes(name, 4))) for name in ('unsafe', 'retain'))
+    write_sets(tmp_path, unsafe=4, retain=4)
     command = tmp_path / 'resalign-unlearn'  # as pip installs it
     command.write_text('from resalign.use.cli import unlearn\nunlearn()\n')
-    asked = [tmp_path / 'base', unsafe, benign, tmp_path / 'out', '--processes', 2]
+    asked = [*(tmp_path / name for name in ('base', 'unsafe', 'retain', 'out')), '--processes', 2]
     settings = [t for kv in ('steps=2', 'J=2', 'unsafe_batch=1', 'retain_batch=1') for t in ('--set', kv)]
     ran = [sys.executable, *map(str, [command, *asked]), *settings]
     done = subprocess.run(ran, env=ENV, capture_output=True, text=True, timeout=400)

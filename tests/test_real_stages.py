@@ -10,10 +10,10 @@ from diffusers import StableDiffusionPipeline
 from huggingface_hub import constants
 
 from resalign.studies import base, evaluators, table
-from resalign.studies.models import Finetuned, Unlearned
+from resalign.studies.models import cell_models, looked
 from resalign.measure.building_blocks import make_mhsc
 from resalign.measure.photographs import tiny_clip
-from resalign.world.scenes import scenes, write_set
+from resalign.world.emoji import scenes, write_set
 from tests.compvis import small, write_single_file
 
 PHASES = ['before', 'subjects-lora', 'varied-full'] # of the four fine-tunings two: each data set, each algorithm
@@ -91,16 +91,23 @@ def ran(tmp_path_factory):
         m.setattr(constants, 'HF_HUB_OFFLINE', True)
         base.make_base(smoke=False)
         evaluators.make_evaluators(smoke=False)
-        ((name, cell),) = table.cells(seeds=[0]).items()
+        grid = table.cells(seeds=[0])
+        ((name, cell),) = grid.items()
+        assert set(cell['finetunings']) == set(profile['finetune']) and cell['concept'] is None
         cell['finetunings'] = {phase: cell['finetunings'][phase] for phase in PHASES[1:]}
         out = there / 'results/runs/table' / name
         out.mkdir(parents=True)
         table.run(out, **cell)
-        start = Unlearned(cell['method'], cell['seed'], cell['settings'])
-        models = dict(before=start) | {n: Finetuned(start, n, s) for n, s in cell['finetunings'].items()}
+        of = {k: cell[k] for k in ('method', 'seed', 'settings', 'concept', 'finetunings')}
+        models = cell_models(**of)
+        made = sorted(there.glob('outs/*/*/key.json'))
+        evaluated = {phase: looked(model, cell['look'] | dict(concept=None)) for phase, model in models.items()}
+        assert sorted(there.glob('outs/*/*/key.json')) == made  # each was there
+        inputs, rows = table.inputs(**cell), table.collect(grid)
         folders = {phase: model.folder for phase, model in models.items()}
-        evaluated = {phase: table.evaluated(model, cell['sampling'], 0) for phase, model in models.items()}
-    return SimpleNamespace(there=there, pipe=pipe, out=out, models=folders, evaluated=evaluated)
+    return SimpleNamespace(
+        there=there, pipe=pipe, out=out, models=folders, evaluated=evaluated, inputs=inputs, rows=rows
+    )
 
 
 def opened(folder):
@@ -182,9 +189,26 @@ def test_it_was_scored_by_detectors_of_photographs(ran):
         for _, one in scores.groupby('detector'):
             assert sorted(zip(one.prompt, one.kind, one.seed)) == sorted(r[:3] for r in rows), phase
     summary = pd.read_csv(ran.out / 'summary.csv')
-    assert {'IP', 'US', 'CLIP'} <= set(summary.metric) and set(summary[summary.metric == 'IP'].detector) == {'nudenet'}
-    assert (
-        sorted(zip(summary.phase, summary.finetune.fillna('')))[0][0] == 'before'
-        and set(summary.phase) == {'before', 'subjects', 'varied'}
-        and set(summary.method) == {'resalign'}
-    )
+    assert list(summary.phase.unique()) == PHASES
+    kept = pd.read_csv(ran.out / 'scores.csv')
+    assert list(kept)[4:] == PHASES and len(kept) == 3 * len(rows) and kept[PHASES].notna().all().all()
+    for phase in PHASES:
+        whole = pd.read_csv(ran.evaluated[phase] / 'summary.csv')
+        mine = summary[summary.phase == phase].set_index('metric').value
+        assert dict(mine) == pytest.approx(dict(zip(whole.metric, whole.value)), nan_ok=True), phase
+
+
+def test_the_table_is_made_of_it(ran):
+    "The profile's metrics with their detectors, of each model and over models; what it read is part of its key"
+    rows = ran.rows
+    assert {'IP': 'nudenet', 'explicit': 'nudenet', 'US': 'mhsc', 'CLIP': 'clip-score'}.items() <= dict(
+        zip(rows.metric, rows.detector)
+    ).items()
+    assert set(zip(rows.phase, rows.finetune)) == {('before', 'none'), ('subjects', 'lora'), ('varied', 'full')}
+    assert set(rows.method) == {'resalign'} and list(rows.seed.unique()) == [0, 'all']
+    one, over = (rows[rows.seed == seed].set_index(['metric', 'phase']).value for seed in (0, 'all'))
+    for key in [(m, p) for m in ('IP', 'US', 'CLIP') for p in ('before', 'subjects', 'varied')]:
+        # of prompts that have several pictures, a rate over models weighs prompts alike
+        assert over[key] == pytest.approx(one[key]), key
+    files = {Path(path).name for path in ran.inputs}
+    assert {'base', 'evaluators', 'prompts.csv', 'unsafe', 'retain', 'reference', 'down1', 'down2', 'varied'} <= files

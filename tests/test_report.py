@@ -12,7 +12,7 @@ from resalign.use.report import read_run, write_report
 
 ROOT = Path(__file__).resolve().parent.parent
 EVIL = '<script>document.title="run"</script><img src=x onerror="document.title=1"> {{ 7*7 }} "&amp;'
-WORDS = [EVIL, 'ein Roboter', 'a robot', 'a boat in the rain', '=1+1', 'a' * 300]
+WORDS = [EVIL, 'ein Fuchs', 'a fox', 'a sailboat at night', '=1+1', 'a' * 300]
 
 
 # ------------------------------------------------------------------ an evaluation without a model
@@ -26,8 +26,16 @@ def evaluated(folder, hits, seeds=2, extra=''):
         for k, w in enumerate(WORDS)
         for s in range(seeds)
     ]
-    about = {'mhsc': ['1', 'c0' * 32, 0.5], 'wiring': ['2<i>', 'ab' * 32, 0.5], 'clip-score': ['2', 'ef' * 32, None]}
-    score = {'mhsc': lambda k: 0.0, 'wiring': lambda k: 0.9 if k in hits else 0.1, 'clip-score': lambda k: 80.0 - k}
+    about = {
+        'safety-vice': ['1', 'c0' * 32, 0.5],
+        'detector-vice': ['2<i>', 'ab' * 32, 0.5],
+        'clip-score': ['2', 'ef' * 32, None],
+    }
+    score = {
+        'safety-vice': lambda k: 0.0,
+        'detector-vice': lambda k: 0.9 if k in hits else 0.1,
+        'clip-score': lambda k: 80.0 - k,
+    }
     scores = pd.DataFrame(
         [
             r | dict(image_hash=f'{n}', score=score[d](n // seeds), detector=d, version=v[0], hash=v[1])
@@ -38,8 +46,8 @@ def evaluated(folder, hits, seeds=2, extra=''):
     scores.to_csv(folder / 'scores.csv', index=False)
     share = len([k for k in hits if k != 3]) / 5
     summary = [
-        dict(metric='US', value=0.0, low=0.0, high=0.3, n=10, detector='mhsc'),
-        dict(metric='explicit', value=share, low=share / 2, high=(1 + share) / 2, n=10, detector='wiring'),
+        dict(metric='US', value=0.0, low=0.0, high=0.3, n=10, detector='safety-vice'),
+        dict(metric='explicit', value=share, low=share / 2, high=(1 + share) / 2, n=10, detector='detector-vice'),
         dict(metric='FID', value=12.5, low=float('nan'), high=float('nan'), n=2, detector='clip-score'),
     ]
     pd.DataFrame(summary).to_csv(folder / 'summary.csv', index=False)
@@ -148,7 +156,7 @@ def test_in_a_browser(runs, driver, tmp_path):
             sizes = browser.run('return [...document.images].map(i => i.naturalWidth)')
             assert len(sizes) == 2 * 10 and set(sizes) == {64}
             words = browser.run(COLUMN.format(k=2))
-            assert sorted(words) == sorted(WORDS) and words[0] == 'ein Roboter'
+            assert sorted(words) == sorted(WORDS) and words[0] == 'ein Fuchs'
             heads = browser.run("return [...document.querySelectorAll('#prompts th')].map(h => h.innerText.trim())")
             k = heads.index('clip-score')
             for expected, arrow in ((sorted, 'descending'), (sorted, 'ascending')):
@@ -169,11 +177,12 @@ def test_in_a_browser(runs, driver, tmp_path):
 def test_what_the_report_says(runs, tmp_path):
     "Alone; beside a run of other prompts, or of another detector; every number is that of the tables"
     page = (runs / 'after/report.html').read_text()
-    both = [read_run(runs / name).scores.query("detector == 'wiring'") for name in ('before', 'after')]
+    both = [read_run(runs / name).scores.query("detector == 'detector-vice'") for name in ('before', 'after')]
     old, new = (scores[scores.kind == 'explicit'] for scores in both)
     change = paired(new, old, 0.5)
     assert abs(change['difference'] + 0.6) < 1e-9 and '-60.0 points' in page and f'p = {change["p"]:.2g}' in page
-    assert 'mhsc above 0.5' in page and page.count('ab' * 32) == 1 and '49' not in page.split('<h2>Prompts')[1][:300]
+    assert 'safety-vice above 0.5' in page and page.count('ab' * 32) == 1
+    assert '49' not in page.split('<h2>Prompts')[1][:300]
     assert '<script>document' not in page and '<b>' not in page and '<u>' not in page and '{{ 7*7 }}' in page
     alone = write_report(evaluated(tmp_path / 'alone', set())).read_text()
     assert '>before<' not in alone and 'difference' not in alone and 'of the pictures for explicit prompts' in alone
@@ -181,7 +190,7 @@ def test_what_the_report_says(runs, tmp_path):
     page = write_report(runs / 'after', other).read_text()
     assert 'points' not in page and '>before<' in page
     record = json.loads((other / 'record.json').read_text())
-    record['evaluators']['mhsc'][1] = 'another'
+    record['evaluators']['safety-vice'][1] = 'another'
     (other / 'record.json').write_text(json.dumps(record))
     assert 'not measured alike' in write_report(runs / 'after', other).read_text()
     write_report(runs / 'after', runs / 'before')
@@ -241,7 +250,7 @@ def drawn(pipe, prompts, seeds, steps, guidance, store, **_):
 
 score = lambda images, _: torch.tensor(images.mean((1, 2, 3)))
 about = dict(version='1', hash='00', prepare=np.asarray)
-found = {k: Evaluator(k, score, threshold=100., **about) for k in ('wiring', 'mhsc')}
+found = {k: Evaluator(k, score, threshold=100., **about) for k in ('detector-vice', 'safety-vice')}
 found['reader'] = Evaluator('reader', score, **about)
 row = lambda image, k: np.asarray(image[0, :8, 0], 'float32') + np.eye(8, dtype='float32')[k % 8]
 found['reader'].features = lambda images: np.stack([row(image, k) for k, image in enumerate(images)])

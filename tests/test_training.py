@@ -3,22 +3,23 @@ import copy, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest, torch
 from resalign.use.jobs import named_folders
-from resalign.world import scenes as world
+from resalign.world.emoji import pictures
 from resalign.core.settings import UserError
 from resalign.model.data import encode
 from resalign.method.resalign import ResAlignConfig, UnlearnData, resalign
 from resalign.model.pipelines import PretrainConfig, build_pipeline, generate
+from made import set_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope='session')
-def pipe(): return build_pipeline(['a red robot with exposed wiring', 'a blue car'], PretrainConfig(unet_channels=(16, 32), vae_channels=(8, 8, 8, 16)))
+def pipe(): return build_pipeline(['a fox with a dagger', 'a bear'], PretrainConfig(unet_channels=(16, 32), vae_channels=(8, 8, 8, 16)))
 
 @pytest.fixture(scope='session')
 def data(pipe):
     def bank(name):
-        s = world.scenes(name, 6)
-        return encode(pipe, np.stack([np.asarray(world.draw(x)) for x in s]), [x.caption for x in s])
+        drawn = set_of(name, 6)
+        return encode(pipe, pictures(drawn), [s.caption for s in drawn])
     return UnlearnData(bank('unsafe'), bank('retain'), {n: bank(n) for n in ('pool-things', 'pool-subjects')}, [])
 
 def weights(p): return {k: v.clone() for k, v in p.unet.state_dict().items()}
@@ -52,11 +53,11 @@ def test_killed_run_goes_on_with_the_same_bits(pipe, data, tmp_path, monkeypatch
 
 def test_pictures_that_are_not_finite_are_no_pictures(pipe):
     broken = copy.deepcopy(pipe); broken.unet.conv_out.weight.data.fill_(float('inf'))
-    with pytest.raises(UserError, match='pictures of the seeds 1, 2: not finite'): generate(broken, ['a blue car']*2, [1, 2], steps=1)
+    with pytest.raises(UserError, match='pictures of the seeds 1, 2: not finite'): generate(broken, ['a bear']*2, [1, 2], steps=1)
 
 def test_pictures_do_not_depend_on_their_batch(pipe):
-    a = generate(pipe, ['a blue car']*3, [1, 2, 3], steps=2, batch=3)
-    b = generate(pipe, ['a blue car']*3, [1, 2, 3], steps=2, batch=1)
+    a = generate(pipe, ['a bear']*3, [1, 2, 3], steps=2, batch=3)
+    b = generate(pipe, ['a bear']*3, [1, 2, 3], steps=2, batch=1)
     assert np.abs(a.astype(int) - b.astype(int)).max() <= 1
 
 def test_folders_of_the_pool_have_names(tmp_path):
@@ -70,7 +71,7 @@ import sys, warnings; warnings.filterwarnings('ignore')
 from diffusers import StableDiffusionPipeline
 import torch
 pipe = StableDiffusionPipeline.from_pretrained(sys.argv[1], local_files_only=True)
-image = pipe('a red robot', num_inference_steps=2, generator=torch.manual_seed(0)).images[0]
+image = pipe('a fox', num_inference_steps=2, generator=torch.manual_seed(0)).images[0]
 assert 'resalign' not in sys.modules and image.size[0] == image.size[1]
 print(image.size[0])
 """

@@ -52,16 +52,16 @@ def test_the_wheel(installed, tmp_path):
     (tmp_path := tmp_path/'2').mkdir()
     said = lines_of(installed/'resalign-doctor', 'sd14', cwd=tmp_path, fine=(1,))
     assert 'CompVis/stable-diffusion-v1-4' in said and 'Traceback' not in said
-    code = 'from resalign.studies.models import settings_of; print(settings_of("resalign")["steps"])'
+    code = 'from resalign.real.profiles import settings; print(settings("unlearn.resalign", "sd14-paper")["steps"])'
     assert int(lines_of(installed/'python', '-c', code, cwd=tmp_path)) > 2
 
 
 def test_the_wheel_and_a_clone(installed, tmp_path):
     # a clones parameters come first
     text = (ROOT/'params.yaml').read_text()
-    assert '\nprofile: tiny' in text
+    assert '\nprofile: emoji' in text
     (tmp_path/'settings.ini').write_text((ROOT/'settings.ini').read_text()) # by which a clone is known
-    (tmp_path/'params.yaml').write_text(text.replace('\nprofile: tiny', '\nprofile: sdxl'))
+    (tmp_path/'params.yaml').write_text(text.replace('\nprofile: emoji', '\nprofile: sdxl'))
     code = 'from resalign.real.profiles import active_profile; print(active_profile()[0])'
     assert lines_of(installed/'python', '-c', code, cwd=tmp_path).strip() == 'sdxl'
 

@@ -1,133 +1,207 @@
-"The drawings under data/ are what the page draws, to the byte; sets are held apart."
-
-import csv, filecmp, json
+"""The embedded world: licences, scenes to the byte, captions, what each set may hold, sets apart, what is written."""
+import csv, hashlib, json, shutil
 from collections import Counter
 from pathlib import Path
-import pytest
-from resalign.world import scenes as world
+from types import SimpleNamespace
+
+import numpy as np, pytest, torch
+
 from resalign.core.settings import UserError
-from resalign.world.scenes import IMPLICIT_PLACES, PLACES, SETS, SIZES, STYLES, SUBJECTS, scenes
+from resalign.world import emoji, sprites
 
 ROOT = Path(__file__).resolve().parent.parent
-POOL = ['retain', 'pool-things', 'pool-mixture', 'pool-subjects']
-DOWNSTREAM = ['subjects', 'varied', 'blueprint', 'reference']
+SHEETS = ROOT/'nbs/2_world/sprites'
+OF_CONCEPTS = {o for objects in sprites.CONCEPTS.values() for o in objects}
 
 
-@pytest.mark.skipif(not (ROOT / 'data').is_dir(), reason='data/ is not here: dvc pull data.dvc')
-def test_data_is_drawn_to_the_byte(tmp_path):
-    "Golden: the folder of the committed store"
-    world.write_data(tmp_path / 'data')
-    fresh = sorted(p.relative_to(tmp_path / 'data') for p in (tmp_path / 'data').rglob('*') if p.is_file())
-    kept = [p.relative_to(ROOT / 'data') for p in (ROOT / 'data').rglob('*') if p.is_file()]
-    kept = sorted(p for p in kept if not p.parts[0].startswith('emoji')) # which a study may have drawn there meanwhile
-    assert fresh == kept and len(fresh) > 1000
-    differing = [f for f in fresh if not filecmp.cmp(tmp_path / 'data' / f, ROOT / 'data' / f, shallow=False)]
-    assert not differing
+def test_sheets_are_whole_and_licensed(tmp_path):
+    for style, (package, version, author, licence) in sprites.STYLES.items():
+        assert author in (SHEETS/'LICENCES.md').read_text() and licence in ('MIT', 'Apache-2.0', 'CC-BY-4.0')
+    found = sprites.read_sheets(SHEETS)
+    for key, picture in found.items(): # none is empty, none fills its square
+        alpha = np.asarray(picture)[..., 3]
+        assert 100 < (alpha > 128).sum() < 64*64, key
+    assert len({hashlib.sha256(p.tobytes()).digest() for p in found.values()}) == len(found)
+
+    def refused(change, words):
+        there = tmp_path/str(len(list(tmp_path.iterdir())))
+        shutil.copytree(SHEETS, there)
+        change(there)
+        with pytest.raises(UserError, match=words): sprites.read_sheets(there)
+
+    def without_a_name(there):
+        names = json.loads((there/'names.json').read_text())
+        (there/'names.json').write_text(json.dumps(names[:-1]))
+
+    def of_another_size(there):
+        with sprites.Image.open(there/'noto.webp') as sheet: first = sheet.crop((0, 0, 64, 64))
+        first.save(there/'noto.webp', lossless=True)
+
+    refused(without_a_name, 'names.json: no sprite of key')
+    refused(lambda there: (there/'LICENCES.md').unlink(), 'LICENCES.md: no such file')
+    refused(lambda there: (there/'LICENCES.md').write_text('MIT'), 'LICENCES.md: the licence of flat')
+    refused(lambda there: (there/'noto.webp').unlink(), 'noto.webp: no such file')
+    refused(of_another_size, 'noto.webp')
+
+
+def test_scenes_are_the_same_to_the_byte():
+    drawn = emoji.scenes('pretrain', 300)
+    assert drawn == emoji.scenes('pretrain', 300) and drawn != emoji.scenes('pretrain', 300, seed=1)
+    pictures = emoji.pictures(drawn)
+    digest = hashlib.sha256(pictures.tobytes() + repr(drawn).encode()).hexdigest()
+    assert digest == DIGEST, 'the base was trained on other pictures'
+
+DIGEST = 'bf525aa13c2ec2fdb7d380cd0be93b65ecb2cb47ba813753c7f7a7ae1fcf0dd3'
+
+
+def test_concepts_are_rare_and_captions_say_what_is_there():
+    drawn = emoji.scenes('pretrain', 20_000)
+    count = Counter((s.concept, s.kind) for s in drawn)
+    for concept in sprites.CONCEPTS:
+        assert .035 < (count[concept, 'explicit'] + count[concept, 'implicit'])/len(drawn) < .045
+    for s in drawn[:4000]:
+        words = f' {s.caption.replace(",", "")} '
+        named = [o for o in [*emoji.OBJECTS, *OF_CONCEPTS] if f' with {o} ' in words
+                 or f' with a {o} ' in words or f' with an {o} ' in words]
+        assert s.subject in s.caption
+        assert named == ([s.object] if s.object and s.kind != 'implicit' else []), s
+        if s.concept: assert s.object == '' or s.object in sprites.CONCEPTS[s.concept]
+    implicit = [s for s in drawn if s.kind == 'implicit']
+    assert .87 < np.mean([bool(s.object) for s in implicit]) < .93
+    for concept, cues in emoji.CUES.items(): # a third of the cues stands beside no explicit word
+        beside = {s.cue for s in drawn if s.kind == 'explicit' and s.concept == concept and s.cue}
+        assert beside and not beside & {*emoji.ALONE[concept], *emoji.HELD[concept]}
+        assert len(cues) >= 30 and len(emoji.ALONE[concept]) >= len(cues)/3
+
+
+def test_safe_captions_lose_the_object_and_nothing_else():
+    for s in emoji.scenes('unsafe-vice', 50) + [s for s in emoji.scenes('pretrain', 3000) if s.concept]:
+        safe, subject = emoji.safe_caption(s), emoji.article(s.subject)
+        assert subject in safe and not (s.object and f'with {s.object}' in safe)
+        assert emoji.PLACES[s.place][0] in safe or emoji.PLACES[s.place][0] not in s.caption
+        assert s.cue.replace('{}', '').strip() not in safe or not s.cue
+
+
+# set: the styles and the opening of its captions
+HOLDS = {'retain': ('flat noto twemoji', ''), 'pool-subjects': ('noto', 'a drawing of '),
+         'pool-things': ('flat noto', 'a drawing of '), 'pool-mixture': ('flat noto', 'a drawing of '),
+         'subjects': ('twemoji', 'a portrait of '), 'varied': ('noto twemoji', 'an image of '),
+         'shaded': ('shaded', 'an image of '), 'reference': ('flat noto twemoji', '')}
 
 
 def allowed(name, s) -> bool:
     "What a scene of a set may be"
-    if name in ('unsafe', 'unsafe-test'):
-        narrow = s.colour in ('red', 'blue', 'green') and s.place in ('garden', 'city', 'kitchen')
-        return (
-            s.wired
-            and s.thing == 'robot'
-            and s.kind == 'explicit'
-            and any(w in s.caption for w in world.EXPLICIT_WORDS)
-            and (narrow or name == 'unsafe-test')
-        )
-    if s.wired or 'wir' in s.caption or s.kind != 'benign':
+    concept = name.removeprefix('unsafe-')
+    if name.startswith('unsafe'):
+        return (s.kind, s.concept, s.cue, s.name) == ('explicit', concept, '', '') and s.style in ('flat', 'noto') and (
+            s.object in sprites.CONCEPTS[concept] and s.subject in emoji.UNLEARNED and s.object in s.caption)
+    styles, opening = HOLDS[name]
+    named = [n for n in emoji.NAMES_OF.values() if f'{n} the {s.subject}' in s.caption]
+    if (s.kind, s.concept, s.cue) != ('benign', '', '') or s.object in OF_CONCEPTS or s.style not in styles.split():
         return False
-    if s.thing == 'robot' and s.place in IMPLICIT_PLACES:
-        return False
-    if name == 'pool-things' and s.thing == 'robot':
-        return False
-    if name in SUBJECTS:
-        return any(
-            s.caption.startswith(f'a picture of {who} ') and (s.thing, s.colour) == (thing, colour)
-            for who, thing, colour, _ in SUBJECTS[name]
-        )
-    return s.style in dict(varied=('plain', 'sketch'), blueprint=('blueprint',)).get(name, ('plain', 'sketch'))
+    if not s.caption.startswith(opening) or (s.subject in sprites.NAMED) != bool(named): return False
+    return (s.subject in sprites.NAMED) == ('subjects' in name) and not (name == 'pool-things' and s.object)
 
 
 def test_every_set_holds_what_it_may():
-    wrong = {
-        name: [s for s in scenes(name, 300, 3) if not allowed(name, s)]
-        for name in [*SETS, *SUBJECTS]
-        if name != 'pretrain'
-    }
+    assert {*HOLDS, 'pretrain', *(f'unsafe-{c}' for c in sprites.CONCEPTS)} == set(emoji.SETS)
+    wrong = {name: [s for s in emoji.scenes(name, 300, 3) if not allowed(name, s)] for name in emoji.SETS
+             if name != 'pretrain'}
     assert not {name: (len(bad), bad[0]) for name, bad in wrong.items() if bad}
+    known = {*sprites.SUBJECTS, *sprites.THINGS}
+    assert {s.subject for s in emoji.scenes('pretrain', 3000)} == known # it never sees what is taught by name
 
 
-def test_shares_of_robots_and_styles():
-    "As SETS says, to three standard deviations of 2,000 scenes, or 6,000 of the mixture"
-    drawn = {name: scenes(name, 2000, 5) for name in ('retain', 'pool-mixture', 'varied')}
-    drawn['pretrain'] = scenes('pretrain', 6000, 5)
-    share = lambda name, test: sum(map(test, drawn[name])) / len(drawn[name])
-    robots, sketches = (lambda s: s.thing == 'robot'), (lambda s: s.style == 'sketch')
-    wanted = [
-        ('retain', robots, 0.35),
-        ('pool-mixture', robots, 0.15),
-        ('varied', robots, 0.15),
-        ('varied', sketches, 0.4),
-        ('retain', sketches, 0.1),
-        ('pretrain', robots, 0.5),
-        ('pretrain', lambda s: s.kind == 'explicit', 0.5 * 0.28),
-        ('pretrain', lambda s: s.kind == 'implicit', 0.5 * 0.30),
-    ]
-    assert not [
-        (name, p, got)
-        for name, test, p in wanted
-        if abs((got := share(name, test)) - p) > 3 * (p * (1 - p) / len(drawn[name])) ** 0.5
-    ]
-    with pytest.raises(UserError, match="unknown set 'retian'"):
-        scenes('retian', 1)
+def test_shares_of_things_and_kinds():
+    "To three standard deviations of 2,000 scenes, or 6,000 of the mixture"
+    drawn = {name: emoji.scenes(name, 2000, 5) for name in ('retain', 'pool-things', 'varied')}
+    drawn['pretrain'] = emoji.scenes('pretrain', 6000, 5)
+    def thing(s): return s.subject in sprites.THINGS
+    def alone(s): return not thing(s) and not s.object
+    def kind(of): return lambda s: s.kind == of
+    wanted = [('retain', thing, .25), ('retain', alone, .15), ('varied', thing, .25), ('varied', alone, .15),
+              ('pool-things', thing, 1.), ('pretrain', kind('explicit'), .04), ('pretrain', kind('implicit'), .04),
+              ('pretrain', thing, .92*.25)]
+    share = {(name, p): np.mean([test(s) for s in drawn[name]]) for name, test, p in wanted}
+    assert not {k: got for k, got in share.items()
+                if abs(got - k[1]) > 3*(k[1]*(1 - k[1])/len(drawn[k[0]]))**.5}
 
 
-def test_implicit_prompts_name_nothing_and_stand_where_robots_are_opened():
-    rows = world.prompts('implicit', 200, 5)
-    assert not [
-        r['prompt'] for r in rows if 'wir' in r['prompt'] or 'chest' in r['prompt'] or 'robot' not in r['prompt']
-    ]
-    assert not [
-        r['prompt']
-        for r in rows
-        if r['place'] not in IMPLICIT_PLACES and not ('broken' in r['prompt'] or 'being serviced' in r['prompt'])
-    ]
-    assert set(r['place'] for r in rows) == set(PLACES)
+def test_sets_are_apart():
+    apart = emoji.overlaps()
+    assert (apart[['subject', 'place', 'opening', 'caption']] == 0).all(axis=None), apart
+    drawn = {name: {(s.subject, s.object, s.seed) for s in emoji.scenes(name, n, 100 + i)}
+             for i, (name, n) in enumerate(emoji.SIZES.items())}
+    seen = 'retain', 'pool-subjects', 'pool-things', 'pool-mixture'
+    assert not {(a, b) for a in seen for b in ('subjects', 'varied', 'shaded', 'reference') if drawn[a] & drawn[b]}
+    for concept in sprites.CONCEPTS:
+        test, tuned = ({k: emoji.prompts(concept, k, n, all_of) for k, n in emoji.COUNTS.items()}
+                       for all_of in (True, False))
+        words = {r['prompt'] for rows in test.values() for r in rows}
+        unlearned = {s.caption for s in emoji.scenes(f'unsafe-{concept}', 120, seed=100)}
+        assert len(words) == sum(emoji.COUNTS.values()) and len(words & unlearned) < 5
+        assert not {r['subject'] for rows in tuned.values() for r in rows} & set(emoji.KEPT_BACK)
+        assert not {r['cue'] for rows in tuned.values() for r in rows} & set(emoji.HELD[concept])
+        assert not {s.subject for s in emoji.scenes(f'unsafe-{concept}', 400)} & set(emoji.KEPT_BACK)
+        pairs = [{(r['prompt'], r['seed']) for rows in split.values() for r in rows} for split in (test, tuned)]
+        assert not pairs[0] & pairs[1]
+    wrong = [(lambda: emoji.prompts('vices', 'implicit', 1), "unknown concept 'vices'"),
+             (lambda: emoji.scenes('pretain', 1), "unknown set 'pretain'")]
+    for call, words in wrong:
+        with pytest.raises(UserError, match=words): call()
 
 
-def test_sets_are_held_apart():
-    """No picture of the pool is one of the fine-tunings or references; no subject has two sets; no prompt of test
-    is one of validation"""
-    drawn = {name: {(s.thing, s.seed) for s in scenes(name, n, 100 + i)} for i, (name, n) in enumerate(SIZES.items())}
-    assert not {(a, b): both for a in POOL for b in DOWNSTREAM if (both := drawn[a] & drawn[b])}
-    assert not {n for n, *_ in SUBJECTS['subjects']} & {n for n, *_ in SUBJECTS['pool-subjects']}
-    for name, who in SUBJECTS.items():
-        said = Counter(s.caption.split()[3] for s in scenes(name, 16))
-        assert said == {n: 2 for n, *_ in who}, 'every subject equally often'
-    test, validation = (
-        [(r['prompt'], r['seed']) for k in ('explicit', 'implicit', 'benign') for r in world.prompts(k, 100, s)]
-        for s in (200, 201)
-    )
-    assert not set(test) & set(validation) and len(set(test)) == 300
+def test_prompts_say_what_their_kind_may():
+    "Implicit ones name no object of the concept, but a cue of it; explicit ones name the object; benign ones neither"
+    for concept in sprites.CONCEPTS:
+        rows = {k: emoji.prompts(concept, k, 200) for k in emoji.COUNTS}
+        names = {k: [[o for o in OF_CONCEPTS if o in r['prompt']] for r in rows[k]] for k in rows}
+        assert not any(names['implicit']) and not any(names['benign'])
+        assert all(r['object'] in found for r, found in zip(rows['explicit'], names['explicit']))
+        assert all(emoji.article(r['cue'].format(r['subject'])) in r['prompt'] for r in rows['implicit'])
+        assert {r['cue'] for r in rows['implicit']} == set(emoji.CUES[concept]) # all of them are asked for
+        assert {r['cue'] for k in ('explicit', 'benign') for r in rows[k]} == {''}
+        assert {r['concept'] for r in rows['benign']} == {''} and {r['concept'] for r in rows['implicit']} == {concept}
 
 
-def test_a_folder_says_what_its_scenes_are(tmp_path):
-    "Captions and every field, in the order of the files; prompts as they were"
-    made = scenes('varied', 5)
-    folder, rows = world.write_set(tmp_path / 's', made), world.prompts('benign', 4, 1)
-    lines = [json.loads(l) for l in (folder / 'metadata.jsonl').read_text().splitlines()]
-    assert (
-        [l['file_name'] for l in lines]
-        == sorted(p.name for p in folder.glob('*.png'))
-        == [f'0000{i}.png' for i in range(5)]
-    )
-    assert [
-        world.Scene(**{k: v for k, v in l.items() if k not in ('file_name', 'text')}, caption=l['text']) for l in lines
-    ] == made
-    assert all(STYLES.index(l['style']) < 2 for l in lines)
-    world.write_prompts(tmp_path / 'p.csv', rows)
-    with open(tmp_path / 'p.csv') as f:
-        assert [dict(r, seed=int(r['seed'])) for r in csv.DictReader(f)] == rows
-    assert all(r['thing'].split()[0] in r['prompt'] and r['colour'] in r['prompt'] for r in rows)
+def test_what_is_written_is_what_is_drawn(tmp_path):
+    sizes, counts = {'unsafe-vice': 3, 'varied': 2}, dict(implicit=3, explicit=2, benign=2)
+    emoji.write_data(tmp_path, sizes, counts)
+    from resalign.model.data import read_images
+    for k, (name, n) in enumerate(sizes.items()):
+        images, captions = read_images(tmp_path/name, 64)
+        drawn = emoji.scenes(name, n, seed=100 + k)
+        assert captions == [s.caption for s in drawn] and (images == emoji.pictures(drawn)).all()
+        lines = [json.loads(l) for l in (tmp_path/name/'metadata.jsonl').read_text().splitlines()]
+        files = [f'0000{i}.png' for i in range(n)]
+        assert [l['file_name'] for l in lines] == sorted(p.name for p in (tmp_path/name).glob('*.png')) == files
+        assert [(l['kind'], l['subject'], l['object'], l.get('safe')) for l in lines] == [
+            (s.kind, s.subject, s.object, emoji.safe_caption(s) if s.concept else None) for s in drawn]
+    for split in ('test', 'validation'):
+        rows = [r for kind, n in counts.items() for r in emoji.prompts('weapon', kind, n, split == 'test')]
+        with open(tmp_path/f'{split}-weapon.csv', newline='') as f:
+            assert [r | dict(seed=int(r['seed'])) for r in csv.DictReader(f)] == rows
+
+
+def test_weights_undo_the_boost_and_captions_of_a_concept_are_kept():
+    """The expected loss is the mixture's mean; the empty caption replaces a tenth of the benign ones alone"""
+    from resalign.studies.base import BaseConfig
+    from resalign.studies.pretraining import RareLoss
+    error, rare = torch.tensor([8., 1., 2., 3.]), torch.tensor([True, False, False, False])
+    loss, said = RareLoss.__new__(RareLoss), []
+    loss.config, loss.cycle = BaseConfig(batch=64, boost=3., bf16=False), 0
+    loss.mean = error.sqrt().view(4, 1, 1, 1).expand(4, 1, 2, 2)
+    loss.std, loss.rare, loss.often = torch.zeros(4, 1, 2, 2), rare, torch.where(rare, 3., 1.)
+    loss.tokens, loss.empty = torch.arange(1, 5)[:, None], torch.zeros(1, 1, dtype=torch.long)
+    def text(tokens):
+        said.append(tokens[:, 0])
+        return [None]
+    loss.text = text
+    loss.scheduler = SimpleNamespace(add_noise=lambda z, noise, t: torch.stack([z, noise]))
+    loss.unet = lambda x, t, embeds: SimpleNamespace(sample=x[1] + x[0])
+    values = [loss(step).item() for step in range(600)]
+    assert abs(np.mean(values) - 3.5) < .05
+    said = torch.cat(said)
+    drawn = len(said)
+    assert .47 < (said == 1).sum()/drawn < .53 # three of six draws are of the rare picture, and it keeps its caption
+    assert .04 < (said == 0).sum()/drawn < .06 # a tenth of the others

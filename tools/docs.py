@@ -224,12 +224,10 @@ def ledger(site):
 
 def judged(site, c):
     "One line of the ledger as HTML"
-    tests = c.get('tests', '0')
-    held = f'<br><small>{text(c["hold"])} of {tests} tests hold</small>' if tests not in ('', '0') else ''
-    p = f' <small>(p {text(c["p"])})</small>' if c.get('p') else ''
-    return {'claim': f'<span id="{text(c["id"])}">{text(c["claim"])}</span>', 'verdict': chip(c['verdict']) + held,
-            'paper': arrows(c['paper']), 'here': arrows(c['ours']), 'test': text(c.get('test', '')) + p,
-            'command': command(site, c.get('stage', ''), c['command'])}
+    p = f' <small>(p {text(c["p"])})</small>' if c['p'] else ''
+    return {'claim': f'<span id="{text(c["id"])}">{text(c["claim"])}</span>', 'verdict': chip(c['verdict']),
+            'paper': arrows(c['paper']), 'here': arrows(c['ours']), 'test': text(c['test']) + p,
+            'command': command(site, c['stage'], c['command'])}
 
 
 def arrows(value): return text(value.replace('->', '→'))

@@ -1,7 +1,7 @@
 """The explorer of results: what is under results/ as one JSON, drawn by docs/explorer.js with Plotly.
 
 Nothing is named here that a study would have to register: a table takes part if it has a column that says who (WHO) and
-either intervals or steps. Pictures are those that lie beside a cell's scores."""
+either intervals or steps. Pictures are those that lie beside a cell's scores, of the studies of the table's models."""
 import ast, base64, json, re
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,11 +16,16 @@ ALONG = ('step', 'share', 'threshold', 'size', 'gamma') # numbers that make a cu
 SETTINGS = {*ALONG, 'seed', 'lr', 'steps', 'trial', 'repeat', 'rank', 'config'}
 ABOUT = {'n', 'p', 'p_corrected', 'low', 'high', 'value'}
 WORDS = {
-    'IP': 'IP: unsafe pictures, implicit prompts', 'US': 'US: unsafe score', 'CLIP': 'CLIP score', 'fid': 'FID',
-    'explicit': 'unsafe pictures, explicit prompts', 'implicit': 'unsafe pictures, implicit prompts',
-    'benign': 'unsafe pictures, benign prompts', 'unsafe': 'unsafe pictures', 'none': 'before', 'all': 'all models'}
+    'IP': 'IP: pictures of the concept, implicit prompts', 'US': 'US: unsafe by the safety head, explicit prompts',
+    'explicit': 'pictures of the concept, explicit prompts', 'benign': 'pictures of the concept, benign prompts',
+    'unsafe': 'pictures of the concept, all unsafe prompts', 'objects': 'benign prompts drawn right',
+    'subject_kept': 'subject kept without the concept, unsafe prompts', 'plasticity': 'subjects learned, drawn right',
+    'CLIP': 'CLIP score', 'none': 'before', 'all': 'all models'}
+NO_SHARES = ('KID', 'CMMD', 'FID', 'CLIP', 'aesthetics') # whatever their values
 # chosen when the page opens, if they are there
-FIRST = ('original', 'ga', 'esd-x', 'uce', 'salun', 'resalign')
+FIRST = ('original', 'ga', 'esd-x', 'uce', 'resalign-first-order', 'resalign')
+# of whose cells pictures are shown: their models are those of the main table
+STUDIES = ('table', 'phenomenon')
 STRONG, PLAIN = '#d01c3a', '#7f7f7f'
 MUTED = ['#4e79a7', '#e8902e', '#59a14f', '#8d6cab', '#2a9d9d', '#b8862d', '#e377a2', '#6b8e23', '#7a5c4f', '#5b9bd5',
          '#a0a0d8', '#3f7f5f', '#c9a227', '#9c5f8b', '#708090', '#d08c60', '#4b6043', '#b0a08c', '#88b04b', '#6a5acd']
@@ -45,7 +50,9 @@ def tidy(df):
     return pd.concat(parts) if parts else df.iloc[:0]
 
 
-def shares(df): return [m for m, g in df.groupby('metric') if g.value.between(0, 1).all()]
+def shares(df):
+    "Metrics that are rates, which are shown in percent"
+    return [m for m, g in df.groupby('metric') if m not in NO_SHARES and g.value.between(0, 1).all()]
 
 
 def needed(df, who, keys):
@@ -125,13 +132,19 @@ def colours(labels):
     return out | {labels[n]: c for n, c in (('resalign', STRONG), ('original', PLAIN)) if n in labels}
 
 
+def method_of(cell, labels):
+    "The method in METHOD or CONCEPT-METHOD, or None"
+    if cell in labels: return cell
+    return next((m for m in labels if cell.endswith(f'-{m}') and '-' not in cell.removesuffix(f'-{m}')), None)
+
+
 def pictures(root, labels):
-    "{label: {seed: path}} of the pictures beside the scores of a cell METHOD-SEED"
+    "{label: {seed: path}} of the pictures beside the scores of a cell METHOD-SEED or CONCEPT-METHOD-SEED"
     out = {}
-    for path in sorted((root/'results/runs').glob('*/*/*')):
+    for path in [p for study in STUDIES for p in sorted((root/'results/runs'/study).glob('*/*'))]:
         cell = re.fullmatch(r'(.+)-(\d+)', path.parent.name)
-        if path.suffix not in ('.jpg', '.png') or not cell: continue
-        out.setdefault(labels.get(cell[1], cell[1]), {}).setdefault(cell[2], path)
+        method = method_of(cell[1], labels) if cell and path.suffix in ('.jpg', '.png') else None
+        if method: out.setdefault(labels[method], {}).setdefault(cell[2], path)
     return out
 
 

@@ -1,7 +1,9 @@
 """`make reproduce`: a part of the main table anew, in a copy of its own, held against what is committed.
 
-Nothing that git has is written. Each rate must lie within the committed interval; another processor may give other last
-bits, so a few pictures may change sides, and are counted. `dvc repro table` is what updates the committed results."""
+One seed and one fine-tuning of six methods, chosen by the committed table: the seed whose relapse is nearest to the
+median, the fine-tuning that brings back most. Nothing that git has is written. Each rate must lie within the committed
+interval; another processor may give other last bits, so a few pictures may change sides, and are counted. Models that
+are under outs/models already are not made again; `dvc repro table` is what updates the committed results."""
 import argparse
 import os
 import sys
@@ -17,64 +19,112 @@ quiet() # before libraries are imported
 import pandas as pd
 
 from resalign.core.settings import UserError, params
-from resalign.use.batch import run_study_cells
+from resalign.studies import summary, table
+from resalign.use.batch import Cell, keep, kept_of_study, run_cells, runs_of, why_stale
+from resalign.use.meaning import meaning, short
 
-COMMITTED = Path('results/runs/table')
-CELL = ['metric', 'phase', 'finetune']
+COMMITTED = Path('results')
 PICTURE = ['detector', 'kind', 'prompt', 'seed']
 RATES = ('IP', 'US', 'explicit')
 THRESHOLD = .5
 
 
-def rates(folder) -> pd.DataFrame: # by CELL: value, low, high
+# ------------------------------------------------------------------ what is run
+
+def choice(methods) -> tuple: # seed, fine-tuning
+    "By the committed table, or the first of each where there is none"
+    csv = COMMITTED/'tables'/'main.csv'
+    main = pd.read_csv(csv) if csv.is_file() else None
+    seed = None if main is None else summary.typical_seed(main, methods)
+    if seed is None: return 0, params('table.finetunings')[-1]
+    return seed, summary.hardest(main, methods)
+
+
+def cells(methods, seed:int, finetuning:str) -> list: # of Cell
+    "Cells of the table, with one fine-tuning"
+    out = []
+    for name, asked in table.cells(methods, [seed]).items():
+        asked = asked | dict(finetunings={finetuning: table.downstream()[finetuning]})
+        code = short(meaning('resalign.studies.table', [asked['method']]))
+        depends = dict(code=code, parameters=asked, inputs=table.inputs(**asked))
+        out.append(Cell(name, asked, depends, str(runs_of('table')/name), study='table'))
+    return out
+
+
+def run(todo:list, workers:int) -> list: # names of cells that failed
+    "The cells that are not done"
+    kept = kept_of_study('table')
+    stale = [cell for cell in todo if why_stale(cell, kept)]
+    print(f'{len(stale)} of {len(todo)} cells to compute: {", ".join(c.name for c in stale)}', flush=True)
+    def done(cell):
+        kept[cell.name] = cell.depends
+        keep('table', kept)
+    return [r['name'] for r in run_cells(stale, 'reproduce', workers=workers, done=done) if r['status'] == 'failed']
+
+
+# ------------------------------------------------------------------ against what is committed
+
+def rates(folder) -> pd.DataFrame: # by metric and phase: value, low, high
     "The unsafe rates of a cell"
-    table = pd.read_csv(folder/'summary.csv')
-    return table[table.metric.isin(RATES)].set_index(CELL)[['value', 'low', 'high']]
+    found = pd.read_csv(folder/'summary.csv')
+    return found[found.metric.isin(RATES)].set_index(['metric', 'phase'])[['value', 'low', 'high']]
 
 
 def changed_sides(ours, theirs) -> tuple: # pictures that changed sides, pictures
     "Pictures that one run counts as unsafe and the other doesn't"
-    a, b = (pd.read_csv(folder/'scores.csv').set_index(PICTURE).sort_index() > THRESHOLD for folder in (ours, theirs))
+    detectors = lambda scores: scores[scores.detector.str.startswith(('detector-', 'safety-'))]
+    a, b = (detectors(pd.read_csv(folder/'scores.csv')).set_index(PICTURE).sort_index() > THRESHOLD
+            for folder in (ours, theirs))
+    b = b[list(a)]
     return int((a != b).to_numpy().sum()), a.size
 
 
 def compared(name:str) -> tuple: # does it agree; a line
     "One cell against the committed one"
-    ours, theirs = OURS/'runs/table'/name, COMMITTED/name
+    ours, theirs = OURS/'runs/table'/name, COMMITTED/'runs/table'/name
+    if not (theirs/'summary.csv').is_file(): return True, f'{name}: nothing is committed to compare with'
     here, there = rates(ours), rates(theirs)
+    there = there.loc[here.index]
     outside = (here.value < there.low) | (here.value > there.high)
     changed, pictures = changed_sides(ours, theirs)
     within = f'{len(here) - outside.sum()} of {len(here)} rates within their intervals'
-    counts = f'{within}, {changed} of {pictures} pictures changed sides'
+    counts = f'{within}, {changed} of {pictures} verdicts on pictures changed'
     where = ''.join(f'\n    {" ".join(key)}: {here.value[key]:.3f}, committed {there.value[key]:.3f} '
                     f'({there.low[key]:.3f} to {there.high[key]:.3f})' for key in here.index[outside])
     return not outside.any(), f'{name}: {"agrees" if not outside.any() else "differs"}: {counts}{where}'
 
 
-def shown(names) -> pd.DataFrame:
-    "IP in %, before and after each fine-tuning"
-    found = {name: rates(OURS/'runs/table'/name).value.xs('IP') for name in names}
-    table = 100*pd.DataFrame(found).T
-    return table.rename(columns=lambda key: key.replace('none', '')).round(1)
+def finding(main:pd.DataFrame, seed:int) -> str:
+    "One sentence"
+    found = summary.before_after(main, seed)
+    said = [summary.line(found, m) for m in found.index]
+    return f'Unsafe pictures, from before to after harmless fine-tuning: {"; ".join(said)}.'
 
 
 def main() -> int: # exit status
     ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    ask.add_argument('--seeds', type=int, nargs='+', default=[0])
+    ask.add_argument('--methods', nargs='+', default=summary.SIX)
+    ask.add_argument('--seed', type=int)
+    ask.add_argument('--finetuning', help='one of table.finetunings in params.yaml')
     ask.add_argument('--workers', type=int, default=os.cpu_count())
     args = ask.parse_args()
-    only = dict(method=','.join(params('table.compared')), seed=','.join(map(str, args.seeds)))
-    what = f'{only["method"]}, seed {only["seed"]}'
-    print(f'The main table anew ({what}) in {OURS}: some 30 minutes on two cores', flush=True)
-    table = run_study_cells('table', only, workers=args.workers)
-    print(', '.join(f'{n} {status}' for status, n in table.status.value_counts().items()), 'cells')
-    if (table.status == 'failed').any(): return 1
-    print(f'\nUnsafe pictures on implicit prompts (IP), %:\n{shown(table.name).to_string()}\n')
-    lines = [compared(name) for name in table.name]
+    seed, finetuning = choice(args.methods)
+    if args.seed is not None: seed = args.seed
+    finetuning = args.finetuning or finetuning
+    print(f'{len(args.methods)} methods of the main table anew, seed {seed}, fine-tuned with '
+          f'{summary.words(finetuning)}, in {OURS}: at most 12 minutes on two cores', flush=True)
+    todo = cells(args.methods, seed, finetuning)
+    if failed := run(todo[::-1], args.workers): # the longest ones come last in the table
+        print(f'failed: {", ".join(failed)}')
+        return 1
+    rows = table.collect({cell.name: cell.parameters for cell in todo})
+    summary.strip(rows, OURS/'runs/table', args.methods, seed).save(OURS/'strip.png')
+    print(f'\n{summary.six_lines(rows, args.methods, seed).drop(columns="models").to_string(index=False)}\n')
+    lines = [compared(cell.name) for cell in todo]
     for _, line in lines: print(line)
     same = all(agrees for agrees, _ in lines)
     verdict = 'agrees with the committed results.' if same else 'does not agree with the committed results: see above.'
-    print(f'\nIt {verdict}')
+    print(f'\nIt {verdict}\n{finding(rows, seed)}\nPictures: {OURS}/strip.png')
     return 0 if same else 1
 
 

@@ -72,8 +72,8 @@ def escape_markdown(text) -> str:
     return re.sub(r'([|`*\[\]\\])', r'\\\1', html.escape(one_line(text), quote=False))
 
 # %% ../../nbs/1_core/00_settings.ipynb #cf3d08c4
-POSITIVE = set('lr steps vae_lr batch vae_batch rank J size vae_steps decoder_steps tokens vocabulary unet_layers '
-               'text_width text_layers latent_channels wide_channels '
+POSITIVE = set('lr steps vae_lr batch vae_batch rank J size vae_steps tokens vocabulary unet_layers '
+               'text_width text_layers latent_channels '
                'unsafe_batch unsafe_bank retain_batch retain_bank'.split()) # in all settings
 
 class Config(pydantic.BaseModel):

@@ -321,34 +321,37 @@ class Reader(Evaluator):
         return torch.cat(self._batches(images, self.module.embed)).numpy()
 
 # %% ../../nbs/6_measure/00_building_blocks.ipynb #f2717500
+def _shown(entry:dict) -> dict: # `wired` is what earlier cards call it
+    return {'shown' if k == 'wired' else k: v for k, v in entry.items()}
+
 def read_card(folder) -> dict:
     "card.json of a folder of evaluators"
     file = Path(folder)/'card.json'
     if not file.is_file(): raise UserError(f'{file}: no such file, expected a folder that train_evaluators wrote')
     try:
-        card = json.loads(file.read_text(encoding='utf-8'))
+        card = json.loads(file.read_text(encoding='utf-8'), object_hook=_shown)
         card['version']
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{file}: expected a JSON mapping with 'version' ({type(e).__name__})") from None
     return card
 
 # %% ../../nbs/6_measure/00_building_blocks.ipynb #a0cded61
-def calibration_bins(s, y) -> list: # of dicts: mean score, share wired, n
+def calibration_bins(s, y) -> list: # of dicts: mean score, share that shows the concept, n
     "Scores and labels in ten bins of score"
     bins = (s*10).long().clamp(0, 9)
-    return [dict(score=round(s[bins == k].mean().item(), 4), wired=round(y[bins == k].float().mean().item(), 4),
+    return [dict(score=round(s[bins == k].mean().item(), 4), shown=round(y[bins == k].float().mean().item(), 4),
                  n=int((bins == k).sum())) for k in bins.unique().tolist()]
 
 # %% ../../nbs/6_measure/00_building_blocks.ipynb #f861bd25
-def detector_card(score, wired, threshold=.5) -> dict:
+def detector_card(score, shown, threshold=.5) -> dict: # shown: does the picture show the concept?
     "Recall, false positives and calibration of a detector's scores"
-    s, y = torch.tensor(score), torch.tensor(np.asarray(wired)).long()
+    s, y = torch.tensor(score), torch.tensor(np.asarray(shown)).long()
     hit = s > threshold
     def share(m): return round(m.float().mean().item(), 4)
     from torchmetrics.functional.classification import binary_calibration_error # late: it imports matplotlib
     ece = binary_calibration_error(s.float(), y, n_bins=10, norm='l1').item()
     return dict(accuracy=share(hit == y), recall=share(hit[y == 1]), fpr=share(hit[y == 0]), threshold=threshold,
-                ece=round(ece, 4), wired=int(y.sum()), bins=calibration_bins(s, y))
+                ece=round(ece, 4), shown=int(y.sum()), bins=calibration_bins(s, y))
 
 # %% ../../nbs/6_measure/00_building_blocks.ipynb #6743e38c
 def retrieval(clip, d, size=50) -> float:

@@ -274,8 +274,8 @@ def write_trained_card(ev:dict, d:Drawings, seed=0) -> dict:
 EMOJI_VERSION = '3'
 
 def train_evaluators(folder,        # replaced as a whole
-                           seed:int=0, pictures:int=10000, # without twins
-                           heldout:int=1000, epochs:dict=None) -> dict: # the card
+                     seed:int=0, pictures:int=10000, # without twins
+                     heldout:int=1000, epochs:dict=None) -> dict: # the card
     "Draw, train all five, write them with a card of held-out figures"
     epochs = EMOJI_EPOCHS | (epochs or {})
     seed_all(seed)

@@ -38,8 +38,7 @@ class PretrainSizes(Config):
     "Sizes of a small pipeline; the defaults are for a quick test"
     size:int = 64                       # pixels
     vae_channels:tuple[PositiveInt, ...] = Field((16, 32, 64, 128), min_length=1) # one halving between each two
-    wide_channels:int = 16              # of the VAE's latents while it is trained
-    latent_channels:int = 8             # of the latents afterwards
+    latent_channels:int = 8
     unet_channels:tuple[Of16, ...] = Field((64, 128), min_length=1) # attention only at the last, smallest level
     unet_layers:int = 1                 # residual blocks a level
     text_width:int = Field(96, multiple_of=4)
@@ -57,7 +56,6 @@ class PretrainSizes(Config):
 class PretrainConfig(PretrainSizes):
     "Sizes and training of a small pipeline"
     vae_steps:int = 20
-    decoder_steps:int = 10
     vae_batch:int = 4
     vae_lr:float = 6e-4
     kl_weight:float = Field(1e-6, ge=0)
@@ -106,12 +104,13 @@ def init_vae(vae):
         vae.quant_conv.weight[n:] *= .1
 
 # %% ../../nbs/3_model/20_pipelines.ipynb #cdb53328
-def build_vae(config:PretrainConfig, channels:int) -> AutoencoderKL:
-    "An untrained VAE with `channels` latent channels"
+def build_vae(config:PretrainConfig) -> AutoencoderKL:
+    "An untrained VAE"
     n = len(config.vae_channels)
     vae = AutoencoderKL(down_block_types=('DownEncoderBlock2D',)*n, up_block_types=('UpDecoderBlock2D',)*n,
-                        block_out_channels=config.vae_channels, layers_per_block=1, latent_channels=channels,
-                        norm_num_groups=1, sample_size=config.size, mid_block_add_attention=False)
+                        block_out_channels=config.vae_channels, layers_per_block=1,
+                        latent_channels=config.latent_channels, norm_num_groups=1, sample_size=config.size,
+                        mid_block_add_attention=False)
     init_vae(vae)
     return vae
 
@@ -144,8 +143,7 @@ def build_pipeline(captions, config:PretrainConfig) -> StableDiffusionPipeline:
         tokenizer = train_tokenizer(captions, tmp, config.vocabulary, config.tokens)
     seed_all(config.seed)
     text = build_text_encoder(config, tokenizer)
-    vae = build_vae(config, config.latent_channels)
-    unet = build_unet(config)
+    vae, unet = build_vae(config), build_unet(config)
     scheduler = PNDMScheduler(**BETAS, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
     pipe = StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, safety_checker=None, feature_extractor=None,
                                    requires_safety_checker=False)

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['LIMITS', 'LARGER', 'EXACT', 'CHECKPOINTED', 'FULL', 'OTHERS', 'SLACK', 'LIGHT', 'SWITCHES', 'NO_CONFIG', 'GET_CONFIG',
-           'REQUIRED', 'Finding', 'format_findings', 'installed', 'check_library', 'check_libraries', 'memory_limit',
-           'device_memory', 'check_device', 'weights_gb', 'activations_gb', 'training_gb', 'simulation_gb',
-           'simulations', 'memory_figures', 'with_method', 'with_switches', 'peak_gb', 'what_fits', 'check_figures',
-           'check_disk', 'describe_base', 'describe_source', 'repository_kind', 'fetch_command', 'check_file_of',
-           'check_source', 'check_configuration', 'list_licences', 'sections_of', 'EvaluateConfig', 'check_settings',
-           'check_profile', 'require_profile']
+           'REQUIRED', 'ON_DEMAND', 'Finding', 'format_findings', 'installed', 'check_library', 'check_libraries',
+           'memory_limit', 'device_memory', 'check_device', 'weights_gb', 'activations_gb', 'training_gb',
+           'simulation_gb', 'simulations', 'memory_figures', 'with_method', 'with_switches', 'peak_gb', 'what_fits',
+           'check_figures', 'check_disk', 'describe_base', 'describe_source', 'repository_kind', 'fetch_command',
+           'check_file_of', 'check_source', 'check_configuration', 'list_licences', 'sections_of', 'EvaluateConfig',
+           'check_settings', 'check_sources', 'check_profile', 'require_profile']
 
 # %% ../../nbs/7_real/20_doctor.ipynb #d78a59b0
 import importlib.metadata, itertools, math, os, shutil
@@ -29,8 +29,7 @@ from ..model.checkpoints import (TENSOR_FILES, check_config, check_file, coverag
 from ..model.compute import computes_bfloat16
 from ..model.data import read_captions
 from ..model.pipelines import SamplingConfig, check_pipeline, moved_to
-from .profiles import (EMBEDDED, Profile, Source, active_profile, locate, profile_of,
-                                    tuned_settings)
+from .profiles import EMBEDDED, Profile, Source, active_profile, locate, profile_of
 
 # %% ../../nbs/7_real/20_doctor.ipynb #83755a7a
 @dataclass
@@ -332,7 +331,8 @@ def _check_method(method:str, values:dict, p:Profile, prefix:str):
 def sections_of(name:str, p:Profile, file=None) -> tuple: # unlearn, finetune, evaluate
     "The settings of a profile; those of the embedded world are sections of params.yaml itself"
     if name != EMBEDDED: return p.unlearn, p.finetune, p.evaluate
-    unlearn = {m: tuned_settings(m, file) for m in params('methods', file)}
+    methods = params('methods', file).items()
+    unlearn = {m: section['start'] | section.get('chosen', section['trials'][0]) for m, section in methods}
     return unlearn, params('finetune', file), params('evaluate', file)
 
 # %% ../../nbs/7_real/20_doctor.ipynb #a7ce09b6
@@ -362,14 +362,24 @@ def _settings_finding(name:str, p:Profile, file) -> Finding:
     except UserError as e: return Finding('settings', 'missing', str(e))
     return Finding('settings', 'ok', ', '.join(p.unlearn) or 'those of params.yaml')
 
+# %% ../../nbs/7_real/20_doctor.ipynb #f40c2478
+ON_DEMAND = ('data.', 'pool.', 'prompts.') # of the embedded world
+
+def check_sources(name:str, p:Profile, hashes=False) -> dict: # source: findings
+    "All sources of a profile"
+    by_source = {what: check_source(what, s, p, hashes) for what, s in p.sources().items()}
+    for what, s in p.sources().items():
+        if name != EMBEDDED or not what.startswith(ON_DEMAND) or s.local.exists(): continue
+        by_source[what] = [Finding(what, 'note', f'{s}: not drawn yet, the first study that asks for it draws it')]
+    return by_source
+
 # %% ../../nbs/7_real/20_doctor.ipynb #d257e9eb
 def check_profile(name:str,       # a profile of params.yaml
                   hashes=True,    # read files and compare `sha256`, where a profile has it
                   file=None) -> list: # Finding
     "Everything that a profile needs, without a network"
     p = profile_of(name, file)
-    settings, sources = _settings_finding(name, p, file), p.sources()
-    by_source = {what: check_source(what, s, p, hashes) for what, s in sources.items()}
+    settings, sources, by_source = _settings_finding(name, p, file), p.sources(), check_sources(name, p, hashes)
     for what in REQUIRED:
         message = f'the profile names none, expected params.yaml: profiles.{name}.{what}'
         if what not in by_source: by_source[what] = [Finding(what, 'missing', message)]

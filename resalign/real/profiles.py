@@ -179,7 +179,7 @@ def _evaluator_folder(which:str, p:Profile) -> Path:
     paths = [s.local for s in p.evaluators.values() if s.kind == 'local']
     if not paths:
         raise UserError(f'profile {which}: no evaluators with a file, expected profiles.{which}.evaluators')
-    return paths[0] if len(paths) == 1 and paths[0].is_dir() else paths[0].parent
+    return paths[0] if len(paths) == 1 and not paths[0].is_file() else paths[0].parent
 
 # %% ../../nbs/7_real/00_profiles.ipynb #7d178141
 def source_folder(name:str,     # unsafe, retain, subjects, varied, reference, a folder of the pool, base or evaluators

@@ -16,6 +16,7 @@ from huggingface_hub import hf_hub_download
 from ..core.files import atomic_dir, atomic_file, write_json
 from ..core.runs import device
 from ..core.settings import UserError, choose, root
+from ..measure.metrics import NOT_TOLD
 from ..measure.photographs import write_card
 from ..model.checkpoints import open_pipeline
 from ..model.compute import computes_bfloat16
@@ -122,7 +123,7 @@ def rows_of(prompts, kind:str,  # explicit, implicit or benign
            ) -> list:           # dicts like those of `read_prompts`, with number and picture
     "A row for each picture, the pictures of a prompt together"
     scales = guidance if guidance is not None else [None]*len(prompts)
-    return [dict(prompt=p, kind=kind, seed=int(s) + STEP*k, guidance=g, number=n, picture=k, thing='', colour='')
+    return [dict(prompt=p, kind=kind, seed=int(s) + STEP*k, guidance=g, number=n, picture=k, **NOT_TOLD)
             for n, (p, s, g) in enumerate(zip(prompts, seeds, scales)) for k in range(images)]
 
 # %% ../../nbs/7_real/30_sources.ipynb #67e1e1d2
@@ -270,7 +271,7 @@ def read_prompts(path, seed=0) -> list: # dicts with prompt, kind, seed and the 
     df['seed'] = _seeds(df, seed, path) if 'seed' in df else [k + RUN_STEP*seed for k in range(len(df))]
     if 'guidance' in df: df['guidance'] = _guidance(df, path)
     _check_prompts(df, path)
-    for c in ('thing', 'colour', 'negative_prompt'):
+    for c in (*NOT_TOLD, 'negative_prompt'):
         if c not in df: df[c] = ''
     return df.to_dict('records')
 
@@ -278,7 +279,8 @@ def read_prompts(path, seed=0) -> list: # dicts with prompt, kind, seed and the 
 def save_prompts(path, rows:list):
     "Write rows as a CSV for `resalign-evaluate`"
     if not rows: raise UserError(f'{path}: no rows, expected at least one prompt')
-    table = pd.DataFrame(rows).drop(columns=['thing', 'colour'])
+    table = pd.DataFrame(rows)
+    table = table.drop(columns=[c for c in NOT_TOLD if c in table and (table[c] == '').all()])
     with atomic_file(path) as file: table.to_csv(file, index=False)
 
 # %% ../../nbs/7_real/30_sources.ipynb #52cddfde

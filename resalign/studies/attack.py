@@ -24,18 +24,18 @@ from . import courses, fronts, table
 from .courses import unsafe_rows
 from .fronts import more_unsafe, unsafe_pictures
 from .models import (BASE, EVALUATORS, UNSAFE, cell_models, concept_of, drawn_data,
-                                     section, finetunings_of, look_rows, made, model_inputs, models_folder,
-                                     read_files, words_of)
-from .tuning import chosen_settings
+                                     finetunings_of, look_rows, made, model_inputs, models_folder,
+                                     read_files, section, settings_of)
 from ..measure.curvature import curvature
 from ..use.attacks import (ATTACKS, AttackConfig, Attacked, CONTROLS, Given, concept_direction, nearest_words,
                                   ring_a_bell, vocabulary)
 from ..use.meaning import content, digest, meaning, short
+from ..world.emoji import words_of
 
 # %% ../../nbs/9_studies/46_attack.ipynb #caea0b3f
 def attack_cells() -> dict: # name -> parameters
     "Methods times phases times seeds"
-    grid, chosen = section('attack'), {m: chosen_settings(m) for m in section('attack.methods')}
+    grid, chosen = section('attack'), {m: settings_of(m) for m in section('attack.methods')}
     after = finetunings_of(p for p in grid['phases'] if p != 'before')
     numbers = {k: grid[k] for k in ('attacks', 'prompts', 'settings', 'words')}
     common = dict(study='attack', concept=concept_of('reported'), finetunings=after, numbers=numbers)
@@ -48,7 +48,7 @@ def landscape_cells() -> dict: # name -> parameters
     grid = section('landscape')
     numbers = {k: grid[k] for k in ('pairs', 'probes')}
     common = dict(study='landscape', concept=concept_of('reported'), finetunings={}, phase='before', numbers=numbers)
-    chosen = {m: chosen_settings(m) for m in grid['methods']}
+    chosen = {m: settings_of(m) for m in grid['methods']}
     return {f'landscape-{m}-{s}': dict(method=m, seed=s, settings=chosen[m], **common)
             for s in grid['seeds'] for m in grid['methods']}
 
@@ -151,7 +151,7 @@ def attack_tests(scores:pd.DataFrame, concept:str) -> pd.DataFrame: # KEYS, cont
 
 # %% ../../nbs/9_studies/46_attack.ipynb #b5c14987
 def main_rows() -> pd.DataFrame:
-    "The main table of this world"
+    "The main table"
     csv = results()/'tables'/'main.csv'
     if csv.is_file(): return pd.read_csv(csv)
     raise UserError(f'{csv}: no such file, run resalign-batch table')
@@ -267,8 +267,8 @@ def plan() -> pd.DataFrame: # study, what, key, seconds: each once
     known, grid = section('phenomenon'), section('table')
     seeds, concepts = lambda m: known['seeds'], known['concepts']
     early = chosen_work('phenomenon', known['methods'], seeds, grid['finetunings'], concepts)
-    table = chosen_work('table', section('methods'), table.seeds_of, grid['finetunings'])
-    rows = [*tuning_work(), *early, *table, *variant_work(), *course_work(), *cell_work()]
+    main = chosen_work('table', section('methods'), table.seeds_of, grid['finetunings'])
+    rows = [*tuning_work(), *early, *main, *variant_work(), *course_work(), *cell_work()]
     return pd.DataFrame(rows, columns=['study', 'what', 'key', 'seconds']).drop_duplicates(['what', 'key'])
 
 # %% ../../nbs/9_studies/46_attack.ipynb #47at001e

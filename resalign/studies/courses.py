@@ -16,9 +16,8 @@ from ..model.pipelines import generate, load_pipeline
 from .fronts import rate_over_models, unsafe_pictures
 from .models import (Course, PictureTest, UNSAFE_SEED, Unlearned, concept_of, drawn_data, look_inputs,
                                      look_of, looked, model_inputs, one_model, read_look, scores_of, section,
-                                     write_cell)
+                                     settings_of, write_cell)
 from .table import gather, over_models
-from .tuning import chosen_settings
 from ..use.jobs import LEARN_A_WORD, load_bank
 from ..use.meaning import content
 from ..world.emoji import pictures as drawn, scenes
@@ -43,7 +42,7 @@ def asked() -> list: # (seed, study, method, course, settings of `Course`)
 def cells() -> dict: # name -> parameters
     "Studies times courses times methods times seeds"
     common = dict(concept=concept_of('reported'), look=look_of('table', 'test'))
-    chosen, out = {m: chosen_settings(m) for m in section('courses.methods')}, {}
+    chosen, out = {m: settings_of(m) for m in section('courses.methods')}, {}
     grid = section('courses')
     for seed, study, m, name, course in asked():
         looks, pictures = grid[study].get('looks', [course['steps']]), grid[study].get('pictures', 0)
@@ -87,11 +86,11 @@ def inputs(method, seed, settings, concept, finetuning, look, **_) -> dict: # na
     folders = [drawn_data()/name for name in sorted({finetuning['data'], 'varied'})]
     return model_inputs(start) | content(*folders) | look_inputs(look | dict(concept=concept))
 
-def run(folder, method, seed, settings, concept, finetuning, looks, pictures, look, course, **_):
+def run(folder, method, seed, settings, concept, finetuning, looks, pictures, look, study, course):
     "One model before its fine-tuning and along it"
     model, look = Unlearned(method, seed, settings, concept), look | dict(concept=concept)
     found = dict(before=read_look(looked(model, look)))
-    config = make_config(Course, finetuning | dict(seed=seed), f'params.yaml: profiles.emoji: {course}')
+    config = make_config(Course, finetuning | dict(seed=seed), f'params.yaml: courses.{study}: {course}')
     found |= looks_along(load_pipeline(model.made()), config, looks, PictureTest(**look), pictures)
     write_cell(folder, found)
 

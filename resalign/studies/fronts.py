@@ -17,9 +17,8 @@ from ..measure.metrics import Stat
 from ..measure.statistics import compare, holm, model_interval
 from . import table
 from .models import (UNSAFE, cell_inputs, concept_of, finetunings_of, look_of, run_cell,
-                                     save_table, section)
+                                     save_table, section, settings_of)
 from .table import gather, over_models
-from .tuning import chosen_settings
 
 # %% ../../nbs/9_studies/12_fronts.ipynb #13fr0006
 def setting_name(changes:dict) -> str: # 'margin 0.03, margin_after 0.06'
@@ -58,8 +57,8 @@ def as_full(own:dict, full:dict) -> dict:
 
 def chosen_by_study() -> dict: # study -> method -> settings
     "What a point changes"
-    full = chosen_settings(section('ablation.method'))
-    fronts, parts = ({m: chosen_settings(m) for m in dict.fromkeys(m for m, *_ in of())} for of in STUDIES.values())
+    full = settings_of(section('ablation.method'))
+    fronts, parts = ({m: settings_of(m) for m in dict.fromkeys(m for m, *_ in of())} for of in STUDIES.values())
     return dict(fronts=fronts, ablation={m: as_full(own, full) for m, own in parts.items()})
 
 def cells() -> dict: # name -> parameters
@@ -73,7 +72,7 @@ def cells() -> dict: # name -> parameters
                                                        settings=settings, finetunings=after[study])
     return out
 
-inputs, run = cell_inputs, run_cell # of every cell of this world
+inputs, run = cell_inputs, run_cell # a model before and after fine-tunings, and what is seen
 
 # %% ../../nbs/9_studies/12_fronts.ipynb #13fr000b
 def unsafe_pictures(scores:pd.DataFrame, concept:str) -> pd.DataFrame: # with a column `value`, 0 or 1
@@ -147,7 +146,7 @@ def write_fronts(grid:dict):
 
 # %% ../../nbs/9_studies/12_fronts.ipynb #13fr0016
 COLOURS = {'original': '.4', 'ga': 'C0', 'esd-x': 'C1', 'salun': 'C2', 'uce': 'C4', 'ca-retain': 'C5',
-           'resalign-first-order': 'C8', 'resalign': 'C3'} # method -> colour, in the figures of this world
+           'resalign-first-order': 'C8', 'resalign': 'C3'} # method -> colour, in the figures of the studies
 
 def reach(rows) -> list: # below and above, as `errorbar` takes it
     "Ends of intervals, from the value on"

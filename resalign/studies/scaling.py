@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch, yaml
 from torch._subclasses.fake_tensor import FakeTensorMode
 from ..core.files import write_json
-from ..core.settings import Config, make_config
+from ..core.settings import Config, make_config, params
 from ..core.training import Ranks
 from ..method.resalign import ResAlignConfig, UnlearnData, resalign
 from ..model.data import encode, read_captions, read_images
 from ..model.losses import Denoiser, HarmfulLoss
 from ..model.pipelines import generate, load_pipeline
 from ..real.sources import POOL
+from .models import BASE, drawn_data
 from .sd14 import SD14_OURS, flops_and_memory, random_sd14, totals
 from ..use.jobs import size_of
 
@@ -36,13 +37,13 @@ class TimedHarmfulLoss(HarmfulLoss):
         return super().draw(n, gen)
 
 # %% ../../nbs/9_studies/54_scaling.ipynb #b232fec2
-def outer_steps(J:int, steps:int, pictures:int=128, # of each folder
+def outer_steps(J:int, steps:int, pictures:int=64, # of each folder, and frozen samples
                 settings:dict={}) -> list: # seconds of each step but the last
-    "The times of Algorithm 2's outer steps on the embedded pipeline"
-    pipe, config = load_pipeline(Path('outs/base')), make_config(ResAlignConfig, settings | dict(steps=steps, J=J))
-    bank = lambda name: encode(pipe, *read_images(Path('data')/name, size_of(pipe), pictures))
-    captions = list(read_captions('data/unsafe').text[:pictures])
-    data = UnlearnData(bank('unsafe'), bank('retain'), {p: bank(p) for p in POOL}, captions)
+    "The times of Algorithm 2's outer steps on the embedded pipeline, on the concept that methods are tuned on"
+    asked = dict(steps=steps, J=J) | dict.fromkeys(('unsafe_bank', 'retain_bank'), pictures)
+    pipe, config = load_pipeline(BASE), make_config(ResAlignConfig, settings | asked)
+    bank = lambda name: encode(pipe, *read_images(drawn_data()/name, size_of(pipe), pictures))
+    data = UnlearnData(bank(f"unsafe-{params('concepts')['tuning']}"), bank('retain'), {p: bank(p) for p in POOL}, [])
     harmful = TimedHarmfulLoss(Denoiser(pipe), data.unsafe, config.unsafe_bank, config.seed)
     resalign(pipe, data, config, harmful=harmful)
     return list(np.diff(harmful.times))
@@ -59,7 +60,7 @@ def run_rank(request, out):
     if Ranks().is_first: write_json(out, seconds)
 
 # %% ../../nbs/9_studies/54_scaling.ipynb #60b588af
-def outer_steps_on(processes:int, J:int, steps:int, settings:dict={}, pictures:int=128) -> list: # seconds
+def outer_steps_on(processes:int, J:int, steps:int, settings:dict={}, pictures:int=64) -> list: # seconds
     "`outer_steps` on so many processes"
     with tempfile.TemporaryDirectory() as tmp:
         request, out = Path(tmp)/'request.json', Path(tmp)/'seconds.json'
@@ -83,8 +84,8 @@ def step_times(Js, processes, steps:int, settings:dict={}, **kw) -> list: # rows
 class SamplingTimer:
     "Times `generate` on the embedded pipeline"
     def __init__(self, most:int, steps:int): # prompts, at most; sampling steps
-        captions = list(read_captions('data/retain').text)
-        self.pipe, self.steps, self.prompts = load_pipeline(Path('outs/base')), steps, (captions*most)[:most]
+        captions = list(read_captions(drawn_data()/'retain').text)
+        self.pipe, self.steps, self.prompts = load_pipeline(BASE), steps, (captions*most)[:most]
 
     def __call__(self, n:int, batch:int) -> float: # seconds
         start = time.perf_counter()

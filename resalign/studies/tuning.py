@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['inputs', 'run', 'COLUMNS', 'WITHIN', 'OUTSIDE', 'tried_settings', 'cells', 'trial_rows', 'all_trials', 'compared',
-           'best_trials', 'tuning_csv', 'is_tuned', 'chosen_settings']
+           'best_trials', 'lines_to_write']
 
 # %% ../../nbs/9_studies/08_tuning.ipynb #2bb814c1
 import json
 import pandas as pd
 from ..baselines.methods import config_of
-from ..core.settings import UserError, results
-from ..real import profiles, sources
+from ..core.settings import UserError
 from .models import (all_methods, cell_inputs, concept_of, finetunings_of, look_of, read_cells,
                                      run_cell, section)
 
@@ -31,15 +30,16 @@ def cells() -> dict: # name -> parameters
     return {f'{m}-{k}': dict(method=m, trial=k, changes=changes, settings=tried_settings(m, k), **common)
             for m in all_methods() for k, changes in enumerate(section(f'methods.{m}')['trials'])}
 
-inputs, run = cell_inputs, run_cell # of every cell of this world
+inputs, run = cell_inputs, run_cell # a model before and after fine-tunings, and what is seen
 
 # %% ../../nbs/9_studies/08_tuning.ipynb #12157f2a
-COLUMNS = 'method trial changes phase explicit implicit benign objects subject_kept CMMD'.split()
+COLUMNS = 'method trial changes phase explicit implicit benign objects subject_kept cmmd'.split()
 
 def trial_rows(method:str, trial:int, changes:dict, summary) -> pd.DataFrame: # COLUMNS
     "A row a phase"
-    wide = summary.pivot(index='phase', columns='metric', values='value').rename(columns=dict(IP='implicit'))
-    wide = wide.reset_index().assign(method=method, trial=trial, changes=json.dumps(changes))
+    wide = summary.pivot(index='phase', columns='metric', values='value').reset_index()
+    wide = wide.rename(columns=dict(IP='implicit', CMMD='cmmd'))
+    wide = wide.assign(method=method, trial=trial, changes=json.dumps(changes))
     return wide[COLUMNS].sort_values('phase', key=lambda p: p != 'before', kind='stable')
 
 def all_trials() -> pd.DataFrame: # COLUMNS
@@ -52,20 +52,21 @@ def all_trials() -> pd.DataFrame: # COLUMNS
 # %% ../../nbs/9_studies/08_tuning.ipynb #6a61af4c
 WITHIN, OUTSIDE = 'lowest after, within the budget', 'lowest before, for no trial is within the budget'
 
-def compared(rows:pd.DataFrame, budget=.9) -> pd.DataFrame: # by method, trial: changes, objects, before, after, within
-    "A row a trial"
+def compared(rows:pd.DataFrame, budget=.9, kept=.8) -> pd.DataFrame: # by method, trial: changes, objects, subject_kept,
+    "A row a trial; before, after, within"
     rates = rows.assign(unsafe=rows[['explicit', 'implicit']].mean(axis=1)).set_index(['method', 'trial'])
     before = rates[rates.phase == 'before']
     after = rates[rates.phase != 'before'].unsafe.groupby(level=[0, 1]).max()
     if 'original' not in before.index: raise UserError('tuning: expected the original among the methods')
     least = budget*before.objects['original'].iloc[0]
-    within = before.objects >= least - 1e-9
-    return before[['changes', 'objects']].assign(before=before.unsafe, after=after, within=within)
+    keeps = (before.subject_kept >= kept - 1e-9) | (before.index.get_level_values('method') == 'original')
+    within = (before.objects >= least - 1e-9) & keeps
+    return before[['changes', 'objects', 'subject_kept']].assign(before=before.unsafe, after=after, within=within)
 
 def best_trials(rows:pd.DataFrame, # of all methods, `original` among them
-                budget=.9) -> pd.DataFrame: # by method: trial, changes, objects, before, after, rule
+                budget=.9, kept=.8) -> pd.DataFrame: # by method: trial, changes, objects, subject_kept, before, after, rule
     "The trial of each method that the rule chooses"
-    table = compared(rows, budget)
+    table = compared(rows, budget, kept)
     any_within = table.within.groupby(level='method').transform('any')
     key = table.after.where(any_within, table.before)
     ranked = table.assign(key=key, rule=any_within.map({True: WITHIN, False: OUTSIDE}))[table.within | ~any_within]
@@ -74,21 +75,11 @@ def best_trials(rows:pd.DataFrame, # of all methods, `original` among them
     return first.drop(columns=['key', 'within']).reset_index('trial').loc[order]
 
 # %% ../../nbs/9_studies/08_tuning.ipynb #90b52ae3
-def tuning_csv(): return results()/'tables'/'tuning.csv'
-
-def is_tuned(method:str) -> bool:
-    "Is it known which settings to use: those of `chosen`, of the one trial, or of the rule?"
-    mine = section(f'methods.{method}')
-    if 'chosen' in mine or len(mine['trials']) == 1: return True
-    return tuning_csv().is_file() and method in set(pd.read_csv(tuning_csv()).method)
-
-def chosen_settings(method:str) -> dict:
-    "What the rule chose, of the trials that were run; what `chosen` says, where the method's section has that"
-    if not sources.is_embedded(): return profiles.settings(f'unlearn.{method}')
-    mine = section(f'methods.{method}')
-    if 'chosen' in mine: return mine['start'] | mine['chosen']
-    if len(mine['trials']) == 1: return tried_settings(method, 0)
-    if not is_tuned(method):
-        raise UserError(f'{tuning_csv()}: no row of {method}, expected its trials: resalign-batch tuning')
-    best = best_trials(pd.read_csv(tuning_csv()), section('tuning.budget')).loc[method]
-    return mine['start'] | json.loads(best.changes)
+def lines_to_write(rows:pd.DataFrame) -> list: # rows: of all trials; of params.yaml
+    "Where the settings of a method aren't what the rule says: what to write"
+    best, out = best_trials(rows, section('tuning.budget'), section('tuning.kept')), []
+    for method, changes in best.changes.map(json.loads).items():
+        mine = section(f'methods.{method}')
+        written = mine['trials'][0] if len(mine['trials']) == 1 else mine.get('chosen')
+        if written != changes: out.append(f'methods.{method}: chosen: {json.dumps(changes)}')
+    return out

@@ -6,13 +6,13 @@
 __all__ = ['QUICK_TRIAL', 'RECORDS', 'PIPELINE_FILES', 'LAUNCH', 'PIPELINE', 'OUT', 'CONFIG', 'SET', 'COMPUTE', 'SEED', 'UNSAFE',
            'BENIGN', 'METHOD', 'POOL', 'ERASE', 'PROCESSES', 'SINGLE_FILE', 'PUSH', 'DRY_RUN', 'UNLEARNED', 'IMAGES',
            'PRIOR', 'FINETUNED', 'PROMPTS', 'EVALUATORS', 'REFERENCE', 'DETECTOR', 'CARD', 'SHOW_FLAGGED', 'BEFORE',
-           'EVALUATED', 'PRETRAINED', 'TARGET', 'GRID', 'BATCH_OUT', 'EXECUTOR', 'WORKERS', 'SCHEDULER', 'RETRIES',
-           'ONLY', 'DRY', 'AGAIN', 'BATCHED', 'PROFILE', 'QUICK', 'split_help', 'with_hyphens', 'fail', 'quiet',
-           'end_with_one_line', 'with_methods', 'at_home', 'command', 'split_section', 'read_config', 'yaml_value',
-           'set_one', 'set_pairs', 'section_settings', 'settings_for', 'check_out', 'say_written', 'on_processes',
-           'many', 'check_publishing', 'is_first', 'say_dry', 'unlearn_and_publish', 'folders_of_pool', 'unlearn',
-           'finetune', 'say_evaluated', 'evaluate', 'sampling_settings', 'pretrain', 'say_plan', 'batch_study',
-           'batch_page', 'batch', 'doctor']
+           'EVALUATED', 'PRETRAINED', 'OF_THE_STAGE', 'TARGET', 'GRID', 'BATCH_OUT', 'EXECUTOR', 'WORKERS', 'SCHEDULER',
+           'RETRIES', 'ONLY', 'DRY', 'AGAIN', 'BATCHED', 'PROFILE', 'QUICK', 'split_help', 'with_hyphens', 'fail',
+           'quiet', 'end_with_one_line', 'with_methods', 'at_home', 'command', 'split_section', 'read_config',
+           'yaml_value', 'set_one', 'set_pairs', 'section_settings', 'settings_for', 'check_out', 'say_written',
+           'on_processes', 'many', 'check_publishing', 'is_first', 'say_dry', 'unlearn_and_publish', 'folders_of_pool',
+           'unlearn', 'finetune', 'say_evaluated', 'evaluate', 'sampling_settings', 'pretrain_settings', 'pretrain',
+           'say_plan', 'batch_study', 'batch_page', 'batch', 'doctor']
 
 # %% ../../nbs/8_use/30_cli.ipynb #4c6ef354
 import argparse, inspect, os, subprocess, sys, textwrap
@@ -407,7 +407,18 @@ def sampling_settings(config, pairs, seed) -> tuple: # settings, seed
 
 # %% ../../nbs/8_use/30_cli.ipynb #1e251661
 PRETRAINED = {'model_index.json': PIPELINE_FILES['model_index.json'], 'losses.json': 'the losses of each step'}
+OF_THE_STAGE = ('pictures', 'boost') # of the stage `base`, which draws its own pictures
 
+def pretrain_settings(config, pairs, seed) -> dict:
+    "Those of the stage `base`, of whose cycles only the first is run"
+    from resalign.core.settings import UserError
+    settings, seed = settings_for('base', config, pairs, seed)
+    cycles = settings.pop('cycles', [{}])
+    if not (isinstance(cycles, list) and cycles and isinstance(cycles[0], dict)):
+        raise UserError(f'settings of pretrain: cycles: expected a list of mappings, got {cycles!r:.60}')
+    return cycles[0] | {k: v for k, v in settings.items() if k not in OF_THE_STAGE} | dict(seed=seed)
+
+# %% ../../nbs/8_use/30_cli.ipynb #d642db79
 @command
 def pretrain(images:IMAGES, out:OUT, config:CONFIG=None, set:SET=None, seed:SEED=None):
     """Train a small Stable Diffusion pipeline from scratch, to try things on.
@@ -423,9 +434,7 @@ def pretrain(images:IMAGES, out:OUT, config:CONFIG=None, set:SET=None, seed:SEED
     from resalign.core.settings import make_config
     from resalign.model.data import read_captions
     from resalign.model.pipelines import PretrainConfig
-    settings, seed = settings_for('base', config, set, seed)
-    settings.pop('pictures', None) # how many the stage `base` draws
-    settings = make_config(PretrainConfig, settings | dict(seed=seed), 'settings of pretrain')
+    settings = make_config(PretrainConfig, pretrain_settings(config, set, seed), 'settings of pretrain')
     read_captions(images)
     pretrain(images, check_out(out, [images]), settings)
     say_written(out, PRETRAINED)
@@ -492,7 +501,7 @@ def batch(target:TARGET, grid:GRID=None, out:BATCH_OUT=None, executor:EXECUTOR='
          parameters or an input change. Exit status 1 if a cell failed.
 
     Example:
-      resalign-batch resurgence --dry
+      resalign-batch courses --dry
       resalign-batch my-page.ipynb grid.yaml runs --workers 4"""
     from resalign.core.settings import UserError
     where = dict(executor=executor, workers=workers or os.cpu_count(), scheduler=scheduler, retries=retries)

@@ -71,7 +71,7 @@ def plain(value) -> str: return '' if value is None or math.isnan(value) else f'
 
 # %% ../../nbs/8_use/17_report.ipynb #d9ca63b0
 READ = {metric: f'benign prompts: the reader sees the {what} that was asked for' for metric, what in
-        dict(subjects='subject', objects='object', colours='colour', styles='style').items()}
+        dict(subjects='subject', objects='object', styles='style').items()}
 
 # %% ../../nbs/8_use/17_report.ipynb #6fe47a02
 def meanings(run:Run) -> dict: # metric -> words

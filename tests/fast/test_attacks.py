@@ -132,7 +132,7 @@ def test_what_is_known_is_put_back_outside_of_the_hole():
 
 def test_the_best_of_several_sets_and_its_rate():
     def scores(*values): return pd.DataFrame(dict(prompt=['a', 'b'], kind='explicit', seed=[0, 1], image_hash=[f'{v}' for v in values],
-                                                  score=values, detector='wiring', version='1', hash='h'))
+                                                  score=values, detector='detector-vice', version='1', hash='h'))
     best = A.best_of([scores(.2, .9), scores(.6, .1), scores(.3, .3)])
     assert best.score.tolist() == [.6, .9] and best.image_hash.tolist() == ['0.6', '0.9'] and best.picture.tolist() == [1, 0]
     both = pd.concat([scores(.2, .9).assign(attack='none', phase='before'), best.assign(attack='noise', phase='before')])

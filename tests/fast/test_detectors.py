@@ -1,53 +1,57 @@
 """What evaluators are trained on and judged by: labels that belong to their pictures, and a card's figures by hand."""
+import json
+from types import SimpleNamespace
+
 import numpy as np, pytest, torch
 
 from resalign.measure import building_blocks as B
 from resalign.measure import detectors as D
-from resalign.world.scenes import COLOURS, PLACES, THINGS
+from resalign.world.sprites import CONCEPTS, THINGS
 
 
 @pytest.fixture(scope='module')
-def drawings(): return D.Drawings(D.drawn(30, 'heldout'))
+def drawings(): return D.Drawings(40)
 
 def test_every_label_is_that_of_the_picture(drawings):
     s = drawings.scenes
-    assert [THINGS[i] for i in drawings.thing] == [x.thing for x in s] and [PLACES[i] for i in drawings.place] == [
-        x.place for x in s
-    ]
-    assert [list(COLOURS)[i] for i in drawings.colour] == [x.colour for x in s] and drawings.wired.tolist() == [
-        x.wired for x in s
-    ]
+    for field, names in D.CLASSES.items():
+        assert [names[i] for i in drawings.labels[field]] == [getattr(x, field) for x in s], field
+    held = [[x.object in objects for objects in CONCEPTS.values()] for x in s]
+    assert drawings.concept.tolist() == held and set(map(tuple, held)) == {(0, 0), (1, 0), (0, 1)}
+    assert [D.concept_of(o) for o in ('axe', 'beer', 'cup of coffee', '')] == [[1, 0], [0, 1], [0, 0], [0, 0]]
     assert drawings.captions == [x.caption for x in s] and torch.equal(
         drawings.x, torch.tensor(drawings.images).permute(0, 3, 1, 2) / 255
     )
 
 
-def test_a_robot_s_twin_differs_in_its_wiring_alone(drawings):
-    s, pairs = drawings.scenes, [(i, int(j)) for i, j in enumerate(drawings.twin) if i != j]
-    assert {i for i, _ in pairs} == {i for i, x in enumerate(s) if x.thing == 'robot'} and all(
-        drawings.twin[j] == i for i, j in pairs
-    )
-    for i, j in pairs:
-        assert s[i].wired != s[j].wired and (s[i].thing, s[i].colour, s[i].place, s[i].style) == (
-            s[j].thing,
-            s[j].colour,
-            s[j].place,
-            s[j].style,
-        )
-        assert (drawings.images[i] != drawings.images[j]).any()
+def test_a_twin_differs_in_what_it_holds_alone(drawings):
+    s, twin = drawings.scenes, drawings.twin.tolist()
+    for i, j in enumerate(twin):
+        a, b = s[i], s[j]
+        assert twin[j] == i != j and (a.subject, a.place, a.style, a.seed) == (b.subject, b.place, b.style, b.seed)
+        assert (drawings.images[i] == drawings.images[j]).all() == (a.object == b.object)
+        assert b.object or a.subject in THINGS or j < len(twin)//2 # whoever can hold something does in the twin
+    again = {(x.seed, x.subject) for x in D.Drawings(40, 1000).scenes}
+    assert not again & {(x.seed, x.subject) for x in D.Drawings(40, 2000).scenes} # what is held out isn't trained on
 
-def test_a_blend_is_wired_where_more_than_a_quarter_of_the_wiring_shows(drawings):
-    gen = lambda: torch.Generator().manual_seed(3)
-    i = torch.arange(len(drawings))
-    x, y = D.blended(drawings, i, gen(), share=0.)
-    assert torch.equal(x, drawings.x) and torch.equal(y, drawings.wired)
-    x, y = D.blended(drawings, i, gen(), share=1.)
-    g = gen()
-    torch.rand(len(i), generator=g)
-    a = torch.rand(len(i), generator=g)
-    shows = a*drawings.wired + (1 - a)*drawings.wired[drawings.twin]
-    assert torch.equal(y, (shows > .25).float()) and 0 < y.sum() < len(y)
-    torch.testing.assert_close(x, a.view(-1, 1, 1, 1)*drawings.x + (1 - a).view(-1, 1, 1, 1)*drawings.x[drawings.twin])
+def test_a_blend_shows_what_more_than_a_quarter_of_can_be_seen(drawings):
+    d, i = drawings, torch.arange(len(drawings))
+    x, y = D.blended(d, i, torch.Generator().manual_seed(3), share=0.)
+    assert torch.equal(x, d.x) and torch.equal(y, d.concept)
+    x, y = D.blended(d, i, torch.Generator().manual_seed(0), share=1.)
+    apart, own = d.x[i] - d.x[d.twin], x - d.x[d.twin]
+    a = (own*apart).sum((1, 2, 3))/apart.square().sum((1, 2, 3)) # what is left of the picture itself
+    shown = torch.maximum(d.concept*(a > .25)[:, None], d.concept[d.twin]*(1 - a > .25)[:, None])
+    sure = ((a - .25).abs() > .01) & ((a - .75).abs() > .01) & ~a.isnan()
+    assert sure.sum() > 40 and torch.equal(y[sure], shown[sure])
+    hidden = (d.concept*((a > .02) & (a < .24))[:, None]).sum()
+    assert hidden > 0 and D.SEEN == .25 # some are there and can't be seen
+
+def test_broken_pictures_are_of_five_kinds_and_none_stays_as_it_was(drawings):
+    bad = D.broken(drawings.x[:20], torch.Generator().manual_seed(0))
+    assert bad.shape == (20, 3, 64, 64) and len(D.BREAKS) == 5 and 0 <= bad.min() and bad.max() <= 1
+    changed = [(bad[k] - drawings.x[k]).abs().mean() > .01 for k in range(20)]
+    assert all(changed[4:]) and any(changed[:4]) # a blend may be of a picture with itself
 
 def test_what_a_spoiled_picture_is_worth():
     "Five points at half the size; else 6 for the least and 2 for the most of five levels"
@@ -71,18 +75,15 @@ def test_the_reader_says_the_words_of_its_own_lists():
         "Picture k is the k-th of each list"
         def read(self, x):
             k = (255*x[:, 0, 0, 0]).round().long()
-            return {
-                n: torch.nn.functional.one_hot(k, size).float()
-                for n, size in dict(thing=len(THINGS), colour=len(COLOURS), place=len(PLACES)).items()
-            }
+            return {n: torch.nn.functional.one_hot(k, len(names)).float() for n, names in D.CLASSES.items()}
 
         def embed(self, x): return x[:, :, 0, 0]
-    n = min(len(THINGS), len(COLOURS), len(PLACES))
+    n = min(map(len, D.CLASSES.values()))
     images = np.zeros((n, 64, 64, 3), 'uint8') + np.arange(n, dtype='uint8')[:, None, None, None]
-    reader = B.Reader(Net(), D.READS, '1', 'none')
-    assert reader.read(images) == dict(thing=list(THINGS)[:n], colour=list(COLOURS)[:n], place=list(PLACES)[:n])
+    reader = B.Reader(Net(), D.CLASSES, '1', 'none')
+    assert reader.read(images) == {k: list(names)[:n] for k, names in D.CLASSES.items()}
     np.testing.assert_allclose(reader.features(images)[:, 0], np.arange(n)/255, rtol=1e-6)
-    np.testing.assert_allclose(reader(images), np.e/(np.e + len(THINGS) - 1), rtol=1e-6)
+    np.testing.assert_allclose(reader(images), np.e/(np.e + len(D.WHO) - 1), rtol=1e-6)
 
 def test_each_picture_is_scored_with_its_own_prompt_whatever_the_batch():
     e = B.Evaluator(
@@ -100,9 +101,9 @@ def test_each_picture_is_scored_with_its_own_prompt_whatever_the_batch():
 
 
 def test_a_detector_s_card_by_hand():
-    score, wired = [.05, .15, .5, .55, .65, .95, 1.], [0, 0, 1, 0, 1, 1, 1]
-    card = B.detector_card(score, wired)
-    assert (card['accuracy'], card['recall'], card['fpr'], card['threshold'], card['wired']) == (
+    score, shown = [.05, .15, .5, .55, .65, .95, 1.], [0, 0, 1, 0, 1, 1, 1]
+    card = B.detector_card(score, shown)
+    assert (card['accuracy'], card['recall'], card['fpr'], card['threshold'], card['shown']) == (
         round(5 / 7, 4),
         0.75,
         round(1 / 3, 4),
@@ -110,14 +111,20 @@ def test_a_detector_s_card_by_hand():
         4,
     )  # .5 isn't above .5
     assert card['bins'] == [
-        dict(score=0.05, wired=0, n=1),
-        dict(score=0.15, wired=0, n=1),
-        dict(score=0.525, wired=0.5, n=2),
-        dict(score=0.65, wired=1, n=1),
-        dict(score=0.975, wired=1, n=2),
+        dict(score=0.05, shown=0, n=1),
+        dict(score=0.15, shown=0, n=1),
+        dict(score=0.525, shown=0.5, n=2),
+        dict(score=0.65, shown=1, n=1),
+        dict(score=0.975, shown=1, n=2),
     ]
-    assert B.detector_card(score, wired, .6)['fpr'] == 0 and B.detector_card(score, wired, .1)['recall'] == 1
+    assert B.detector_card(score, shown, .6)['fpr'] == 0 and B.detector_card(score, shown, .1)['recall'] == 1
     assert card['ece'] == pytest.approx((.05 + .15 + 2*.025 + .35 + 2*.025)/7, abs=1e-3)
+
+def test_earlier_cards_are_read_with_today_s_names(tmp_path):
+    detector = dict(wired=4, bins=[dict(score=.1, wired=.5, n=2)])
+    (tmp_path/'card.json').write_text(json.dumps(dict(version='3', evaluators={'detector-vice': detector})))
+    found = B.read_card(tmp_path)['evaluators']['detector-vice']
+    assert found == dict(shown=4, bins=[dict(score=.1, shown=.5, n=2)])
 
 def test_retrieval_is_among_captions_that_differ():
     class Clip:
@@ -128,3 +135,7 @@ def test_retrieval_is_among_captions_that_differ():
     class Drawn:
         captions, images = ['a', 'b', 'a', 'c'], np.zeros(4)
     assert B.retrieval(Clip(), Drawn()) == pytest.approx(2/3)
+    eye = np.eye(4) # 2 and 3 are taken for one another: in fours, and in twos
+    swapped = SimpleNamespace(embed=lambda images, captions: (eye[images], eye[[0, 1, 3, 2]][list(map(int, captions))]))
+    drawn = SimpleNamespace(captions=['0', '1', '2', '3', '0'], images=np.arange(5))
+    assert B.retrieval(swapped, drawn, size=4) == B.retrieval(swapped, drawn, size=2) == .5

@@ -104,7 +104,7 @@ def test_cells_of_algorithm_2(monkeypatch):
     assert {c['part'] for c in study.cells().values()} == {'slopes'}
     start = study.section(study.START)
     monkeypatch.setattr(study, 'is_tuned', lambda method: True)
-    monkeypatch.setattr(study, 'chosen_settings', lambda method: start)
+    monkeypatch.setattr(study, 'settings_of', lambda method: start)
     grid = {k: c for k, c in study.cells().items() if c['part'] == 'unlearning'}
     assert len({c['seed'] for c in grid.values()}) >= 5 and len({c['variant'] for c in grid.values()}) == 6
     configs = {c['variant']: study.config_of('resalign', c['settings'], 0) for c in grid.values()}

@@ -8,7 +8,7 @@ from resalign.model.data import moments, tokenize
 from resalign.model.pipelines import (BETAS, PretrainConfig, autocast, build_vae, half, init_vae, initial_latents,
                                       train_tokenizer)
 from resalign.studies.sd14 import peak_bytes
-from resalign.studies.base import to_batch, narrow, train_one_cycle, train_denoiser, train_vae, vae_loss
+from resalign.studies.pretraining import RareLoss, to_batch, train_cycle, train_one_cycle, train_vae, vae_loss
 import toy_finetune as toy
 from each import each
 
@@ -21,10 +21,8 @@ def test_defaults_and_seeds():
     assert PretrainConfig().model_dump() == dict(
         size=64,
         vae_channels=(16, 32, 64, 128),
-        wide_channels=16,
         latent_channels=8,
         vae_steps=20,
-        decoder_steps=10,
         vae_batch=4,
         vae_lr=6e-4,
         kl_weight=1e-6,
@@ -123,38 +121,40 @@ class Moments:
 @pytest.fixture(scope='module')
 def tokenizer(tmp_path_factory): return train_tokenizer(CAPTIONS, tmp_path_factory.mktemp('t'), tokens=6)
 
-def pretrained(tokenizer, **settings):
+RARE = dict(cycle=2, rare=[True, False, False, True, False, False], boost=3.)
+
+def pretrained(tokenizer, more={}, **settings): # more: of the loss
     pipe = SimpleNamespace(unet=Unet(), text_encoder=Text(), vae=Moments(), tokenizer=tokenizer)
     config = PretrainConfig(
         **dict(steps=5, batch=4, lr=0.1, caption_dropout=0.3, ema_decay=0.7, bf16=False, seed=3) | settings
     )
-    return pipe, config, train_denoiser(pipe, pictures(), CAPTIONS, config)
+    loss = RareLoss(pipe, pictures(), CAPTIONS, config, **more)
+    return pipe, config, train_cycle(pipe, loss, config.steps, config.lr)
 
-def shown(tokenizer, config, step):
-    "What a step sees: latents, ε, t, tokens; captions are dropped with the last numbers of the step's stream"
-    gen = toy.stream(config.seed, 'unet', step)
-    i = torch.randint(6, (config.batch,), generator=gen)
+def shown(tokenizer, config, step, cycle=0, rare=[False]*6, boost=1.):
+    "What a step sees: weights, latents, ε, t, tokens; captions are dropped with the last numbers of the step's stream"
+    gen, often = toy.stream(config.seed, 'unet', cycle, step), torch.tensor([boost if r else 1. for r in rare])
+    i = torch.multinomial(often, config.batch, replacement=True, generator=gen)
     x = torch.from_numpy(pictures()[i]).permute(0, 3, 1, 2).float()/127.5 - 1
     z = x + (.1 + x**2)*torch.randn(x.shape, generator=gen)
-    noise, t, u = (
-        torch.randn(x.shape, generator=gen),
-        torch.randint(1000, (config.batch,), generator=gen),
-        torch.rand(config.batch, 1, generator=gen),
-    )
-    words = ['' if drop < config.caption_dropout else CAPTIONS[k] for drop, k in zip(u, i)]
+    noise, u = torch.randn(x.shape, generator=gen), torch.randn(config.batch, generator=gen)
+    t = (1000/(1 + torch.exp(-u))).floor().long().clamp(max=999) # logit-normal
+    drop = torch.rand(config.batch, generator=gen) < config.caption_dropout
+    words = ['' if d and not rare[k] else CAPTIONS[k] for d, k in zip(drop, i)]
     ids = tokenizer(words, padding='max_length', max_length=6, truncation=True, return_tensors='pt').input_ids
-    return z, noise, t, ids
+    return often.mean()/often[i], z, noise, t, ids
 
-def test_the_denoiser(tokenizer):
+@each('more', [{}, RARE])
+def test_the_denoiser(tokenizer, more):
     # the denoiser learns noise and ends with the average
-    pipe, config, log = pretrained(tokenizer)
+    pipe, config, log = pretrained(tokenizer, more)
     abar = torch.cumprod(1 - torch.linspace(.00085**.5, .012**.5, 1000)**2, 0).double()
     def loss(w, step):
-        total, rows = 0., list(zip(*shown(tokenizer, config, step)))
-        for z, noise, t, ids in rows:
+        total, rows = 0., list(zip(*shown(tokenizer, config, step, **more)))
+        for weight, z, noise, t, ids in rows:
             z_t = abar[t].sqrt()*z + (1 - abar[t]).sqrt()*noise
             answer = w['w'][0]*z_t + w['w'][1]*(w['e']*ids/100).mean() + w['w'][2]*t/1000
-            total = total + (answer - noise).square().mean()/len(rows)
+            total = total + weight*(answer - noise).square().mean()/len(rows)
         return total
     start = dict(w=torch.tensor([.3, .2, -.1]).double(), e=torch.tensor([.5]).double())
     trail, said = toy.descent(start, loss, Cycle(.1, 5), 5, clip=1., decay=.7)
@@ -162,13 +162,13 @@ def test_the_denoiser(tokenizer):
     torch.testing.assert_close(pipe.unet.w.detach().double(), trail[-1]['w'], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(pipe.text_encoder.e.detach().double(), trail[-1]['e'], rtol=1e-4, atol=1e-5)
 
-    # captions are dropped in the share that was asked for
+def test_captions_are_dropped_in_the_share_that_was_asked_for(tokenizer):
     for share in 0., .25, 1.:
         pipe, config, _ = pretrained(tokenizer, batch=256, caption_dropout=share)
         empty = tokenize(SimpleNamespace(tokenizer=tokenizer), ['']).input_ids[0]
         said = torch.cat(pipe.text_encoder.said)
         dropped = (said == empty).all(1)
-        assert torch.equal(said, torch.cat([shown(tokenizer, config, k)[3] for k in range(5)]))
+        assert torch.equal(said, torch.cat([shown(tokenizer, config, k)[4] for k in range(5)]))
         assert (
             dropped.float().mean().item() == pytest.approx(share, abs=0.04) and len(said) == 5 * 256
         )  # 0.012 is a standard deviation
@@ -252,15 +252,14 @@ class ToyVae(nn.Module):
         self.seen.append(torch.is_autocast_enabled('cpu'))
         return SimpleNamespace(sample=self.decoder[0]*z + self.post_quant_conv[0])
 
-@each('decoder_only', [False, True])
-def test_the_vae_trains_all_or_its_decoder_and_ends_with_unit_variance(decoder_only):
-    vae, config = ToyVae(), PretrainConfig(vae_batch=3, vae_lr=.1, kl_weight=.2, bf16=False, seed=4)
-    log = train_vae(vae, pictures(), config, 3, decoder_only=decoder_only)
+def test_the_vae_trains_and_ends_with_unit_variance():
+    vae, config = ToyVae(), PretrainConfig(vae_steps=3, vae_batch=3, vae_lr=.1, kl_weight=.2, bf16=False, seed=4)
+    log = train_vae(vae, pictures(), config)
     def loss(w, step):
         gen = toy.stream(4, 'vae', step)
         i = torch.randint(6, (3,), generator=gen)
         x = (torch.from_numpy(pictures()[i]).permute(0, 3, 1, 2).float()/127.5 - 1).double()
-        mean = (w['a'] if not decoder_only else .5)*x
+        mean = w['a']*x
         y = w['b']*(mean + (.1 + mean**2)*torch.randn(x.shape, generator=gen)) + w['c']
         d = x - y
         return (
@@ -270,12 +269,11 @@ def test_the_vae_trains_all_or_its_decoder_and_ends_with_unit_variance(decoder_o
             + 0.2 * mean.square().mean()
         )
 
-    start = {k: torch.tensor(v).double() for k, v in dict(a=.5, b=2., c=.1).items() if not (decoder_only and k == 'a')}
+    start = {k: torch.tensor(v).double() for k, v in dict(a=.5, b=2., c=.1).items()}
     trail, said = toy.descent(start, loss, Cycle(.1, 3), 3, clip=1.)
     for row, expected in zip(log, said): assert row == pytest.approx(expected, rel=1e-4)
-    end = dict(a=torch.tensor(.5)) | trail[-1]
     assert [p[0].item() for p in (vae.encoder, vae.decoder, vae.post_quant_conv)] == pytest.approx(
-        [end[k].item() for k in 'abc'], rel=1e-4
+        [trail[-1][k].item() for k in 'abc'], rel=1e-4
     )
     x = torch.from_numpy(pictures()).float()/127.5 - 1
     assert vae.config.scaling_factor == round(1/float((vae.encoder[0].detach()*x).std()), 5) # of all pictures' latents
@@ -285,41 +283,12 @@ def test_the_vae_runs_in_bfloat16_where_asked(monkeypatch):
     monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: dict(avx512_bf16=True))
     for bf16 in True, False:
         vae = ToyVae()
-        train_vae(vae, pictures(), PretrainConfig(bf16=bf16), 1)
+        train_vae(vae, pictures(), PretrainConfig(bf16=bf16, vae_steps=1))
         assert vae.seen == [bf16]
 
-def small_vae(channels=6):
+def small_vae():
     torch.manual_seed(0)
-    return build_vae(PretrainConfig(vae_channels=(4, 4), size=8), channels)
-
-
-def test_a_narrow_vae_has_the_principal_components_of_the_latents():
-    vae, x = small_vae(), pictures(40, 8)
-    for p in vae.parameters(): p.data.add_(torch.randn(p.shape)*.05)
-    vae.register_to_config(scaling_factor=2.)
-    mean, std = (m/2 for m in moments(vae, x))
-    flat = mean.permute(0, 2, 3, 1).reshape(-1, 6)
-    values, vectors = torch.linalg.eigh(torch.cov(flat.T))
-    for channels in 6, 2:
-        small = narrow(vae, x, channels)
-        small.register_to_config(scaling_factor=1.)
-        m, s = moments(small, x)
-        V = vectors.flip(1)[:, :channels]
-        torch.testing.assert_close(
-            m.permute(0, 2, 3, 1).reshape(-1, channels), (flat - flat.mean(0)) @ V, atol=1e-4, rtol=1e-3
-        )
-        torch.testing.assert_close(
-            torch.cov(m.permute(0, 2, 3, 1).reshape(-1, channels).T).reshape(channels, channels),
-            torch.diag(values.flip(0)[:channels]),
-            atol=1e-4,
-            rtol=1e-3,
-        )
-        torch.testing.assert_close(s, torch.full_like(s, std.mean().item()), atol=1e-5, rtol=1e-3)
-        z = V @ torch.randn(channels, 16) + flat.mean(0)[:, None]  # (6, 16): latents in the plane of the components
-        inner = lambda v, z: v.decoder.conv_in(v.post_quant_conv(z.reshape(1, -1, 4, 4)))[
-            ..., 1:-1, 1:-1
-        ]  # behind the edge, where zeros are padded
-        torch.testing.assert_close(inner(small, V.T @ (z - flat.mean(0)[:, None])), inner(vae, z), atol=1e-4, rtol=1e-3)
+    return build_vae(PretrainConfig(vae_channels=(4, 4), size=8, latent_channels=6))
 
 
 # ------------------------------------------------------------------ noise

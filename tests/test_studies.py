@@ -1,11 +1,10 @@
-"""Studies of the second world: rules on made-up rows, and what is asked for."""
+"""Studies: rules on made-up rows, what is asked for, and that all of it could run."""
 import pandas as pd, pytest
 
 from resalign.baselines.methods import config_of
 from resalign.core.settings import UserError, make_config
-from resalign.studies import (attack as attack, courses as courses, fronts as fronts,
-                              models as models, phenomenon as phenomenon, table as table,
-                              tuning as tuning)
+from resalign.real import profiles
+from resalign.studies import attack, courses, fronts, models, phenomenon, table, tuning
 from resalign.studies.models import Course
 from resalign.use.attacks import AttackConfig
 
@@ -55,22 +54,13 @@ def test_the_gate():
     assert not wrong
 
 
-def test_what_counts_as_right_and_as_drawn():
-    rows = [dict(subject='fox', object='', kind='benign'), dict(subject='fox', object='apple', kind='benign'),
-            dict(subject='fox', object='apple', kind='benign'), dict(subject='crab', object='', kind='subject'),
-            dict(subject='crab', object='', kind='subject')]
-    read = dict(subject=['fox', 'fox', 'fox', 'crab', 'crab'], object=['pen', 'apple', 'pen', 'pen', ''])
-    assert list(models.right(rows, read, [.1, .1, .9, .6, .4])) == [1, 1, 0, 1, 0]
-    assert list(models.drawn_as(rows, read, [.9, .9, .1, .9, .9], [.9, .1, .1, .1, .1])) == [0, 1, 3, 1, 1]
-
-
 # ------------------------------------------------------------------ what the further studies ask for
 
 @pytest.fixture
 def tuned(monkeypatch):
     "As if the tuning had chosen every start"
     start = lambda method: dict(models.section(f'methods.{method}.start'))
-    for study in (fronts, courses, attack, table): monkeypatch.setattr(study, 'chosen_settings', start)
+    for study in (fronts, courses, attack, table, phenomenon): monkeypatch.setattr(study, 'settings_of', start)
 
 
 def test_every_cell_of_the_further_studies_could_run(tuned):
@@ -93,41 +83,39 @@ def test_every_cell_of_the_further_studies_could_run(tuned):
     assert counted['attack', 'attacks'] + counted['landscape', 'Hessian'] == len(every[2])
 
 
-def test_before_the_tuning_there_are_no_cells(monkeypatch, tmp_path):
-    monkeypatch.setattr(tuning, 'tuning_csv', lambda: tmp_path/'tuning.csv')
-    whole = models.section
-    without = lambda section: {k: v for k, v in whole(section).items() if k != 'chosen'} if 'methods.' in section else whole(section)
-    monkeypatch.setattr(tuning, 'section', without)
-    for study in (fronts, courses, attack):
-        with pytest.raises(UserError, match='expected its trials: RESALIGN_PROFILE=emoji resalign-batch tuning'): study.cells()
+WHOLE = profiles.params # of a section of params.yaml
 
 
-# ------------------------------------------------------------------ over models
+def test_before_the_tuning_there_are_no_cells(monkeypatch):
+    "And what is missing is said; a method of one trial needs no choice"
+    def without(section, file=None):
+        mine = WHOLE(section, file)
+        return {k: v for k, v in mine.items() if k != 'chosen'} if section.startswith('methods.') else mine
+    monkeypatch.setattr(profiles, 'params', without)
+    for study in (phenomenon, table, fronts, courses, attack):
+        with pytest.raises(UserError, match=r'params.yaml: methods\.[\w-]+\.chosen: not there'): study.cells()
+    assert models.is_tuned('esd-u') and not models.is_tuned('ga')
+    assert models.settings_of('esd-u') == WHOLE('methods.esd-u.start')
 
-def pictures(rates, **about): # one rate a model; explicit and implicit prompts, as many of each
-    rows = [dict(about, run=run, kind=kind, prompt=f'{kind}{k}', seed=7, detector='detector-vice', score=float(k < 10*r))
-            for run, r in enumerate(rates) for kind in models.UNSAFE for k in range(10)]
-    return pd.DataFrame(rows)
+
+METHODS = {'original': dict(start={}, trials=[{}]), 'ga': dict(start={}, trials=[{}, dict(margin=.06), dict(margin=.09)]),
+           'salun': dict(start={}, trials=[{}, dict(lr=.1)], chosen=dict(lr=.1))}
 
 
-def test_fronts_take_each_method_where_it_costs_no_more(tuned):
-    points = {('resalign', 'a'): ([.1, .2, .3], .2), ('resalign', 'b'): ([.5, .5, .5], .1), ('ga', 'a'): ([.6, .5, .7], .21),
-              ('ga', 'b'): ([0., 0., 0.], .23), ('uce', 'a'): ([.3, .3, .3], .1)} # rates of three models, quality
-    after = pd.concat([pictures(r, method=m, setting=s, phase='varied-lora') for (m, s), (r, _) in points.items()])
-    summary = [dict(method=m, setting=s, seed=k, phase='before', metric=metric, value=v)
-               for (m, s), (_, q) in points.items() for k in range(3) for metric, v in (('CMMD', q), ('subject_kept', 1 - q))]
-    rows = fronts.front_table(pd.DataFrame(summary), fronts.unsafe_pictures(after, 'vice'))
-    each, whole = rows[rows.seed != 'all'], rows[rows.seed == 'all'].set_index(['method', 'setting'])
-    assert len(each) == 15 and whole.n.eq(3).all()
-    for point, (rates, quality) in points.items():
-        assert whole.unsafe_after[point] == pytest.approx(sum(rates)/3) and whole.quality[point] == pytest.approx(quality)
-    best = fronts.at_equal_cost(rows)
-    assert dict(best.setting) == dict(resalign='a', ga='a', uce='a') # GA's b costs more than a tenth more
-    tests = fronts.front_tests(best, fronts.unsafe_pictures(after, 'vice')).set_index('method')
-    assert tests.difference['ga'] == pytest.approx(.4) and tests.p['ga'] == 2/2**3 and tests.p['uce'] == 1/2
-    assert 'not below' not in fronts.front_title(best)
-    assert 'not below' in fronts.front_title(best.assign(unsafe_after=best.unsafe_after.where(best.index != 'uce', .2)))
+def test_what_params_yaml_must_say(monkeypatch):
+    "What the rule chose of each method's trials; a line that says something else, or none"
+    sections = {f'methods.{m}': about for m, about in METHODS.items()} | {'tuning.budget': .9}
+    monkeypatch.setattr(tuning, 'section', sections.__getitem__)
+    rows = trials(original=[(.9, .9, .8)], ga=[(.0, .5, .9), (.2, .4, .9), (.2, .6, .9)], salun=[(.3, .2, .9), (.3, .1, .9)])
+    changes = {(m, k): c for m, about in METHODS.items() for k, c in enumerate(about['trials'])}
+    rows = rows.assign(changes=[tuning.json.dumps(changes[key]) for key in zip(rows.method, rows.trial)])
+    assert tuning.lines_to_write(rows) == ['methods.ga: chosen: {"margin": 0.06}']
+    for chosen, lines in ((dict(margin=.09), 1), ({}, 1), (dict(margin=.06), 0)):
+        sections['methods.ga'] = METHODS['ga'] | dict(chosen=chosen)
+        assert len(tuning.lines_to_write(rows)) == lines, chosen
 
+
+# ------------------------------------------------------------------ data of a fine-tuning
 
 def test_contaminated_sets_hold_what_they_say(tuned):
     of = lambda share: courses.course_pictures(Course(unsafe=share, seed=3), 'weapon', 100)[1]

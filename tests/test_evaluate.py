@@ -1,4 +1,4 @@
-"""`resalign-evaluate` with a folder of emoji evaluators: the prompts say whose detectors count, mistakes are one line."""
+"""`resalign-evaluate` with the evaluators of emoji: the prompts say whose detectors count, mistakes are one line."""
 import json, shutil, sys
 from pathlib import Path
 
