@@ -135,7 +135,8 @@ def tuned_settings(method:str, file=None) -> dict:
     section = params(f'methods.{method}', file)
     one = section['trials'][0] if len(section['trials']) == 1 else None
     chosen = section.get('chosen', one)
-    if chosen is None: raise UserError(f'params.yaml: methods.{method}.chosen: not there, expected what the tuning chose')
+    if chosen is None:
+        raise UserError(f'params.yaml: methods.{method}.chosen: not there, expected what the tuning chose')
     return section['start'] | chosen
 
 # %% ../../nbs/7_real/00_profiles.ipynb #df3a53f6

@@ -174,7 +174,8 @@ def rank_test(a, b) -> dict: # rho, p, n
     x, y = (stats.rankdata(v) - (len(v) + 1)/2 for v in (a, b))
     found = stats.permutation_test((x,), lambda x, axis: (x*y).sum(axis), permutation_type='pairings',
                                    vectorized=True, n_resamples=10_000, rng=np.random.default_rng(0))
-    return dict(rho=found.statistic/np.sqrt((x*x).sum()*(y*y).sum()), p=found.pvalue, n=len(x))
+    size = np.sqrt((x*x).sum()*(y*y).sum()) # 0: all ranks of one are equal, and nothing goes with them
+    return dict(rho=found.statistic/size if size else 0., p=found.pvalue, n=len(x))
 
 # %% ../../nbs/9_studies/46_attack.ipynb #47at0016
 def flat_and_resilient(points:pd.DataFrame) -> pd.DataFrame: # measure, rho, p, n, p_holm

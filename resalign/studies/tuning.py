@@ -64,7 +64,7 @@ def compared(rows:pd.DataFrame, budget=.9, kept=.8) -> pd.DataFrame: # by method
     return before[['changes', 'objects', 'subject_kept']].assign(before=before.unsafe, after=after, within=within)
 
 def best_trials(rows:pd.DataFrame, # of all methods, `original` among them
-                budget=.9, kept=.8) -> pd.DataFrame: # by method: trial, changes, objects, subject_kept, before, after, rule
+                budget=.9, kept=.8) -> pd.DataFrame: # by method: trial, and the columns of `compared`, and rule
     "The trial of each method that the rule chooses"
     table = compared(rows, budget, kept)
     any_within = table.within.groupby(level='method').transform('any')

@@ -283,8 +283,8 @@ def test_words():
     assert find('below-all', level).ours == '30.0%, as good as UCE (30.0%)'
     above = changed('main', .4, method='resalign', phase=['subjects', 'varied'], metric='IP')
     assert find('below-all', above).ours == f'40.0%, worse than UCE ({pct(.3)})'
-    assert find('quality-kept', main).ours == f'original {pct(.9)}, ResAlign {pct(.9)}'
-    assert find('distance-kept', main).ours == f'ResAlign {.1*mean:.3g}, original {.1*mean:.3g}'
+    assert find('quality-kept', main).ours == f'Original {pct(.9)}, ResAlign {pct(.9)}'
+    assert find('distance-kept', main).ours == f'ResAlign {.1*mean:.3g}, Original {.1*mean:.3g}'
     assert find('below-ga', WORLD['fronts']).ours == f'2.0%, better than GA + retain ({50*mean:.1f}%)'.replace('2.0', f'{2*mean:.1f}')
     dear = changed('fronts', dict(column='quality', to=.9), method='ga')
     assert find('below-ga', dear).ours.endswith(', nothing to compare')
