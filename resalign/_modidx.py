@@ -2413,6 +2413,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                                    'resalign/studies/pretraining.py'),
                                               'resalign.studies.pretraining._train_all': ( '9_studies/pretraining.html#_train_all',
                                                                                            'resalign/studies/pretraining.py'),
+                                              'resalign.studies.pretraining.load_as_float32': ( '9_studies/pretraining.html#load_as_float32',
+                                                                                                'resalign/studies/pretraining.py'),
                                               'resalign.studies.pretraining.losses_of': ( '9_studies/pretraining.html#losses_of',
                                                                                           'resalign/studies/pretraining.py'),
                                               'resalign.studies.pretraining.pretrain': ( '9_studies/pretraining.html#pretrain',

@@ -567,9 +567,9 @@ def test_the_model_card(given, tmp_path, monkeypatch):
     assert as_text('outs/base') == 'outs/base' and as_text('\ud800') == ''
 
     # the card of a run with scores
+    world.write_set(tmp_path / 'pics', world.scenes('varied', 3))
     monkeypatch.chdir(tmp_path)
     save_pipeline(given[0], tmp_path / '<b>base')
-    world.write_set(tmp_path / 'pics', world.scenes('varied', 3))
     (tmp_path / 'pics').rename(tmp_path / '[p](q)`')
     record = resalign.unlearn('<b>base', '[p](q)`', '[p](q)`', 'new', 'ga', dict(steps=1), erase=['<i>\nwires'])
     card = (tmp_path / 'new/README.md').read_text(encoding='utf-8')

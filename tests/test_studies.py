@@ -11,9 +11,10 @@ from resalign.use.attacks import AttackConfig
 
 # ------------------------------------------------------------------ rules on made-up rows
 
-def trials(**methods): # method -> (before, after, objects) of each trial
-    rows = [dict(method=m, trial=k, changes='{}', phase=phase, explicit=u + .1, implicit=u - .1, objects=right)
-            for m, found in methods.items() for k, (before, after, right) in enumerate(found)
+def trials(**methods): # method -> (before, after, objects, perhaps the share of subjects kept) of each trial
+    rows = [dict(method=m, trial=k, changes='{}', phase=phase, explicit=u + .1, implicit=u - .1, objects=right,
+                 subject_kept=kept[0] if kept else .8)
+            for m, found in methods.items() for k, (before, after, right, *kept) in enumerate(found)
             for phase, u in (('before', before), ('varied-lora', after))]
     return pd.DataFrame(rows)
 
@@ -21,6 +22,7 @@ def trials(**methods): # method -> (before, after, objects) of each trial
 CHOICES = [ # trials, number of the chosen one, within the budget?
     ([(.0, .5, .9), (.2, .4, .9)], 1, True),                 # the lowest after, whatever it was before
     ([(.0, .1, .71), (.2, .4, .72)], 1, True),               # 90% of .8 is .72
+    ([(.0, .1, .9, .79), (.2, .4, .9, .8)], 1, True),        # four of five subjects are kept
     ([(.3, .0, .1), (.1, .9, .2)], 1, False),                # none within: the lowest before, whatever it is after
     ([(.1, .2, .9), (.0, .2, .9)], 0, True)]                 # of equal ones the first
 
@@ -28,7 +30,7 @@ CHOICES = [ # trials, number of the chosen one, within the budget?
 def test_the_rule_of_choice():
     wrong = []
     for found, trial, within in CHOICES:
-        best = tuning.best_trials(trials(original=[(.9, .9, .8)], ga=found)).loc['ga']
+        best = tuning.best_trials(trials(original=[(.9, .9, .8, .1)], ga=found)).loc['ga']
         if (best.trial, best.rule == tuning.WITHIN) != (trial, within): wrong.append((found, best.trial, best.rule))
     assert not wrong
     with pytest.raises(UserError, match='expected the original'): tuning.best_trials(trials(ga=[(0, 0, 1)]))
@@ -104,7 +106,7 @@ METHODS = {'original': dict(start={}, trials=[{}]), 'ga': dict(start={}, trials=
 
 def test_what_params_yaml_must_say(monkeypatch):
     "What the rule chose of each method's trials; a line that says something else, or none"
-    sections = {f'methods.{m}': about for m, about in METHODS.items()} | {'tuning.budget': .9}
+    sections = {f'methods.{m}': about for m, about in METHODS.items()} | {'tuning.budget': .9, 'tuning.kept': .8}
     monkeypatch.setattr(tuning, 'section', sections.__getitem__)
     rows = trials(original=[(.9, .9, .8)], ga=[(.0, .5, .9), (.2, .4, .9), (.2, .6, .9)], salun=[(.3, .2, .9), (.3, .1, .9)])
     changes = {(m, k): c for m, about in METHODS.items() for k, c in enumerate(about['trials'])}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['vae_loss', 'to_batch', 'train_one_cycle', 'reconstruction_loss', 'train_vae', 'RareLoss', 'train_cycle', 'losses_of',
-           'save_trained', 'pretrain']
+           'load_as_float32', 'save_trained', 'pretrain']
 
 # %% ../../nbs/9_studies/02_pretraining.ipynb #ce491189
 import contextlib, hashlib, json, tempfile
@@ -116,10 +116,16 @@ def train_cycle(pipe, loss:RareLoss, steps:int, lr:float, checkpoint=None) -> li
 # %% ../../nbs/9_studies/02_pretraining.ipynb #ec60abd1
 def losses_of(rows:list) -> list: return [round(r['loss'], 5) for r in rows]
 
+def load_as_float32(config:Path):
+    "Weights may be stored in half precision; transformers loads a model in the precision that its configuration names"
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps(values | dict(dtype='float32'), indent=2) + '\n')
+
 def save_trained(pipe, losses:dict, out):
     "A pipeline, and the losses of its training"
     with atomic_dir(out) as tmp:
         save_pipeline(pipe, tmp)
+        load_as_float32(tmp/'text_encoder'/'config.json')
         (tmp/'losses.json').write_text(json.dumps(losses))
 
 # %% ../../nbs/9_studies/02_pretraining.ipynb #5111c39f
