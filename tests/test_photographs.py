@@ -871,7 +871,7 @@ def test_evaluate_photographs(copy, world, tmp_path):
         str(world / 'prompts.csv'),
         str(copy),
         str(tmp_path / 'shown'),
-        set=['steps=2'],
+        set=['steps=2', 'guidance=5.0'],
         show_flagged=True,
     )
     np.testing.assert_array_equal(sheet_of(tmp_path / 'shown'), np.asarray(sheet(images, rows)))
