@@ -227,7 +227,7 @@ def test_store():
     # store is small and whole: Each file of the store is what its name says, and git has it; nothing large stands in
     # git beside it
     files, ours = [p for p in (ROOT/'.dvc/store').rglob('*') if p.is_file()], tracked()
-    assert (size := sum(p.stat().st_size for p in files)) <= 40*MB, f'the store holds {size/MB:.1f} MB, of at most 40'
+    assert (size := sum(p.stat().st_size for p in files)) <= 20*MB, f'the store holds {size/MB:.1f} MB, of at most 20'
     blobs = [p for p in files if p.is_relative_to(STORE)]
     def named(p): return (p.parent.name + p.name).removesuffix('.dir')
     agree([name(p) for p in blobs if hashlib.md5(p.read_bytes()).hexdigest() != named(p)], 'damaged:')
