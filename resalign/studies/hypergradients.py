@@ -254,8 +254,8 @@ class Downstream(Finetuned):
         return mixed_folder(self.unlearned.concept, self.share) if self.share else drawn_data()/'varied'
 
 # %% ../../nbs/9_studies/42_hypergradients.ipynb #hyg00037
-def downstream_models(seed, settings, concept, finetunings, **_) -> dict: # phase -> model
-    start = Unlearned('resalign', seed, settings, concept)
+def downstream_models(method, seed, settings, concept, finetunings, **_) -> dict: # phase -> model
+    start = Unlearned(method, seed, settings, concept)
     out = dict(before=start)
     for name, asked in finetunings.items():
         own = {k: v for k, v in asked.items() if k != 'unsafe'}
