@@ -18,7 +18,8 @@ from ..measure.statistics import compare, holm, model_interval
 from . import table
 from .models import (UNSAFE, cell_inputs, concept_of, finetunings_of, look_of, run_cell,
                                      save_table, section, settings_of)
-from .table import COLOURS, gather, over_models
+from .phenomenon import COLOURS
+from .table import gather, over_models
 
 # %% ../../nbs/9_studies/12_fronts.ipynb #13fr0006
 def setting_name(changes:dict) -> str: # 'margin 0.03, margin_after 0.06'
