@@ -1363,6 +1363,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                       'resalign/method/resalign.py'),
                                           'resalign.method.resalign.without_words': ( '4_method/resalign.html#without_words',
                                                                                       'resalign/method/resalign.py')},
+            'resalign.method.resalign_plus': { 'resalign.method.resalign_plus.ResAlignPlusConfig': ( '4_method/resalign_plus.html#resalignplusconfig',
+                                                                                                     'resalign/method/resalign_plus.py')},
             'resalign.model.checkpoints': { 'resalign.model.checkpoints.Coverage': ( '3_model/checkpoints.html#coverage',
                                                                                      'resalign/model/checkpoints.py'),
                                             'resalign.model.checkpoints.Coverage.__str__': ( '3_model/checkpoints.html#coverage.__str__',

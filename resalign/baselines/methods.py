@@ -11,14 +11,14 @@ import importlib, pkgutil
 
 import resalign.baselines
 from ..core.settings import Config, UserError, choose, make_config
-from ..method import resalign as algorithm
+from ..method import resalign as algorithm, resalign_plus
 from ..method.resalign import UnlearnData
 from ..model.flow import FlowView, TextMapView
 
 # %% ../../nbs/5_baselines/97_methods.ipynb #98c4cb64
 def collect_methods() -> dict: # name -> Method
-    "Those of Algorithm 2, and those of the modules of `resalign.baselines`"
-    methods = dict(algorithm.METHODS)
+    "Those of Algorithm 2 and of ResAlign+, and those of the modules of `resalign.baselines`"
+    methods = algorithm.METHODS | resalign_plus.METHODS
     for info in pkgutil.iter_modules(resalign.baselines.__path__):
         if info.name == 'methods': continue
         module = importlib.import_module(f'resalign.baselines.{info.name}')
@@ -47,7 +47,8 @@ def config_of(method:str, # a key of METHODS
     return config
 
 # %% ../../nbs/5_baselines/97_methods.ipynb #flow9702
-ANY_DENOISER = ('original', 'ga', 'resalign-first-order', 'resalign', 'modular-lora') # adapt attention of either kind
+# adapt attention of either kind
+ANY_DENOISER = ('original', 'ga', 'resalign-first-order', 'resalign', 'resalign-plus', 'modular-lora')
 AS_UNET = ('esd-x', 'esd-u', 'ca', 'salun', 'pgu', 'meta-unlearning-esd', 'meta-unlearning-sdd',
            'meta-unlearning-released', 'esd-retain', 'resalign-esd', 'ca-retain', 'resalign-ca')
 # defined by predictions, for a transformer as for a UNet

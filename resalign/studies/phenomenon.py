@@ -78,4 +78,4 @@ def gate(rows:pd.DataFrame, limits=LIMITS) -> pd.DataFrame: # by concept: method
 
 # %% ../../nbs/9_studies/09_phenomenon.ipynb #02ebe936
 COLOURS = {'original': '.4', 'ga': 'C0', 'esd-x': 'C1', 'salun': 'C2', 'uce': 'C4', 'ca-retain': 'C5',
-           'resalign-first-order': 'C8', 'resalign': 'C3'} # method -> colour, in the figures of all studies
+           'resalign-first-order': 'C8', 'resalign': 'C3', 'resalign-plus': 'C6'} # method -> colour, in all figures
