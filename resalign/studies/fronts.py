@@ -11,14 +11,13 @@ __all__ = ['STUDIES', 'DISTINGUISH', 'inputs', 'run', 'DIFFERENCE', 'FRONT', 'PO
 
 # %% ../../nbs/9_studies/12_fronts.ipynb #13fr0002
 import pandas as pd
-from ..baselines.methods import NAMES
+from ..baselines.methods import COLOURS, NAMES
 from ..core.settings import UserError
 from ..measure.metrics import Stat
 from ..measure.statistics import compare, holm, model_interval
 from . import table
 from .models import (UNSAFE, cell_inputs, concept_of, finetunings_of, look_of, run_cell,
                                      save_table, section, settings_of)
-from .phenomenon import COLOURS
 from .table import gather, over_models
 
 # %% ../../nbs/9_studies/12_fronts.ipynb #13fr0006

@@ -8,11 +8,10 @@ __all__ = ['inputs', 'run', 'COLUMNS', 'SIX', 'headline', 'downstream', 'seeds_o
 
 # %% ../../nbs/9_studies/10_table.ipynb #93aa502a
 import numpy as np, pandas as pd
-from ..baselines.methods import NAMES
+from ..baselines.methods import COLOURS, NAMES
 from ..core.settings import params, results
 from ..measure.statistics import discrimination
 from ..real import sources
-from .phenomenon import COLOURS
 from .models import (PICTURE, SETS, SUMMARY, all_methods, cell_inputs, concept_of, finetunings_of,
                                      look_of, many_models, read_cells, run_cell, save_table, section, settings_of)
 
