@@ -12,13 +12,14 @@ from resalign.baselines import (advunlearn, ca, eraseflow, esd, lcfdsd, meta_unl
 from resalign.baselines.methods import METHODS, config_of, run_method
 from resalign.core.settings import Config, UserError
 from resalign.method.resalign import Method, ResAlignConfig, resalign
+from resalign.method.resalign_plus import ResAlignPlusConfig
 from tests.fast import toys
 
 ROOT = Path(__file__).resolve().parents[2]
 
 RUNS = {
     'original': (parts.original, Config), 'ga': (resalign, ResAlignConfig), 'resalign': (resalign, ResAlignConfig),
-    'resalign-first-order': (resalign, ResAlignConfig),
+    'resalign-first-order': (resalign, ResAlignConfig), 'resalign-plus': (resalign, ResAlignPlusConfig),
     'esd-retain': (other_losses.resalign_esd, other_losses.ResAlignESDConfig),
     'resalign-esd': (other_losses.resalign_esd, other_losses.ResAlignESDConfig),
     'ca-retain': (other_losses.resalign_ca, other_losses.ResAlignCAConfig),
@@ -60,7 +61,7 @@ def test_names():
             config_of(method, {field: other})
 
     # resilience needs a weight
-    for method in 'resalign', 'resalign-first-order', 'resalign-esd', 'resalign-ca':
+    for method in 'resalign', 'resalign-first-order', 'resalign-plus', 'resalign-esd', 'resalign-ca':
         assert config_of(method, dict(beta=.5)).beta == .5 and config_of(method, {}).beta == .8
         for beta in 0., -.5:
             with pytest.raises(UserError, match=f'unlearn.{method}: beta: .*{beta}'):
@@ -140,7 +141,8 @@ with open(ROOT/'nbs/5_baselines/deviations.csv', newline='', encoding='utf-8') a
 
 def test_the_ledger():
     # the ledger names methods and switches
-    ours = {'original', 'resalign', 'resalign-first-order', 'esd-retain', 'resalign-esd', 'ca-retain', 'resalign-ca'}
+    ours = {'original', 'resalign', 'resalign-first-order', 'resalign-plus', 'esd-retain', 'resalign-esd', 'ca-retain',
+            'resalign-ca'}
     assert {r['method'] for r in LEDGER} >= set(METHODS) - ours
     for r in LEDGER:
         assert r['what'] and r['here'] and r['method'] in METHODS, r
