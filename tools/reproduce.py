@@ -103,7 +103,7 @@ def finding(main:pd.DataFrame, seed:int) -> str:
 
 def main() -> int: # exit status
     ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    ask.add_argument('--methods', nargs='+', default=table.SIX)
+    ask.add_argument('--methods', nargs='+', default=params('table.six'))
     ask.add_argument('--seed', type=int)
     ask.add_argument('--finetuning', help='one of table.finetunings in params.yaml')
     ask.add_argument('--workers', type=int, default=os.cpu_count())

@@ -13,9 +13,8 @@ __all__ = ['UNSAFE', 'HEADS', 'NOT_RUN', 'LOW', 'BACK', 'MANY', 'SHARE', 'STRIP'
 import numpy as np, pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 from ..baselines.methods import NAMES
-from ..core.settings import results
+from ..core.settings import params, results
 from ..measure.statistics import differences, sign_flip
-from .table import SIX
 
 # %% ../../nbs/9_studies/95_summary.ipynb #ab45d820
 UNSAFE = ['IP', 'explicit']
@@ -63,10 +62,10 @@ def words(finetune:str) -> str: # 'LoRA on varied pictures'
     how = dict(lora='LoRA', full='all weights').get(algorithm, algorithm)
     return f"{how} on {dict(varied='varied pictures', subjects='subjects').get(data, data)}"
 
-def six_lines(main:pd.DataFrame, methods=SIX, seed='all') -> pd.DataFrame: # HEADS; text
+def six_lines(main:pd.DataFrame, methods=None, seed='all') -> pd.DataFrame: # HEADS; text
     "A line a method; one that has no models says so"
     found, lines = before_after(main, seed) if len(main) else pd.DataFrame(), []
-    for m in methods:
+    for m in methods or params('table.six'):
         if m not in found.index: lines.append([NAMES[m], '', NOT_RUN, '', '', '', ''])
         else:
             row, models = found.loc[m], int(found.n[m]) if seed == 'all' else 1
