@@ -98,9 +98,9 @@ CHANGES = { # which parameters two steps move; adapters are merged into attentio
     'esd-x': lambda n: flow_belongs(n, 'cross'), 'esd-u': lambda n: flow_belongs(n, 'not-cross'),
     'ca': lambda n: flow_belongs(n, 'kv')}
 CHANGES |= dict.fromkeys(['salun', 'meta-unlearning-esd', 'meta-unlearning-sdd', 'meta-unlearning-released', 'pgu'], lambda n: True)
-ADAPTED = ('ga', 'resalign', 'resalign-first-order', 'resalign-plus', 'modular-lora', 'esd-retain', 'resalign-esd',
-           'ca-retain', 'resalign-ca')
+ADAPTED = ('ga', 'resalign', 'resalign-first-order', 'modular-lora', 'esd-retain', 'resalign-esd', 'ca-retain', 'resalign-ca')
 CHANGES |= dict.fromkeys(ADAPTED, lambda n: '.attn.' in n)
+CHANGES['resalign-plus'] = lambda n: '.attn.' in n or n == 'context_embedder.weight'
 
 
 @each('name, method', [(name, m) for name in ('sd3', 'flux') for m in METHODS])

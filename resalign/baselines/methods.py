@@ -11,14 +11,14 @@ import importlib, pkgutil
 
 import resalign.baselines
 from ..core.settings import Config, UserError, choose, make_config
-from ..method import resalign as algorithm, resalign_plus
+from ..method import resalign as algorithm
 from ..method.resalign import UnlearnData
 from ..model.flow import FlowView, TextMapView
 
 # %% ../../nbs/5_baselines/97_methods.ipynb #98c4cb64
 def collect_methods() -> dict: # name -> Method
-    "Those of Algorithm 2 and of ResAlign+, and those of the modules of `resalign.baselines`"
-    methods = algorithm.METHODS | resalign_plus.METHODS
+    "Those of Algorithm 2, and those of the modules of `resalign.baselines`"
+    methods = dict(algorithm.METHODS)
     for info in pkgutil.iter_modules(resalign.baselines.__path__):
         if info.name == 'methods': continue
         module = importlib.import_module(f'resalign.baselines.{info.name}')

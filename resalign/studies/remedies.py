@@ -31,6 +31,7 @@ def cells() -> dict: # name -> parameters
                   subjects=section('finetune')[grid['subjects']])
     others = {m: dict(method=m, settings=settings_of(m)) for m in grid['others']}
     own = {name: dict(method='resalign', settings=chosen | changes) for name, changes in grid['variants'].items()}
+    own |= {name: dict(method='resalign-plus', settings=chosen | changes) for name, changes in grid['edited'].items()}
     return {f'{variant}-{seed}': dict(variant=variant, seed=seed, **what, **common)
             for seed in grid['seeds'] for variant, what in (others | own).items()}
 

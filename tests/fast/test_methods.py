@@ -10,16 +10,16 @@ import yaml
 from resalign.baselines import (advunlearn, ca, eraseflow, esd, lcfdsd, meta_unlearning, methods, modular_lora,
                                 other_losses, parts, pgu, safegen, salun, speed, stereo, uce)
 from resalign.baselines.methods import METHODS, config_of, run_method
+from resalign.baselines.resalign_plus import ResAlignPlusConfig, resalign_plus
 from resalign.core.settings import Config, UserError
 from resalign.method.resalign import Method, ResAlignConfig, resalign
-from resalign.method.resalign_plus import ResAlignPlusConfig
 from tests.fast import toys
 
 ROOT = Path(__file__).resolve().parents[2]
 
 RUNS = {
     'original': (parts.original, Config), 'ga': (resalign, ResAlignConfig), 'resalign': (resalign, ResAlignConfig),
-    'resalign-first-order': (resalign, ResAlignConfig), 'resalign-plus': (resalign, ResAlignPlusConfig),
+    'resalign-first-order': (resalign, ResAlignConfig), 'resalign-plus': (resalign_plus, ResAlignPlusConfig),
     'esd-retain': (other_losses.resalign_esd, other_losses.ResAlignESDConfig),
     'resalign-esd': (other_losses.resalign_esd, other_losses.ResAlignESDConfig),
     'ca-retain': (other_losses.resalign_ca, other_losses.ResAlignCAConfig),
