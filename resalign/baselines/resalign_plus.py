@@ -8,6 +8,8 @@ __all__ = ['METHODS', 'ResAlignPlusConfig', 'resalign_plus']
 # %% ../../nbs/5_baselines/96_resalign_plus.ipynb #afb4259a
 from typing import Literal
 
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
+
 from .uce import UCEConfig, uce
 from ..method.resalign import Method, Pool, ResAlignConfig, UnlearnData, resalign
 from ..model.flow import TextMapView
@@ -18,9 +20,9 @@ class ResAlignPlusConfig(ResAlignConfig):
     edit:UCEConfig|None = UCEConfig(tokens='rest') # None: start from the weights as they are
     solver:Literal['identity'] = 'identity'
     inner:Literal['own', 'fresh'] = 'fresh'
-    anchor:float = 1.
-    found_steps:int = 2
-    found_radius:float = .3
+    anchor:NonNegativeFloat = 1.
+    found_steps:NonNegativeInt = 2
+    found_radius:PositiveFloat = .3
     pool:Pool = Pool(unsafe=(0., .02, .05, .1, .2))
 
 # %% ../../nbs/5_baselines/96_resalign_plus.ipynb #ce97ddf4
@@ -28,7 +30,7 @@ def resalign_plus(pipe, data:UnlearnData, config:ResAlignPlusConfig=ResAlignPlus
                   save_adapter=None) -> dict: # log, solves
     "The edit, then Algorithm 2; an adapter is saved only without the edit, for it is not the whole change"
     if config.edit is None: return resalign(pipe, data, config, checkpoint, save_adapter)
-    uce(pipe if hasattr(pipe, 'unet') else TextMapView(pipe), data, config.edit)
-    return resalign(pipe, data, config, checkpoint)
+    edited = uce(pipe if hasattr(pipe, 'unet') else TextMapView(pipe), data, config.edit)
+    return resalign(pipe, data, config, checkpoint) | dict(skipped=edited['skipped'])
 
 METHODS = {'resalign-plus': Method(resalign_plus, ResAlignPlusConfig, 'ResAlign+')}
