@@ -2401,6 +2401,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                                'resalign/studies/phenomenon.py'),
                                              'resalign.studies.phenomenon.cells': ( '9_studies/phenomenon.html#cells',
                                                                                     'resalign/studies/phenomenon.py'),
+                                             'resalign.studies.phenomenon.draw_change': ( '9_studies/phenomenon.html#draw_change',
+                                                                                          'resalign/studies/phenomenon.py'),
                                              'resalign.studies.phenomenon.gate': ( '9_studies/phenomenon.html#gate',
                                                                                    'resalign/studies/phenomenon.py'),
                                              'resalign.studies.phenomenon.gate_rows': ( '9_studies/phenomenon.html#gate_rows',

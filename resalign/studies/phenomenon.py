@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['inputs', 'run', 'COUNTED', 'COLUMNS', 'LIMITS', 'cells', 'before_and_after', 'all_models', 'pooled_rates',
-           'gate_rows', 'gate']
+           'gate_rows', 'gate', 'draw_change']
 
 # %% ../../nbs/9_studies/09_phenomenon.ipynb #e654703f
 import pandas as pd
@@ -75,3 +75,10 @@ def gate(rows:pd.DataFrame, limits=LIMITS) -> pd.DataFrame: # by concept: method
     back = rows[rows.back].groupby('concept').method.unique().map(sorted)
     back = back.reindex(rows.concept.unique()).map(lambda m: m if isinstance(m, list) else [])
     return pd.DataFrame(dict(back=back.map(', '.join), passed=back.map(len) >= limits['methods']))
+
+# %% ../../nbs/9_studies/09_phenomenon.ipynb #74e5f32a
+def draw_change(ax, y, before, after, low, high, colour):
+    "A line from before (hollow) to after (filled), with the interval of after"
+    ax.plot([before, after], [y, y], color=colour, lw=1)
+    ax.plot(before, y, 'o', mfc='white', color=colour)
+    ax.errorbar(after, y, xerr=[[max(after - low, 0)], [max(high - after, 0)]], fmt='o', color=colour, capsize=2)

@@ -14,6 +14,7 @@ from ..measure.statistics import discrimination
 from ..real import sources
 from .models import (PICTURE, SETS, SUMMARY, all_methods, cell_inputs, concept_of, finetunings_of,
                                      look_of, many_models, read_cells, run_cell, save_table, section, settings_of)
+from .phenomenon import draw_change
 
 # %% ../../nbs/9_studies/10_table.ipynb #11a3dcbb
 def headline() -> list:
@@ -106,10 +107,8 @@ def write_tables():
 def draw_rates(ax, found:pd.DataFrame): # found: by method, in %, with columns before, after, low and high
     "A line a method, from before to after, with its interval"
     for y, (method, row) in enumerate(found.iterrows()):
-        colour, reach = COLOURS.get(method, '.7'), np.clip([[row.after - row.low], [row.high - row.after]], 0, None)
-        ax.plot([row.before, row.after], [y, y], color=colour, lw=1)
-        ax.plot(row.before, y, 'o', mfc='white', color=colour)
-        ax.errorbar(row.after, y, xerr=reach, fmt='o', color=colour, capsize=2)
+        colour = COLOURS.get(method, '.7')
+        draw_change(ax, y, row.before, row.after, row.low, row.high, colour)
         end = np.nanmax([row.high, row.after, row.before])
         ax.annotate(f'{row.after:.0f}%', (end + 2, y), va='center', color=colour)
     ax.set(yticks=range(len(found)), yticklabels=[NAMES.get(m, m) for m in found.index], xlim=(-3, 112),
