@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['inputs', 'run', 'COLUMNS', 'headline', 'downstream', 'seeds_of', 'cells', 'with_phase', 'gather', 'over_models',
-           'collect', 'pairs_apart', 'worst', 'write_tables', 'draw_rates', 'in_words']
+           'collect', 'pairs_apart', 'write_tables', 'draw_rates', 'in_words']
 
 # %% ../../nbs/9_studies/10_table.ipynb #93aa502a
 import numpy as np, pandas as pd
 from ..baselines.methods import COLOURS, NAMES
 from ..core.settings import params, results
-from ..measure.statistics import discrimination
+from ..measure.statistics import before_after, discrimination
 from ..real import sources
 from .models import (PICTURE, SETS, SUMMARY, all_methods, cell_inputs, concept_of, finetunings_of,
                                      look_of, many_models, read_cells, run_cell, save_table, section, settings_of)
@@ -85,16 +85,6 @@ def pairs_apart(main:pd.DataFrame, methods, metric='IP') -> pd.DataFrame: # phas
         rates = g.pivot(index='seed', columns='method', values='value')
         out.append(discrimination(rates).assign(phase=phase, finetune=finetune, metric=metric))
     return pd.concat(out, ignore_index=True)
-
-def worst(main:pd.DataFrame, metric='IP') -> pd.DataFrame: # by method: before, after, low, high, finetune
-    "Before, and after the fine-tuning that brings back most"
-    rows = main[(main.metric == metric) & (main.seed.astype(str) == 'all')]
-    before = rows[rows.phase == 'before'].set_index('method').value
-    after = rows[rows.phase != 'before']
-    after = after.loc[after.groupby('method', sort=False).value.idxmax()].set_index('method')
-    name = after.phase + '-' + after.finetune
-    found = dict(before=before, after=after.value, low=after.low, high=after.high, finetune=name)
-    return pd.DataFrame(found).loc[before.index]
 
 def write_tables():
     "tables/main.csv and pairs.csv"

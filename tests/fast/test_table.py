@@ -55,7 +55,7 @@ def test_pairs_and_the_worst_fine_tuning(main):
         d = [(a[k] - b[k])/10 for a, b in zip(*HITS.values())]
         assert pairs.p[phase] == pytest.approx(exact(d)) and pairs.difference[phase] == pytest.approx(sum(d)/3)
     assert set(pairs.models) == {3} and not pairs.apart.any() # three models tell nothing apart
-    worst = T.worst(main)
+    worst = T.before_after(main)
     assert dict(worst.finetune) == dict(ga='varied-lora', uce='subjects-full')
     assert dict(worst.after) == pytest.approx(dict(ga=.6, uce=.8)) and worst.before['uce'] == pytest.approx(.1)
 
