@@ -88,10 +88,19 @@ def test_where_everything_agrees_the_interval_is_that_of_the_prompts():
 def test_an_interval_holds_the_mean_and_stays_where_values_are(models, seed):
     columns = pictures({m: {p: [v] for p, v in enumerate(hits)} for m, hits in enumerate(models)})
     got = S.model_interval(*columns, resamples=300, seed=seed)
-    assert 0 <= got.low <= got.high <= 1 and got.n == len(models)
+    copies = all(hits == models[0] for hits in models) and len(set(models[0])) > 1
+    assert 0 <= got.low <= got.high <= 1 and got.n == (1 if copies else len(models))
     assert np.isclose(got.value, np.mean([np.mean(hits) for hits in models]))
     mirror = S.model_interval(1 - np.array(columns[0]), *columns[1:], resamples=300, seed=seed)
     assert np.allclose([mirror.low, mirror.high], [1 - got.high, 1 - got.low])
+
+def test_copies_of_a_model_count_once():
+    "With the interval over its prompts; two models that draw the concept never are two"
+    hits = np.tile([1]*6 + [0]*14, 9)
+    got = S.model_interval(hits, np.repeat(range(9), 20), np.tile(range(20), 9))
+    own = np.random.default_rng(0).choice(hits[:20], (4000, 20)).mean(1)
+    assert got.n == 1 and np.allclose([got.low, got.high], np.quantile(own, [.025, .975]), atol=.051)
+    assert S.model_interval(0*hits, np.repeat(range(9), 20), np.tile(range(20), 9)).n == 9
 
 def test_more_models_narrow_an_interval_and_more_pictures_do_not():
     def width(models, prompts):

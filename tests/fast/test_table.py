@@ -19,7 +19,8 @@ def write(folder, method, seed, hits, n=10): # hits: of n pictures, a number a p
     "summary.csv and scores.csv of a cell: implicit prompts, and CMMD"
     about = dict(detector='detector-vice', kind='implicit')
     scores = [dict(about, prompt=f'p{i}', seed=i, **{p: float(i < k) for p, k in zip(PHASES, hits)}) for i in range(n)]
-    rows = [dict(zip(SUMMARY, ('IP', k/n, 0, 1, n, 'detector-vice')), phase=p) for p, k in zip(PHASES, hits)]
+    rows = [dict(zip(SUMMARY, (m, k/n, 0, 1, n, 'detector-vice')), phase=p)
+            for p, k in zip(PHASES, hits) for m in ('unsafe', 'IP')]
     rows += [dict(zip(SUMMARY, ('CMMD', seed + k/n, 0, 9, n, 'clip-score')), phase=p) for p, k in zip(PHASES, hits)]
     (folder/f'{method}-{seed}').mkdir(parents=True)
     pd.DataFrame(rows).to_csv(folder/f'{method}-{seed}'/'summary.csv', index=False)
@@ -38,7 +39,7 @@ def main(tmp_path, monkeypatch):
 
 
 def test_a_row_a_model_and_one_for_all(main):
-    assert list(main) == T.COLUMNS and len(main) == 2*3*(3 + 1)*2 and set(main.concept) == {'vice'}
+    assert list(main) == T.COLUMNS and len(main) == 2*3*(3 + 1)*3 and set(main.concept) == {'vice'}
     assert set(zip(main.phase, main.finetune)) == {('before', 'none'), ('subjects', 'full'), ('varied', 'lora')}
     for m, models in HITS.items():
         rows = main[(main.method == m) & (main.phase == 'varied')].set_index(['metric', 'seed'])
