@@ -6,8 +6,8 @@
 __all__ = ['READ_BY', 'ATTENTION', 'JOINT', 'Trained', 'ALGORITHMS', 'FinetuneConfig', 'FinetuneSamples', 'FinetuneLoss',
            'adapter_params', 'add_lora', 'merge_lora', 'SpectralShift', 'svdiff', 'check_new_token', 'add_token',
            'new_token', 'textual_inversion', 'save_token', 'custom_diffusion', 'full', 'lora', 'MovingAverage',
-           'check_algorithm', 'backward_mean', 'finetune', 'trainable_until_exit', 'descend', 'WarmStart', 'simulated',
-           'recorded', 'fresh_lora', 'contaminated']
+           'check_algorithm', 'make_scheduler', 'backward_mean', 'finetune', 'trainable_until_exit', 'check_simulated',
+           'descend', 'WarmStart', 'simulated', 'recorded', 'fresh_lora', 'contaminated']
 
 # %% ../../nbs/4_method/20_finetune.ipynb #5454be2f
 import contextlib, warnings
@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 import torch
+from diffusers.optimization import get_scheduler
 from peft import LoraConfig, TrainableTokensConfig, inject_adapter_in_model
 from pydantic import Field, model_validator
 from safetensors.torch import save_file
@@ -43,6 +44,8 @@ class FinetuneConfig(Config):
     rank:int = Field(4, ge=1)            # of the LoRA
     prior_weight:float = Field(0., ge=0) # w_prior
     accumulation:int = Field(1, ge=1)    # batches whose mean gradient makes a step
+    lr_scheduler:Literal['constant', 'linear', 'cosine'] = 'constant' # to the end of `steps`
+    warmup:int = Field(0, ge=0)          # steps in which the learning rate rises to `lr`
     ema:float = Field(0., ge=0, lt=1)    # decay of the moving average of the weights; 0: no average
     token:str = '<new>'                  # the token that textual inversion and Custom Diffusion learn
     seed:int = 0
@@ -267,6 +270,12 @@ def check_algorithm(pipe, algorithm:str):
     raise UserError(f'finetune: algorithm: {algorithm} needs a pipeline with a UNet; '
                     'for one with a transformer there are full and lora')
 
+def make_scheduler(config:FinetuneConfig, opt): # None: the learning rate stays as it is
+    "diffusers' schedule of the learning rate"
+    if config.lr_scheduler == 'constant' and not config.warmup: return None
+    name = 'constant_with_warmup' if config.lr_scheduler == 'constant' else config.lr_scheduler
+    return get_scheduler(name, opt, num_warmup_steps=config.warmup, num_training_steps=config.steps)
+
 def backward_mean(loss:FinetuneLoss, batches) -> float: # the loss
     "Leave the gradient of the mean over batches in the parameters"
     total = 0.
@@ -293,7 +302,8 @@ def finetune(pipe, bank:Bank, config:FinetuneConfig, prior:Bank=None, checkpoint
             return dict(loss=backward_mean(loss, config.batches(step)))
         opt = make_optimizer(config.optimizer, params, config.lr, model.unet)
         log = optimise(f'finetune {config.algorithm}', gradients, config.steps, params, opt,
-                       trained.modules | average.modules(), max_norm=1., after=average.update, checkpoint=checkpoint)
+                       trained.modules | average.modules(), make_scheduler(config, opt), max_norm=1.,
+                       after=average.update, checkpoint=checkpoint)
         average.copy_to_params()
         if watch: watch(config.steps)
     model.unet.requires_grad_(False)
@@ -316,8 +326,14 @@ def trainable_until_exit(params:list):
             p.requires_grad_(flag)
             p.grad = None
 
+def check_simulated(config:FinetuneConfig):
+    "A simulated fine-tuning has one learning rate"
+    if config.lr_scheduler == 'constant' and not config.warmup: return
+    raise UserError('lr_scheduler, warmup: a simulated fine-tuning has a constant learning rate, expected neither')
+
 def descend(loss:FinetuneLoss, params:list, config:FinetuneConfig, moments:dict=None) -> dict: # the optimizer's state
     "The steps of a fine-tuning, with a new optimizer or with the state of an earlier one"
+    check_simulated(config)
     opt = make_optimizer(config.optimizer, params, config.lr, loss.model.unet)
     if moments: opt.load_state_dict(dict(opt.state_dict(), state=moments))
     for step in range(config.steps):
@@ -361,6 +377,7 @@ def recorded(loss:FinetuneLoss, params:list, config:FinetuneConfig,
              beside=(), # parameters that stay where they are, and enter the derivative
              device=None): # where the steps are kept
     "`simulated`, as a `Trajectory` for the adjoint ([hypergradients](00_hypergrad.ipynb))"
+    check_simulated(config)
     with trainable_until_exit(params):
         groups = [dict(params=params), dict(params=list(beside), lr=0.)] if beside else params
         path = Trajectory(make_optimizer(config.optimizer, groups, config.lr, loss.model.unet), depth, device)

@@ -68,6 +68,8 @@ def test_settings():
         rank=4,
         prior_weight=0.0,
         accumulation=1,
+        lr_scheduler='constant',
+        warmup=0,
         ema=0.0,
         token='<new>',
         seed=0,
@@ -86,6 +88,8 @@ def test_settings():
         ema=[1.0, -0.1],
         algorithm=['dreambooth'],
         optimizer=['lion'],
+        lr_scheduler=['sqrt'],
+        warmup=[-1],
     )
     for k, values in inside.items(): assert [getattr(FinetuneConfig(**{k: v}), k) for v in values] == values
     for k, values in outside.items():
@@ -143,6 +147,9 @@ def test_a_gradient_shorter_than_1_is_left_alone_and_a_longer_one_is_shortened_t
     (dict(steps=2, prior_weight=.3), dict(steps=2, prior_weight=.3)), # of pictures that it draws by itself
     (dict(steps=3, batch=2, accumulation=2), dict(batch=2, accumulation=2)), # those of 2k and 2k + 1, averaged
     (dict(steps=2, seed=5), dict(steps=2, seed=5)),
+    (dict(steps=4, warmup=2), dict(steps=4, lr=[0., .025, .05, .05])),
+    (dict(steps=4, lr_scheduler='linear'), dict(steps=4, lr=[.05, .0375, .025, .0125])),
+    (dict(steps=5, lr_scheduler='cosine', warmup=1), dict(steps=5, lr=[0., .05, .05*(.5 + .5**1.5), .025, .05*(.5 - .5**1.5)])),
     (dict(steps=4, ema=.7), dict(steps=4, decay=.7))]) # the average is what is kept
 def test_each_setting_is_the_written_out_loops(changes, written):
     pipe = toy_pipe()
@@ -296,6 +303,12 @@ def test_simulated_ends_where_the_unclipped_loop_ends_and_takes_all_of_it_back(k
     close(weights(pipe), start)
     assert all(map(torch.equal, params, before)) and all(p.grad is None for p in params)
     assert [p.requires_grad for p in params] == [i % 2 == 1 for i in range(len(params))]
+
+@each('changes', [dict(lr_scheduler='cosine'), dict(warmup=1)])
+def test_a_simulation_with_a_schedule_is_refused(changes):
+    pipe, loss, params, config = simulation('sgd')
+    with pytest.raises(UserError, match='constant learning rate'):
+        with simulated(loss, params, config.model_copy(update=changes)): pass
 
 def test_a_simulation_is_taken_back():
     # simulated steps over the mean of their batches too
