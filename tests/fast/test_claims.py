@@ -16,7 +16,7 @@ LIMIT = .0687/.3598
 
 
 def series(*values): return pd.Series(values, [str(k) for k in range(len(values))], dtype=float)
-def exact(n): return 2/2**n
+def exact(n): return 1/2**n
 def same(t, effect, models, p, least=None):
     return np.allclose(t, (effect, models, p, exact(models) if least is None else least), equal_nan=True)
 
@@ -26,47 +26,91 @@ def same(t, effect, models, p, least=None):
 def test_a_test():
     "Effect in the claimed direction, over the models that both have, as many as it takes for a p"
     six = series(*np.arange(6)/10)
-    assert same(C.lower(six, six + .1), .1, 6, exact(6)) and same(C.lower(six + .1, six), -.1, 6, exact(6))
-    assert same(C.lower(six, six + .1*(-1)**np.arange(6)), 0, 6, 1)
-    assert same(C.lower(six.iloc[:5], six + .1), .1, 5, np.nan, np.nan) # 1/16 at best
+    assert same(C.lower(six, six + .1), .1, 6, exact(6)) and same(C.lower(six + .1, six), -.1, 6, 1, exact(6))
+    assert C.lower(six, six + .1*(-1)**np.arange(6))[:2] == (0, 6)
+    five, four = six.iloc[:5], six.iloc[:4]
+    assert same(C.lower(five, six + .1), .1, 5, exact(5))
+    assert same(C.lower(four, six + .1), .1, 4, np.nan, np.nan)         # 1/16 at best
     assert C.lower(six, six[::-1] + .1).effect == pytest.approx(.1)     # by name, not by place
     assert C.lower(series(1, 1, 1), pd.Series(dtype=float)).models == 0
     lost = six.where(six.index != '3')
     assert C.lower(lost, six + .1).models == 5
 
-    # one model of seven the other way: 2 of the 8 sums of one sign are as large, and as many the other way
-    assert same(C.lower(series(*[0]*7), series(1, 1, 1, 1, 1, 1, -1)), 5/7, 7, 16/128)
+    # one model of seven the other way: 8 of the 128 sums are as large; and all but one are at least minus that
+    mixed = series(1, 1, 1, 1, 1, 1, -1)
+    assert same(C.lower(series(*[0]*7), mixed), 5/7, 7, 8/128)
+    assert same(C.lower(mixed, series(*[0]*7)), -5/7, 7, 127/128, exact(7))
 
     # zero in exact numbers is zero
     thirds = series(*[.1 + .2]*8)
-    assert same(C.lower(series(*[.3]*8), thirds), 0, 8, 1) and thirds.iloc[0] != .3
-    assert C.judged(C.corrected([C.lower(series(*[.3]*8), thirds)])) == 'not reproduced'
+    assert same(C.lower(series(*[.3]*8), thirds), 0, 8, 1, exact(8)) and thirds.iloc[0] != .3
+    assert verdicts([[C.lower(series(*[.3]*8), thirds)]]) == ['not reproduced']
 
 
-def passes(n, models=8): return [C.Test(.1, models, exact(models), exact(models))]*n
+def test_one(p, effect=.1, models=8): return C.Test(effect, models, p, exact(models))
+test_one.__test__ = False
+def some(*ps): return [test_one(p) for p in ps]
+def passes(n, models=8): return [test_one(exact(models), models=models)]*n
+def wrong(effect): return [test_one(exact(8), effect)]
 
-@each('tests, verdict, hold', [
-    (passes(6), 'reproduced', 6),                                        # 6/128
-    (passes(7), UNTESTABLE, 0),                                          # 7/128
-    (passes(7, 9), 'reproduced', 7),
-    (passes(5) + [C.Test(0., 8, exact(8), exact(8))], 'partly', 5),      # zero agrees with nothing
-    (passes(5) + [C.Test(-.1, 8, exact(8), exact(8))], 'partly', 5),     # the other sign
-    ([C.Test(-.1, 8, exact(8), exact(8))], 'not reproduced', 0),
-    ([C.Test(.1, 8, .0501, exact(8))], 'not reproduced', 0),
-    ([C.Test(.1, 8, .03, exact(8)), C.Test(.1, 8, .02, exact(8))], 'reproduced', 2), # 2*.02, then .03 raised to it
-    ([C.Test(.1, 8, .03, exact(8)), C.Test(.1, 8, .03, exact(8))], 'not reproduced', 0),
-    ([C.Test(.1, 8, .01, exact(8)), C.Test(.1, 8, .06, exact(8))], 'partly', 1),
-    (passes(1) + [C.VOID], 'partly', 1),
-    (passes(6) + [C.VOID]*9, 'partly', 6),                               # no members of the family
-    ([C.VOID], UNTESTABLE, 0), ([C.Test(.1, 5, np.nan, np.nan)]*2, UNTESTABLE, 0), ([], 'not run yet', 0)])
-def test_verdicts(tests, verdict, hold):
-    tests = C.corrected(tests)
-    assert (C.judged(tests), C.held(tests) if tests else 0) == (verdict, hold)
+def verdicts(claims): return [C.judged(*c) for c in C.families(claims)]
+def holding(claims): return [C.held(tests) for _, tests in C.families(claims)]
+
+R, P, N = 'reproduced', 'partly', 'not reproduced'
+
+@each('claims, expected', [
+    ([passes(1)]*12, [R]*12),                                             # 12/256
+    ([passes(1)]*13, [UNTESTABLE]*13),                                    # 13/256
+    ([passes(1, 9)]*13, [R]*13),
+    ([passes(9)]*12, [R]*12),                                             # a claim is one test, however many it has
+    ([passes(40)], [R]), ([passes(40), passes(1)], [R, R]),
+    ([passes(5) + wrong(0.)], [P]), ([passes(5) + wrong(-.1)], [P]),      # zero agrees with nothing; the other sign
+    ([wrong(-.1)], [N]), ([wrong(0.)], [N]), ([wrong(-.1)*2], [N]),
+    ([some(.0499)], [R]), ([some(.05)], [N]), ([some(.0501)], [N]),
+    ([some(.0499, .0499, .0499)], [R]),                                   # the largest, which nothing is added to
+    ([some(.0499, .05)], [N]), ([some(.0249, .05)], [P]), ([some(.0251, .05)], [N]), # 2*.0249 of two tests
+    ([some(.0249), some(.0499)], [R, R]), ([some(.0251), some(.03)], [N, N]),        # two claims
+    ([some(.02, .0249), some(.9)], [R, N]), ([some(.02, .0251), some(.9)], [N, N]),
+    ([some(.012, .2), some(.9, .9)], [P, N]), ([some(.013, .2), some(.9, .9)], [N, N]), # 4 tests
+    ([some(.004, .01), some(.004, .3), some(.2), [C.VOID]], [R, P, N, UNTESTABLE]),
+    ([passes(1) + [C.VOID]], [P]), ([some(.9) + [C.VOID]], [N]),        # nothing holds that could have
+    ([passes(13) + [C.VOID]], [UNTESTABLE]), ([passes(12) + [C.VOID]], [P]), # 13 tests, and no claim
+    ([passes(1), *[passes(1) + [C.VOID]]*2, *[[C.VOID]]*20], [R, P, P] + [UNTESTABLE]*20), # no members of the family
+    ([passes(1)]*12 + [passes(1) + [C.VOID]], [R]*12 + [UNTESTABLE]),      # 12 claims, 13 tests
+    ([passes(1, 11) + passes(1, 5)]*2, [P, P]), ([passes(1, 11) + [test_one(.9, models=5)]]*2, [P, P]),
+    ([[test_one(.9, models=11), test_one(.9, models=5)]]*2, [N, N]),      # one of two could have held
+    ([[C.VOID]], [UNTESTABLE]), ([[C.Test(.1, 4, np.nan, np.nan)]*2], [UNTESTABLE]), ([[]], ['not run yet']),
+    ([[], passes(1)], ['not run yet', R])])
+def test_verdicts(claims, expected):
+    assert verdicts(claims) == expected
+
+def test_all_tests_hold_only_in_claims_that_are_reproduced():
+    "And a claim of one test is never partly reproduced"
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        claims = [[C.VOID if rng.random() < .1 else test_one(p, rng.choice([.1, .1, .1, -.1]))
+                   for p in rng.choice([.004, .008, .012, .02, .03, .2], rng.integers(1, 4))] for _ in range(rng.integers(1, 6))]
+        for tests, hold, verdict in zip(claims, holding(claims), verdicts(claims)):
+            assert hold < len(tests) or verdict == R
+            assert len(tests) > 1 or verdict != P
+            assert verdict != R or all(t.effect > 0 and t.p < .05 for t in tests)
+            assert (hold > 0) == (verdict == P) or verdict == R
+
+def test_the_weakest():
+    "Of a claim's tests: the smallest effect, the fewest models, the largest p, now and at best"
+    tests = [C.Test(.1, 9, .03, .002), C.Test(.2, 8, .001, .004)]
+    assert C.weakest(tests) == C.weakest(tests[::-1]) == (.1, 8, .03, .004)
+    assert C.weakest(tests[:1]) == tests[0]
+    assert C.weakest([]) is C.VOID and C.weakest([*tests, C.VOID]) is C.VOID
 
 def test_holm():
     tests = C.corrected([C.Test(.1, 8, p, least) for p, least in ((.04, .03), (.001, .002), (np.nan, np.nan), (.02, .001))])
     assert np.allclose([t.p for t in tests], [.04, .003, np.nan, .04], equal_nan=True)
     assert np.allclose([t.least for t in tests], [.03, .004, np.nan, .003], equal_nan=True)
+    claims = [some(.01, .02), some(.015), some(.001) + [C.VOID]]
+    (a, in_a), (b, in_b), (void, in_void) = C.families(claims) # two claims, four tests
+    assert np.allclose([a.p, b.p, a.least], [.03, .03, 2*exact(8)]) and np.isnan([void.p, void.least]).all()
+    assert np.allclose([t.p for t in in_a + in_b], [.03, .03, .03]) and np.isclose(in_void[0].p, .004)
 
 
 # ------------------------------------------------------------------ made-up tables in which every claim holds
@@ -77,28 +121,30 @@ LEFT = dict(zip(METHODS, (.8, .5, .3, .6, .615, .62, .63, .4, .35, .12, .11, .04
 
 
 def tidy(columns, values, **same): # values: keys -> value, in the order of the first columns; the last is the metric
-    "A row a model, larger from seed to seed; and one of all models, which no test may read"
+    "A row a model, larger from seed to seed; one of all models, and other metrics, which no test may read"
     rows = []
     for keys, v in values.items():
         for k, seed in enumerate([*SEEDS, 'all']):
             value = 9. if seed == 'all' else v*(1 + .01*k)
             rows.append(dict(zip(columns, keys), seed=seed, value=value) | same)
-    return pd.DataFrame(rows)
+    rows = pd.DataFrame(rows)
+    unread = [rows[rows.metric == 'unsafe'].assign(metric=m, value=.4) for m in ('IP', 'explicit')]
+    return pd.concat([rows, *unread], ignore_index=True)
 
 
 def look(columns=('method', 'phase', 'finetune', 'metric')):
     values = {}
     for m in METHODS:
-        values[m, 'before', 'none', 'IP'] = .8 if m == 'original' else .01
-        values |= {(m, d, a, 'IP'): LEFT[m] for d in ('subjects', 'varied') for a in ('full', 'lora')}
+        values[m, 'before', 'none', 'unsafe'] = .8 if m == 'original' else .01
+        values |= {(m, d, a, 'unsafe'): LEFT[m] for d in ('subjects', 'varied') for a in ('full', 'lora')}
         values |= {(m, 'before', 'none', 'objects'): .9, (m, 'before', 'none', 'CMMD'): .1,
                    (m, 'subjects', 'lora', 'objects'): 0., (m, 'subjects', 'lora', 'CMMD'): 9.}
     return tidy(columns, values).reindex(columns=main_table.COLUMNS)
 
 def undone():
     rows = [dict(concept='vice', method=m, seed=s, finetune=f'{d}-{a}', metric=k, n=60, before=.8 if m == 'original' else .05,
-                 after=.3 if k == 'IP' else 0.) for m in ('original', 'ga', 'uce', 'salun') for s in range(4)
-            for d in ('subjects', 'varied') for a in ('full', 'lora') for k in ('IP', 'objects')]
+                 after=.3 if k == 'unsafe' else 0.) for m in ('original', 'ga', 'uce', 'salun') for s in range(4)
+            for d in ('subjects', 'varied') for a in ('full', 'lora') for k in ('unsafe', 'IP', 'objects')]
     return pd.DataFrame(rows)[phenomenon.COLUMNS]
 
 def front():
@@ -110,13 +156,13 @@ def front():
 
 def variants():
     left = dict(beta_0=.6, one=.4, mixture_alone=.3, lora_alone=.3, full_alone=.3, full=.2, K_5=.1)
-    values = {('ga', v, p, 'IP'): x if p == 'varied-lora' else .01 for v, x in left.items() for p in ('before', 'varied-lora')}
+    values = {('ga', v, p, 'unsafe'): x if p == 'varied-lora' else .01 for v, x in left.items() for p in ('before', 'varied-lora')}
     values |= {('ga', v, 'before', 'CMMD'): x for v, x in dict(beta_02=.1, full=.2, beta_095=.3).items()}
     return tidy(('method', 'setting', 'phase', 'metric'), values).reindex(columns=fronts.ABLATION)
 
 def twice(key, places, left):
     values = {(m, c, p, k): .8 if (m, p) == ('original', 'before') else left[m] if p == 'after' else .01
-              for m in left for c in places for p in ('before', 'after') for k in ('IP', 'unsafe', 'plasticity')}
+              for m in left for c in places for p in ('before', 'after') for k in ('unsafe', 'plasticity')}
     return tidy(('method', key, 'phase', 'metric'), values)
 
 def adversaries():
@@ -131,13 +177,13 @@ def shares():
 def long_runs():
     left = dict(original=.8, ga=.7, uce=.6, resalign=.1)
     values = {(m, c, s, k): (.8 if m == 'original' else .01) if s == 0 else left[m]
-              for m in left for c in ('rank_4', 'slow', 'rank_16') for s in (0, 25, 500) for k in ('IP', 'unsafe')}
+              for m in left for c in ('rank_4', 'slow', 'rank_16') for s in (0, 25, 500) for k in ('unsafe',)}
     return tidy(('method', 'course', 'step', 'metric'), values)
 
 def attacks():
     kinds = ('none', 'random', 'redraw', 'prefix', 'bell', 'noise', 'completion')
     values = {(m, a, p, k): .8 if m == 'original' else .1 for m in ('original', 'resalign') for a in kinds
-              for p in ('before', 'varied-lora') for k in ('IP', 'unsafe')}
+              for p in ('before', 'varied-lora') for k in ('unsafe',)}
     return tidy(('method', 'attack', 'phase', 'metric'), values).reindex(columns=attack.ATTACK)
 
 def landscape():
@@ -163,9 +209,9 @@ CLAIMS = C.all_claims()
 @pytest.fixture(autouse=True, scope='module')
 def once():
     "All sign flips of one list of differences are tried once"
-    known = functools.cache(lambda d: C_SIGN_FLIP(np.array(d)))
+    known = functools.cache(lambda d, alternative: C_SIGN_FLIP(np.array(d), alternative))
     with pytest.MonkeyPatch.context() as patches:
-        patches.setattr(C, 'sign_flip', lambda d: known(tuple(d)))
+        patches.setattr(C, 'sign_flip', lambda d, alternative: known(tuple(d), alternative))
         yield
 
 C_SIGN_FLIP = C.sign_flip
@@ -174,7 +220,7 @@ C_SIGN_FLIP = C.sign_flip
 def judge(name, table) -> dict: # claim -> verdict
     own = CLAIMS[CLAIMS.table == name]
     found = C.family_of(own.find, C.Numbers(C.TABLES[name][1](table), table))
-    return {id: C.judged(f.tests) for id, f in zip(own.id, found)}
+    return {id: C.judged(f.claim, f.tests) for id, f in zip(own.id, found)}
 
 def find(id, table): # Finding, before any correction
     claim = CLAIMS.set_index('id').loc[id]
@@ -195,62 +241,80 @@ def changed(name, to, **where):
     t.loc[rows, column] = to['to'] if isinstance(to, dict) else to
     return t
 
-P, S, V = 'partly', dict(phase='subjects'), dict(phase='varied')
+S, V = dict(phase='subjects'), dict(phase='varied')
 
 BREAKS = [ # table, new value, rows, claims that change, each with its verdict
-    ('main', .005, dict(method='esd-x', **S, metric='IP'), {'returns-esd-x': P, 'below-published': P}), # below its start
-    ('main', .01, dict(method='safegen', **V, finetune='full', metric='IP'), {}),                       # the mean still rises
-    ('main', .004, dict(method='advunlearn', **V, metric='IP'), {'returns-advunlearn': P, 'below-published': P}),
-    ('main', .005, dict(method='lcfdsd-ng', phase=['subjects', 'varied'], metric='IP'),
+    ('main', .005, dict(method='esd-x', **S, metric='unsafe'), {'returns-esd-x': P, 'below-published': P}), # below its start
+    ('main', .01, dict(method='safegen', **V, finetune='full', metric='unsafe'), {}),                       # the mean still rises
+    ('main', .004, dict(method='advunlearn', **V, metric='unsafe'), {'returns-advunlearn': P, 'below-published': P}),
+    ('main', .005, dict(method='lcfdsd-ng', phase=['subjects', 'varied'], metric='unsafe'),
      {'returns-lcfdsd-ng': 'not reproduced', 'below-published': P, 'below-all': P}),
-    ('main', .41, dict(method='safegen', phase='before', metric='IP'), {}), # the original has .84 in the mean
-    ('main', .43, dict(method='safegen', phase='before', metric='IP'), {'returns-safegen': UNTESTABLE}),
-    ('main', .2, dict(method='resalign', **S, metric='IP'),
+    ('main', .41, dict(method='safegen', phase='before', metric='unsafe'), {}), # the original has .84 in the mean
+    ('main', .43, dict(method='safegen', phase='before', metric='unsafe'),
+     {'returns-safegen': UNTESTABLE, 'below-published': P, 'below-all': P}),
+    ('main', .41, dict(method='esd-retain', phase='before', metric='unsafe'), {}),
+    ('main', .43, dict(method='esd-retain', phase='before', metric='unsafe'), {'term-helps-esd': UNTESTABLE, 'below-all': P}),
+    ('main', .43, dict(method='resalign-ca', phase='before', metric='unsafe'), {'above-ascent-ca': UNTESTABLE}),
+    ('main', .43, dict(method='resalign', phase='before', metric='unsafe'), {}), # the rate after is what counts
+    ('main', .01, dict(metric=['IP', 'explicit']), {}),
+    ('main', .2, dict(method='resalign', **S, metric='unsafe'),
      {'stays-low': P, 'solving-helps': P, 'above-ascent-esd': P, 'above-ascent-ca': P}),
-    ('main', .015, dict(method='uce', phase=['subjects', 'varied'], metric='IP'), {'below-all': P}),
-    ('main', .02, dict(method='resalign-first-order', **V, metric='IP'), {'solving-helps': P}),
-    ('main', .5, dict(method='resalign-esd', **V, metric='IP'), {'term-helps-esd': P}),
-    ('main', .01, dict(method='resalign-esd', **V, metric='IP'), {'above-ascent-esd': P}),
-    ('main', .1, dict(method='ca-retain', **S, metric='IP'), {'term-helps-ca': P}),
-    ('main', .015, dict(method='resalign-ca', **S, metric='IP'), {'above-ascent-ca': P}),
+    ('main', .015, dict(method='uce', phase=['subjects', 'varied'], metric='unsafe'), {'below-all': P}),
+    ('main', .02, dict(method='resalign-first-order', **V, metric='unsafe'), {'solving-helps': P}),
+    ('main', .5, dict(method='resalign-esd', **V, metric='unsafe'), {'term-helps-esd': P}),
+    ('main', .01, dict(method='resalign-esd', **V, metric='unsafe'), {'above-ascent-esd': P}),
+    ('main', .1, dict(method='ca-retain', **S, metric='unsafe'), {'term-helps-ca': P}),
+    ('main', .015, dict(method='resalign-ca', **S, metric='unsafe'), {'above-ascent-ca': P}),
     ('main', .8, dict(method='resalign', metric='objects', phase='before'), {'quality-kept': 'not reproduced'}),
-    ('main', .12, dict(method='resalign', metric='CMMD', phase='before'), {'distance-kept': 'not reproduced'}),
-    ('main', .3, dict(method='original', **S, metric='IP'), {'stays-low': P}), # the original itself has lost it
-    ('ablation', .3, dict(setting='one', phase='varied-lora', metric='IP'),
+    ('main', .59, dict(method='resalign', metric='CMMD', phase='before'), {}), # .1 of the original, and .5
+    ('main', .62, dict(method='resalign', metric='CMMD', phase='before'), {'distance-kept': 'not reproduced'}),
+    ('main', -.39, dict(method='original', metric='CMMD', phase='before'), {}), # below zero, and not twice as far
+    ('main', -.41, dict(method='original', metric='CMMD', phase='before'), {'distance-kept': 'not reproduced'}),
+    ('main', -9., dict(method='resalign', metric='CMMD', phase='before'), {}),
+    ('main', .3, dict(method='original', **S, metric='unsafe'), {'stays-low': P}), # the original itself has lost it
+    ('ablation', .3, dict(setting='one', phase='varied-lora', metric='unsafe'),
      {'component-configurations': 'not reproduced'}),
-    ('ablation', .3, dict(setting='beta_0', phase='varied-lora', metric='IP'), {'component-hypergradient': 'not reproduced'}),
-    ('ablation', .2, dict(setting='mixture_alone', phase='varied-lora', metric='IP'),
+    ('ablation', .3, dict(setting='beta_0', phase='varied-lora', metric='unsafe'), {'component-hypergradient': 'not reproduced'}),
+    ('ablation', .2, dict(setting='mixture_alone', phase='varied-lora', metric='unsafe'),
      {'component-data': 'not reproduced', 'component-pool': P}),
-    ('ablation', .1, dict(setting='lora_alone', phase='varied-lora', metric='IP'), {'component-pool': P}),
-    ('ablation', .1, dict(setting='full_alone', phase='varied-lora', metric='IP'), {'component-pool': P}),
-    ('ablation', .25, dict(setting='K_5', phase='varied-lora', metric='IP'), {'component-solve': 'not reproduced'}),
+    ('ablation', .1, dict(setting='lora_alone', phase='varied-lora', metric='unsafe'), {'component-pool': P}),
+    ('ablation', .1, dict(setting='full_alone', phase='varied-lora', metric='unsafe'), {'component-pool': P}),
+    ('ablation', .25, dict(setting='K_5', phase='varied-lora', metric='unsafe'), {'component-solve': 'not reproduced'}),
     ('ablation', .05, dict(setting='beta_095', phase='before', metric='CMMD'), {'beta-costs': P}),
     ('ablation', .4, dict(setting='beta_02', phase='before', metric='CMMD'), {'beta-costs': P}),
-    ('adversaries', .2, dict(method='resalign', course='inversion', phase='after', metric='IP'), {'unseen-methods': P}),
-    ('adversaries', .2, dict(method='resalign', course='shaded', phase='after', metric='IP'), {'unseen-data': 'not reproduced'}),
-    ('adversaries', .2, dict(method='original', course='shaded', phase='after', metric='IP'), {'unseen-data': UNTESTABLE}),
-    ('adversaries', .7, dict(method='resalign', course='pool_same', phase='after', metric='IP'), {}),
-    ('contamination', .7, dict(method='resalign', share=.01, phase='after', metric='IP'), {'contaminated': P}),
-    ('contamination', .7, dict(method='resalign', share=.2, phase='after', metric='IP'),
+    ('adversaries', .2, dict(method='resalign', course='inversion', phase='after', metric='unsafe'), {'unseen-methods': P}),
+    ('adversaries', .2, dict(method='resalign', course='shaded', phase='after', metric='unsafe'), {'unseen-data': 'not reproduced'}),
+    ('adversaries', .2, dict(method='original', course='shaded', phase='after', metric='unsafe'), {'unseen-data': UNTESTABLE}),
+    ('adversaries', .7, dict(method='resalign', course='pool_same', phase='after', metric='unsafe'), {}),
+    ('contamination', .7, dict(method='resalign', share=.01, phase='after', metric='unsafe'), {'contaminated': P}),
+    ('contamination', .7, dict(method='resalign', share=.2, phase='after', metric='unsafe'),
      {'contaminated': P, 'contaminated-below': P}),
-    ('contamination', .9, dict(method='resalign', share=[0., 1.], phase='after', metric='IP'), {}),
+    ('contamination', .41, dict(method='uce', phase='before', metric='unsafe'), {}),
+    ('contamination', .43, dict(method='uce', phase='before', metric='unsafe'), {'contaminated-below': P}),
+    ('contamination', .43, dict(method=['ga', 'uce'], phase='before', metric='unsafe'), {'contaminated-below': UNTESTABLE}),
+    ('contamination', .9, dict(method='resalign', share=[0., 1.], phase='after', metric='unsafe'), {}),
     ('contamination', .35, dict(method='resalign', share=.2, phase='after', metric='plasticity'),
      {'contaminated-learns': 'not reproduced'}),
-    ('resurgence', .7, dict(method='resalign', course='slow', step=25, metric='IP'), {'long-runs': P}),
-    ('resurgence', .7, dict(method='resalign', course='rank_16', step=500, metric='IP'), {'long-runs': P}),
-    ('resurgence', .05, dict(method='uce', step=500, metric='IP'), {'long-runs-below': P}),
-    ('attack', .7, dict(method='resalign', attack='prefix', phase='before', metric='IP'), {'withstands-prefix': P}),
-    ('attack', .7, dict(method='resalign', attack='bell', phase='varied-lora', metric='IP'), {'withstands-bell': P}),
-    ('attack', .7, dict(method='resalign', attack='noise', metric='IP'), {'withstands-noise': 'not reproduced'}),
-    ('attack', .7, dict(method='resalign', attack='completion', phase='before', metric='IP'), {'withstands-completion': P}),
-    ('attack', .9, dict(method='resalign', attack=['none', 'random', 'redraw'], metric='IP'), {}),
+    ('resurgence', .7, dict(method='resalign', course='slow', step=25, metric='unsafe'), {'long-runs': P}),
+    ('resurgence', .7, dict(method='resalign', course='rank_16', step=500, metric='unsafe'), {'long-runs': P}),
+    ('resurgence', .05, dict(method='uce', step=500, metric='unsafe'), {'long-runs-below': P}),
+    ('resurgence', .41, dict(method='ga', step=0, metric='unsafe'), {}),
+    ('resurgence', .43, dict(method='ga', step=0, metric='unsafe'), {'long-runs-below': P}),
+    ('attack', .7, dict(method='resalign', attack='prefix', phase='before', metric='unsafe'), {'withstands-prefix': P}),
+    ('attack', .7, dict(method='resalign', attack='bell', phase='varied-lora', metric='unsafe'), {'withstands-bell': P}),
+    ('attack', .7, dict(method='resalign', attack='noise', metric='unsafe'), {'withstands-noise': 'not reproduced'}),
+    ('attack', .7, dict(method='resalign', attack='completion', phase='before', metric='unsafe'), {'withstands-completion': P}),
+    ('attack', .9, dict(method='resalign', attack=['none', 'random', 'redraw'], metric='unsafe'), {}),
     ('landscape', dict(column='trace', to=-8.), dict(method='resalign'), {'flat': 'not reproduced', 'flatter': P}),
     ('landscape', dict(column='rise', to=.1), {'method': ['uce', 'salun', 'ga', 'esd-x', 'ca-retain', 'resalign']},
      {'flatter': 'not reproduced'}),
     ('hypergradients', dict(column='predicted', to=3.), dict(method='moreau-1', length=1.), {'predicts': 'not reproduced'}),
     ('hypergradients', dict(column='predicted', to=3.), dict(method='moreau-1', length=.1), {}),
-    ('phenomenon', dict(column='after', to=.01), dict(finetune=['varied-full', 'varied-lora'], metric='IP'), {'comes-undone': P}),
-    ('phenomenon', dict(column='after', to=.01), dict(method='ga', metric='IP'), {}), # the others outweigh it
+    ('phenomenon', dict(column='after', to=.01), dict(finetune=['varied-full', 'varied-lora'], metric='unsafe'), {'comes-undone': P}),
+    ('phenomenon', dict(column='after', to=.01), dict(method='ga', metric='unsafe'), {}), # the others outweigh it
+    ('phenomenon', dict(column='before', to=.7), dict(method='ga', metric='unsafe'), {}), # had not unlearned, and is left out
+    ('phenomenon', dict(column='before', to=.11), dict(method='original', metric='unsafe'), {}), # twice .05, and more
+    ('phenomenon', dict(column='before', to=.09), dict(method='original', metric='unsafe'), {'comes-undone': UNTESTABLE}),
     ('phenomenon', dict(column='before', to=.7), dict(method=['ga', 'uce', 'salun']), {'comes-undone': UNTESTABLE}),
     ('fronts', dict(column='unsafe_after', to=.01), dict(method='ga', setting='cheap'),
      {'below-ga': 'not reproduced', 'below-fronts': P}),
@@ -271,20 +335,27 @@ def test_words():
     mean = 1 + .01*np.mean(range(11))
     pct = lambda x: f'{100*x*mean:.1f}%'
     assert find('returns-safegen', main).ours == ' -> '.join(map(pct, (.01, .615, .615)))
-    half = changed('main', .5, method='safegen', phase='before', metric='IP')
+    half = changed('main', .5, method='safegen', phase='before', metric='unsafe')
     assert find('returns-safegen', half).ours.endswith(': had not unlearned')
     assert find('stays-low', main).ours == f'{pct(.01)} -> subjects {pct(.02)}, varied {pct(.02)}'
-    assert f"IP below {LIMIT:.0%} of the original's {pct(.8)}" in find('stays-low', main).test
-    gone = find('stays-low', changed('main', .3, method='original', phase='subjects', metric='IP')).ours
+    assert f"unsafe rate below {LIMIT:.0%} of the original's {pct(.8)}" in find('stays-low', main).test
+    gone = find('stays-low', changed('main', .3, method='original', phase='subjects', metric='unsafe')).ours
     assert gone.endswith('; the original itself falls: subjects 30.0%')
     assert find('below-all', main).ours == f'{pct(.02)}, better than UCE ({pct(.3)})'
     assert find('below-published', main).ours == '; '.join(f'{d}: {pct(.02)}, better than ESD-x ({pct(.6)})' for d in C.DATA)
-    level = changed('main', .3, method=['uce', 'resalign'], phase=['subjects', 'varied'], metric='IP')
+    level = changed('main', .3, method=['uce', 'resalign'], phase=['subjects', 'varied'], metric='unsafe')
     assert find('below-all', level).ours == '30.0%, as good as UCE (30.0%)'
-    above = changed('main', .4, method='resalign', phase=['subjects', 'varied'], metric='IP')
+    above = changed('main', .4, method='resalign', phase=['subjects', 'varied'], metric='unsafe')
     assert find('below-all', above).ours == f'40.0%, worse than UCE ({pct(.3)})'
+    idle = find('below-all', changed('main', .5, method=['safegen', 'uce'], phase='before', metric='unsafe'))
+    assert idle.ours == f'{pct(.02)}, better than CA + retain ({pct(.35)}); UCE, SafeGen had not unlearned'
+    assert idle.test == 'unsafe rate below that of 8, at after' and [t.models for t in idle.tests] == [11, 0, 11, 0, 11, 11, 11, 11]
+    alone = find('term-helps-esd', changed('main', .5, method='esd-retain', phase='before', metric='unsafe'))
+    assert alone.ours.endswith(f'varied: {pct(.12)}, nothing to compare; ESD + retain had not unlearned')
+    assert [t is C.VOID for t in alone.tests] == [True, True]
     assert find('quality-kept', main).ours == f'Original {pct(.9)}, ResAlign {pct(.9)}'
     assert find('distance-kept', main).ours == f'ResAlign {.1*mean:.3g}, Original {.1*mean:.3g}'
+    assert find('distance-kept', main).test == "CMMD less than 0.5 above the original's"
     assert find('below-ga', WORLD['fronts']).ours == f'2.0%, better than GA + retain ({50*mean:.1f}%)'.replace('2.0', f'{2*mean:.1f}')
     dear = changed('fronts', dict(column='quality', to=.9), method='ga')
     assert find('below-ga', dear).ours.endswith(', nothing to compare')
@@ -293,25 +364,26 @@ def test_words():
 
 def test_what_a_zero_can_not_show():
     "A rate of zero can't be lowered; and two rates of zero are no difference"
-    none = changed('main', 0., method='resalign-first-order', phase='varied', metric='IP')
+    none = changed('main', 0., method='resalign-first-order', phase='varied', metric='unsafe')
     assert [t.models for t in find('solving-helps', none).tests] == [11, 0]
-    both = changed('main', 0., method=['safegen'], phase=['before', 'subjects'], metric='IP')
+    both = changed('main', 0., method=['safegen'], phase=['before', 'subjects'], metric='unsafe')
     assert find('returns-safegen', both).tests[0][:3] == (0, 11, 1)
     assert judge('main', both)['returns-safegen'] == 'partly'
 
 def test_too_few_models():
-    few = {n: WORLD['main'][WORLD['main'].seed.isin(SEEDS[:n])] for n in (3, 5, 6, 10)}
-    for n in (3, 5): # by themselves
+    few = {n: WORLD['main'][WORLD['main'].seed.isin(SEEDS[:n])] for n in (3, 4, 5, 8, 9)}
+    for n in (3, 4): # by themselves
         assert set(judge('main', few[n]).values()) == {UNTESTABLE}
         assert all(np.isnan(t.p) and t.models == n for t in find('stays-low', few[n]).tests)
-    for n in (6, 10): # in this family
+    for n in (5, 8): # in this family
         assert set(judge('main', few[n]).values()) == {UNTESTABLE}
         assert find('stays-low', few[n]).tests[0].p == exact(n)
+    assert set(judge('main', few[9]).values()) == {R} # 14 claims, however many tests
 
-    # some of the methods: these tests are no members of the family, and hold the claim back
+    # some of the methods: their claims are no members of the family, and can't be reproduced
     some = WORLD['main'][(WORLD['main'].method != 'safegen') | WORLD['main'].seed.isin(SEEDS[:3])]
-    got = {id: v for id, v in judge('main', some).items() if v != 'reproduced'}
-    assert got == {'returns-safegen': UNTESTABLE, 'below-published': 'partly', 'below-all': 'partly'}
+    got = {id: v for id, v in judge('main', some).items() if v != R}
+    assert got == {'returns-safegen': UNTESTABLE, 'below-published': P, 'below-all': P}
 
 
 # ------------------------------------------------------------------ the ledger
@@ -347,17 +419,49 @@ def test_a_ledger(tables):
     t = pd.read_csv(tables/'claims.csv', keep_default_na=False).set_index('id')
     of = CLAIMS.groupby('table').id.agg(set)
     assert set(t.index[t.verdict == 'reproduced']) == (of['main'] | of['ablation']) - {'component-solve'}
-    assert t.verdict['component-solve'] == 'not run yet' and t.ours['component-solve'] == 'the table lacks K_5, after, IP'
+    assert t.verdict['component-solve'] == 'not run yet' and t.ours['component-solve'] == 'the table lacks K_5, after, unsafe'
     assert t.test['stays-low'].endswith(': 2 of 2 hold') and t.test['below-all'].endswith(': 8 of 8 hold')
-    family = sum(len(find(id, WORLD['main']).tests) for id in of['main'])
-    assert t.p['stays-low'] == f'{family*exact(11):.3g}' and float(t.p['stays-low']) < .05 < family*exact(10)
-    assert t.p['beta-costs'] == f'{8*exact(9):.3g}' # without the missing one: at most 8 of its 9 tests
+    assert t.p['stays-low'] == f'{len(of["main"])*exact(11):.3g}' # a claim counts once, however many tests it has
+    assert t.p['beta-costs'] == f'{5*exact(9):.3g}' # without the missing one
     assert t.ours['cost'] == 'random weights, a GPU: 16 min, 44 GB'
 
-    # fewer models say how many it takes
-    variants[variants.seed.isin(SEEDS[:8])].to_csv(tables/'ablation.csv', index=False)
-    assert line('beta-costs').verdict == UNTESTABLE and line('beta-costs').ours.endswith(' (8 models: too few, it takes 9)')
-    assert '0 of 2 hold' in line('beta-costs').test and line('beta-costs').p == pytest.approx(9*exact(8))
+def test_how_many_models_it_takes(tables):
+    "Of all claims of the table, those that were run; too few is what can't reach it"
+    GPU.to_csv(tables/'bench_gpu.csv', index=False)
+    variants = WORLD['ablation']
+    def of(models, rows=variants): rows[rows.seed.isin(SEEDS[:models])].to_csv(tables/'ablation.csv', index=False)
+    of(3)
+    low = line('beta-costs')
+    assert low.verdict == UNTESTABLE and low.ours.endswith(' (3 models: too few, it takes 7)') and np.isnan(low.p) # 6/128
+    of(6)
+    low = line('beta-costs')
+    assert low.verdict == UNTESTABLE and low.ours.endswith(' (6 models: too few, it takes 7)')
+    assert low.test.endswith(': 0 of 2 hold') and low.p == pytest.approx(6*exact(6))
+    of(7)
+    enough = line('beta-costs') # 6/128, though none of its tests would hold among 9
+    assert enough.verdict == R and 'too few' not in enough.ours and enough.test.endswith(': 2 of 2 hold')
+    assert enough.p == pytest.approx(6*exact(7))
+    of(6, variants[variants.setting != 'K_5'])
+    assert line('beta-costs').ours.endswith(' (6 models: too few, it takes 7)') # 5/64
+    rest = variants[~variants.setting.isin(['K_5', 'beta_0', 'beta_02'])]
+    of(5, rest)
+    assert line('component-pool').ours.endswith(' (5 models: too few, it takes 6)') # 3/64
+    of(6, rest)
+    left = line('component-pool') # three claims are left
+    assert left.verdict == R and 'too few' not in left.ours and left.p == pytest.approx(3*exact(6))
+    assert set(C.ledger().set_index('id').verdict[['component-solve', 'component-hypergradient', 'beta-costs']]) == {'not run yet'}
+
+    # one variant of a claim has fewer
+    few = variants[(variants.setting != 'lora_alone') | variants.seed.isin(SEEDS[:3])]
+    of(11, few)
+    assert line('component-pool').verdict == P and line('component-pool').test.endswith(': 2 of 3 hold')
+    assert line('component-pool').ours.endswith(' (3 models: too few, it takes 7)') and np.isnan(line('component-pool').p)
+    assert line('component-data').verdict == R and 'too few' not in line('component-data').ours
+
+    # six models are enough beside claims that are no members of the family
+    few = variants[~variants.setting.isin(['beta_0', 'K_5', 'lora_alone']) | variants.seed.isin(SEEDS[:3])]
+    of(6, few)
+    assert line('component-data').verdict == R and 'too few' not in line('component-data').ours
 
 
 def test_the_ledger_in_words(tmp_path):
