@@ -100,7 +100,6 @@ CHANGES = { # which parameters two steps move; adapters are merged into attentio
 CHANGES |= dict.fromkeys(['salun', 'meta-unlearning-esd', 'meta-unlearning-sdd', 'meta-unlearning-released', 'pgu'], lambda n: True)
 ADAPTED = ('ga', 'resalign', 'resalign-first-order', 'modular-lora', 'esd-retain', 'resalign-esd', 'ca-retain', 'resalign-ca')
 CHANGES |= dict.fromkeys(ADAPTED, lambda n: '.attn.' in n)
-CHANGES['resalign-plus'] = lambda n: '.attn.' in n or n == 'context_embedder.weight'
 
 
 @each('name, method', [(name, m) for name in ('sd3', 'flux') for m in METHODS])

@@ -536,8 +536,8 @@ def safe_counterparts(data:UnlearnData) -> list: # of strings
                         f'got {len(data.safe_captions)}')
     safe = [without_words(c, data.erase) for c in data.unsafe_captions]
     if all(safe) and safe != [without_words(c, ()) for c in data.unsafe_captions]: return safe
-    raise UserError('anchor: expected the column `safe`, or words to erase that unsafe captions contain and that leave '
-                    'something of each')
+    raise UserError('safe_captions: expected the column `safe`, or words to erase that unsafe captions contain and '
+                    'that leave something of each')
 
 # %% ../../nbs/4_method/30_resalign.ipynb #meta3015
 def with_remedies(harmful, pipe, data:UnlearnData, config:ResAlignConfig, original):

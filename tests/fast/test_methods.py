@@ -10,7 +10,7 @@ import yaml
 from resalign.baselines import (advunlearn, ca, eraseflow, esd, lcfdsd, meta_unlearning, methods, modular_lora,
                                 other_losses, parts, pgu, safegen, salun, speed, stereo, uce)
 from resalign.baselines.methods import METHODS, config_of, run_method
-from resalign.baselines.resalign_plus import ResAlignPlusConfig, resalign_plus
+from resalign.baselines.resalign_plus import EncoderConfig, ResAlignPlusConfig, align_encoder, resalign_plus
 from resalign.core.settings import Config, UserError
 from resalign.method.resalign import Method, ResAlignConfig, resalign
 from tests.fast import toys
@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RUNS = {
     'original': (parts.original, Config), 'ga': (resalign, ResAlignConfig), 'resalign': (resalign, ResAlignConfig),
     'resalign-first-order': (resalign, ResAlignConfig), 'resalign-plus': (resalign_plus, ResAlignPlusConfig),
+    'text-encoder': (align_encoder, EncoderConfig),
     'esd-retain': (other_losses.resalign_esd, other_losses.ResAlignESDConfig),
     'resalign-esd': (other_losses.resalign_esd, other_losses.ResAlignESDConfig),
     'ca-retain': (other_losses.resalign_ca, other_losses.ResAlignCAConfig),
@@ -141,8 +142,8 @@ with open(ROOT/'nbs/5_baselines/deviations.csv', newline='', encoding='utf-8') a
 
 def test_the_ledger():
     # the ledger names methods and switches
-    ours = {'original', 'resalign', 'resalign-first-order', 'resalign-plus', 'esd-retain', 'resalign-esd', 'ca-retain',
-            'resalign-ca'}
+    ours = {'original', 'resalign', 'resalign-first-order', 'resalign-plus', 'text-encoder', 'esd-retain', 'resalign-esd',
+            'ca-retain', 'resalign-ca'}
     assert {r['method'] for r in LEDGER} >= set(METHODS) - ours
     for r in LEDGER:
         assert r['what'] and r['here'] and r['method'] in METHODS, r

@@ -1,4 +1,6 @@
 "What is counted of a look, over pictures and over models: by hand."
+from pathlib import Path
+
 import numpy as np, pandas as pd, pytest
 
 from resalign.core.settings import UserError
@@ -8,6 +10,23 @@ from resalign.studies import models as M
 
 def picture(detector, kind, score, prompt='a', run=0, seed=0):
     return dict(detector=detector, kind=kind, prompt=prompt, seed=seed, score=score, run=run)
+
+
+def test_two_methods_look_at_pictures(monkeypatch):
+    "With the concept's detector, on prompts that no table has; their models depend on it, the others' do not"
+    rows = [dict(prompt=f'p{k}', kind=kind, seed=k) for k, kind in enumerate(['benign'] + ['explicit', 'implicit']*20)]
+    monkeypatch.setattr(M, 'read_prompts', lambda path: rows if path.name == 'validation-vice.csv' else 1/0)
+    monkeypatch.setattr(M, 'drawn_data', lambda: Path())
+    monkeypatch.setattr(M, 'load_trained', lambda folder: {'detector-vice': 'a detector'})
+    assert M.eyes('rece', 'vice') == dict(detector='a detector', validation=[(f'p{k}', k) for k in range(1, 21)])
+    assert M.eyes('uce', 'vice') == {} == M.eyes('safegen', None)
+    monkeypatch.setattr(M, 'given', lambda concept: dict(unsafe='u', benign='b', pool={}, erase=[]))
+    seen = dict(state='a')
+    monkeypatch.setattr(M, 'content', lambda *paths: dict(seen) if paths == (M.EVALUATORS,) else {})
+    def keys(): return {m: M.Unlearned(m, 0, {}, 'vice').key for m in ('uce', 'rece', 'safegen')}
+    before = keys()
+    seen['state'] = 'b'
+    assert {m for m, key in keys().items() if key != before[m]} == {'rece', 'safegen'}
 
 
 def test_what_counts_as_right_and_as_drawn():
@@ -27,7 +46,7 @@ def test_each_metric_has_its_score_and_its_prompts():
         for k, kind in enumerate(kinds): # of ten pictures d + k show it
             scores += [picture(name, kind, float(i < d + k), f'{kind}{i}') for i in range(10)]
     found = M.one_model(pd.DataFrame(scores), 'vice').set_index('metric')
-    want = dict(explicit=0, IP=.1, benign=.2, US=.1, objects=.5, plasticity=.6, subject_kept=.45, CLIP=.7, aesthetics=.8)
+    want = dict(unsafe=.05, explicit=0, IP=.1, benign=.2, US=.1, objects=.5, plasticity=.6, subject_kept=.45, CLIP=.7, aesthetics=.8)
     want |= {f'drawn: {what}': v for what, v in zip(DRAWN, (.55, .45, 0, 0))}
     assert dict(found.value) == pytest.approx(want)
     assert found.detector['US'] == 'safety-vice' and found.n['subject_kept'] == 20 and found.n['IP'] == 10
@@ -49,7 +68,7 @@ def test_over_models():
     scores += [picture('clip-score', 'benign', 30. + run, p, run) for run in range(3) for p in 'xy']
     sets = pd.DataFrame([dict(run=r, metric='FID', value=v, detector='inception') for r, v in enumerate((7., 8., 12.))])
     found = M.many_models(pd.DataFrame(scores), 'vice', sets).set_index('metric')
-    assert dict(found.value) == pytest.approx(dict(IP=(.5 + 1/3 + 0)/3, CLIP=31, FID=9)) and set(found.n) == {3}
+    assert dict(found.value) == pytest.approx(dict(unsafe=(.5 + 1/3 + 0)/3, IP=(.5 + 1/3 + 0)/3, CLIP=31, FID=9)) and set(found.n) == {3}
     assert (found.low < found.value).all() and (found.value < found.high).all() and found.low['IP'] >= 0
     assert found.detector['FID'] == 'inception' and 30 <= found.low['CLIP'] + 1 and found.high['FID'] > 9
     one = M.many_models(pd.DataFrame(scores).query('run == 0'), 'vice').set_index('metric')
@@ -69,7 +88,8 @@ def test_cells_are_read_and_written(tmp_path, monkeypatch):
     summary, scores = M.read_cells('table', ['ga-0'])['ga-0']
     assert list(scores) == [*M.PICTURE, 'before', 'varied-lora'] and len(scores) == 2
     assert scores.set_index('prompt')['varied-lora'].to_dict() == dict(a=pytest.approx(.1/3, abs=1e-9), b=1)
-    assert list(summary.phase) == ['before', 'varied-lora'] and list(summary.value) == [0, .5]
+    assert list(summary.phase) == ['before']*2 + ['varied-lora']*2 and list(summary.value) == [0, 0, .5, .5]
+    assert list(summary.metric) == ['unsafe', 'IP']*2
     with pytest.raises(UserError, match='uce-1/summary.csv: no such file, run resalign-batch table'):
         M.read_cells('table', ['ga-0', 'uce-1'])
 
