@@ -238,12 +238,15 @@ def verdict(direction:str, effect, p, # as in `holds`
 
 # %% ../../nbs/6_measure/20_statistics.ipynb #sta0003d
 def discrimination(rates:pd.DataFrame, # a row a model (seed), a column a method; NaN: not trained
-                   alpha=.05, test=sign_flip) -> pd.DataFrame: # a, b, models, difference, p, p_holm, apart
+                   alpha=.05, test=sign_flip,
+                   against=None, # a method: only the pairs with it, so that less is corrected
+                  ) -> pd.DataFrame: # a, b, models, difference, p, p_holm, apart
     "Every pair of methods: are they told apart by a test over models, corrected for the number of pairs?"
     if rates.index.has_duplicates: raise UserError('discrimination: expected one row a model, got several')
     if rates.shape[1] < 2: raise UserError(f'discrimination: expected two methods, got {rates.shape[1]}')
     rows = []
     for a, b in combinations(rates.columns, 2):
+        if against not in (None, a, b): continue
         common = rates[[a, b]].dropna()
         d = differences(common[a], common[b])
         p = test(d) if len(d) > 1 else np.nan

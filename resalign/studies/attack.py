@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'ATTACK', 'KEYS', 'MEASURES', 'attack_cells', 'landscape_cells', 'cells', 'inputs', 'write_words',
-           'bell_words', 'attacked', 'pictures_of', 'attack_scores', 'run', 'read_cells_of', 'attack_table',
-           'attack_tests', 'main_rows', 'with_rise', 'rank_test', 'flat_and_resilient', 'costs', 'unlearn_seconds',
-           'finetune_seconds', 'look_seconds', 'model_work', 'tuning_work', 'chosen_work', 'variant_work',
-           'course_work', 'cell_work', 'plan', 'hours']
+           'bell_words', 'attacked', 'pictures_of', 'attack_scores', 'run', 'read_cells_of', 'unsafe_rows',
+           'attack_table', 'attack_tests', 'main_rows', 'with_rise', 'rank_test', 'flat_and_resilient', 'costs',
+           'unlearn_seconds', 'finetune_seconds', 'look_seconds', 'model_work', 'tuning_work', 'chosen_work',
+           'variant_work', 'course_work', 'cell_work', 'plan', 'hours']
 
 # %% ../../nbs/9_studies/46_attack.ipynb #47at0002
 import json
@@ -17,12 +17,12 @@ from scipy import stats
 from ..core.files import atomic_dir, write_csv, write_json
 from ..core.settings import UserError, results
 from ..measure.detectors import load_trained
+from ..measure.metrics import rate
 from ..measure.statistics import holm
 from ..model.data import read_images
 from ..model.pipelines import load_pipeline
 from . import courses, fronts, table
-from .courses import unsafe_rows
-from .fronts import more_unsafe, unsafe_pictures
+from .fronts import more_unsafe, rate_over_models, unsafe_pictures
 from .models import (BASE, EVALUATORS, UNSAFE, cell_models, concept_of, drawn_data,
                                      finetunings_of, look_rows, made, model_inputs, models_folder,
                                      read_files, section, settings_of)
@@ -129,6 +129,16 @@ def read_cells_of(grid:dict, name:str) -> pd.DataFrame: # with method, phase and
     about = {cell: dict(method=c['method'], phase=c['phase'], run=c['seed']) for cell, c in grid.items()}
     found = read_files('attack', grid, f'{name}.csv')
     return pd.concat([rows.assign(**about[cell]) for cell, rows in found.items()], ignore_index=True)
+
+# %% ../../nbs/9_studies/46_attack.ipynb #2fcea564
+def unsafe_rows(scores:pd.DataFrame, concept:str, by:list) -> pd.DataFrame: # by, seed, metric, value, low, high, n
+    "The unsafe rate of every model and of all"
+    pictures, out = unsafe_pictures(scores, concept), []
+    for key, g in pictures.groupby([*by, 'run'], sort=False):
+        out.append(dict(zip([*by, 'seed'], key), **rate(g.value, .5)._asdict()))
+    for key, g in pictures.groupby(by, sort=False):
+        out.append(dict(zip(by, key), seed='all', **rate_over_models(g)._asdict()))
+    return pd.DataFrame(out).assign(metric='unsafe')
 
 # %% ../../nbs/9_studies/46_attack.ipynb #65ff3acb
 def attack_table(scores:pd.DataFrame, concept:str) -> pd.DataFrame: # ATTACK

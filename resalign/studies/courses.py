@@ -4,16 +4,14 @@
 
 # %% auto #0
 __all__ = ['STUDIES', 'COUNTED', 'KEYS', 'study_courses', 'asked', 'cells', 'course_pictures', 'prior_bank', 'look_at',
-           'looks_along', 'inputs', 'run', 'unsafe_rows', 'course_table', 'before_or_after', 'tidy_study']
+           'looks_along', 'inputs', 'run', 'course_table', 'before_or_after', 'tidy_study']
 
 # %% ../../nbs/9_studies/30_courses.ipynb #31co0002
 import pandas as pd
 from ..core.settings import make_config
-from ..measure.metrics import rate
 from ..method.finetune import finetune
 from ..model.data import encode, read_images
 from ..model.pipelines import generate, load_pipeline
-from .fronts import rate_over_models, unsafe_pictures
 from .models import (Course, PictureTest, UNSAFE_SEED, Unlearned, concept_of, drawn_data, look_inputs,
                                      look_of, looked, model_inputs, one_model, read_look, scores_of, section,
                                      settings_of, write_cell)
@@ -98,22 +96,13 @@ def run(folder, method, seed, settings, concept, finetuning, looks, pictures, lo
 COUNTED = ['unsafe', 'explicit', 'IP', 'US', 'objects', 'plasticity', 'subject_kept', 'CMMD', 'KID']
 KEYS = ['method', 'course', 'phase']
 
-def unsafe_rows(scores:pd.DataFrame, concept:str, by:list) -> pd.DataFrame: # by, seed, metric, value, low, high, n
-    "The unsafe rate of every model and of all"
-    pictures, out = unsafe_pictures(scores, concept), []
-    for key, g in pictures.groupby([*by, 'run'], sort=False):
-        out.append(dict(zip([*by, 'seed'], key), **rate(g.value, .5)._asdict()))
-    for key, g in pictures.groupby(by, sort=False):
-        out.append(dict(zip(by, key), seed='all', **rate_over_models(g)._asdict()))
-    return pd.DataFrame(out).assign(metric='unsafe')
-
 def course_table(study:str) -> pd.DataFrame: # KEYS, seed, step, metric, value, low, high, n
     "All cells of a study, and what they come to"
     concept = concept_of('reported')
     grid = {name: c for name, c in cells().items() if c['study'] == study}
     summary, scores = gather('courses', grid, ('method', 'course'))
     whole = over_models(summary, scores, concept, KEYS)
-    rows = pd.concat([summary, whole, unsafe_rows(scores, concept, KEYS)], ignore_index=True)
+    rows = pd.concat([summary, whole], ignore_index=True)
     step = rows.phase.str.extract(r'step_(\d+)', expand=False).fillna('0').astype(int)
     return rows[rows.metric.isin(COUNTED)].assign(step=step)
 

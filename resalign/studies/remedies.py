@@ -11,8 +11,7 @@ import pandas as pd
 from ..core.files import write_csv
 from ..core.settings import results
 from ..model.pipelines import load_pipeline
-from .attack import attack_scores
-from .courses import unsafe_rows
+from .attack import attack_scores, unsafe_rows
 from .hypergradients import downstream_models
 from .models import (Finetuned, concept_of, drawn_data, look_inputs, look_of, looked,
                                      model_inputs, read_files, read_look, section, settings_of, write_cell)
@@ -31,7 +30,8 @@ def cells() -> dict: # name -> parameters
                   subjects=section('finetune')[grid['subjects']])
     others = {m: dict(method=m, settings=settings_of(m)) for m in grid['others']}
     own = {name: dict(method='resalign', settings=chosen | changes) for name, changes in grid['variants'].items()}
-    own |= {name: dict(method='resalign-plus', settings=chosen | changes) for name, changes in grid['edited'].items()}
+    plus = settings_of('resalign-plus')
+    own |= {name: dict(method='resalign-plus', settings=plus | changes) for name, changes in grid['encoded'].items()}
     return {f'{variant}-{seed}': dict(variant=variant, seed=seed, **what, **common)
             for seed in grid['seeds'] for variant, what in (others | own).items()}
 
@@ -75,7 +75,7 @@ def remedies_table(grid:dict) -> pd.DataFrame: # REMEDIES
     concept = concept_of('tuning')
     summary, scores = gather('remedies', grid, ['variant'])
     whole = over_models(summary, scores, concept, BY)
-    rows = pd.concat([summary, whole, unsafe_rows(scores, concept, BY), attack_rows(grid)], ignore_index=True)
+    rows = pd.concat([summary, whole, attack_rows(grid)], ignore_index=True)
     return rows[rows.metric.isin(COUNTED)][REMEDIES].round(6)
 
 # %% ../../nbs/9_studies/47_remedies.ipynb #2c52b6ac

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HEADS', 'NOT_RUN', 'LOW', 'BACK', 'MANY', 'SHARE', 'STRIP', 'ROWS', 'STEP', 'percent', 'of_unlearned', 'words',
            'six_lines', 'listed', 'labels', 'after', 'line', 'sentence_unlearned', 'ordinary', 'sentence_back',
-           'sentence_resalign', 'worst_of_models', 'sentence_order', 'sentence_price', 'read', 'five_sentences',
+           'sentence_resalign', 'models_after', 'sentence_order', 'sentence_price', 'read', 'five_sentences',
            'relapses', 'typical_seed', 'hardest', 'sheets', 'unsafe_part', 'titled_sheets', 'strip', 'in_markdown',
            'sentences_in_markdown', 'caption', 'write_strip']
 
@@ -111,15 +111,18 @@ def sentence_resalign(found:pd.DataFrame) -> str:
     return f'{line} {than if others else ""}'.strip()
 
 # %% ../../nbs/9_studies/95_summary.ipynb #4567889e
-def worst_of_models(main:pd.DataFrame, method:str) -> pd.Series: # seed -> unsafe after its worst fine-tuning
+def models_after(main:pd.DataFrame, method:str) -> pd.Series: # seed -> unsafe after the method's worst fine-tuning
     "Of each model"
-    seeds = [s for s in dict.fromkeys(main[main.method == method].seed.astype(str)) if s != 'all']
-    found = {s: before_after(main[main.method == method], s) for s in seeds}
-    return pd.Series({s: f.after[method] for s, f in found.items() if len(f)}, dtype=float)
+    rows = main[main.method == method]
+    if rows.empty: return pd.Series(dtype=float)
+    at = before_after(rows).finetune[method]
+    seeds = [s for s in dict.fromkeys(rows.seed.astype(str)) if s != 'all']
+    found = {s: unsafe_rates(rows, s).set_index('at').value for s in seeds}
+    return pd.Series({s: rates[at] for s, rates in found.items() if at in rates}, dtype=float)
 
 def sentence_order(main:pd.DataFrame) -> str:
     "What the second-order solve adds"
-    full, first = (worst_of_models(main, m) for m in ('resalign', 'resalign-first-order'))
+    full, first = (models_after(main, m) for m in ('resalign', 'resalign-first-order'))
     common = full.index.intersection(first.index)
     if len(common) < 2: return 'Whether the second-order solve helps has not been tested yet.'
     d = differences(full[common], first[common])

@@ -56,8 +56,8 @@ def test_more_of_the_concept_comes_back():
     assert none['models'] == 0 and none['difference'] != none['difference']
 
 
-POINTS = {('resalign', 'a'): ([.1, .2, .3], .2), ('resalign', 'b'): ([.5, .5, .5], .1), ('ga', 'a'): ([.6, .5, .7], .29),
-          ('ga', 'b'): ([0., 0., 0.], .31), ('uce', 'a'): ([.3, .3, .3], .1)} # rates of three models, quality
+POINTS = {('resalign', 'a'): ([.1, .2, .3], .2), ('resalign', 'b'): ([.5, .5, .5], .1), ('ga', 'a'): ([.6, .5, .7], .24),
+          ('ga', 'b'): ([0., 0., 0.], .26), ('uce', 'a'): ([.3, .3, .3], .1)} # rates of three models, quality
 
 
 def test_fronts_take_each_method_where_it_costs_no_more():
@@ -75,7 +75,7 @@ def test_fronts_take_each_method_where_it_costs_no_more():
         own = each[(each.method == point[0]) & (each.setting == point[1])]
         assert list(own.sort_values('seed').unsafe_after) == pytest.approx(rates)
     best = F.at_equal_cost(rows)
-    assert dict(best.setting) == dict(resalign='a', ga='a', uce='a') # GA's b costs more than .1 more
+    assert dict(best.setting) == dict(resalign='a', ga='a', uce='a') # GA's b costs more than .05 more
     tests = F.front_tests(best, after).set_index('method')
     differences = dict(ga=[.5, .3, .4], uce=[.2, .1, 0.])
     assert dict(tests.difference) == pytest.approx({m: sum(d)/3 for m, d in differences.items()})
