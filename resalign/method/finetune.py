@@ -326,6 +326,7 @@ def trainable_until_exit(params:list):
             p.requires_grad_(flag)
             p.grad = None
 
+# %% ../../nbs/4_method/20_finetune.ipynb #27abf766
 def check_simulated(config:FinetuneConfig):
     "A simulated fine-tuning has one learning rate"
     if config.lr_scheduler == 'constant' and not config.warmup: return
