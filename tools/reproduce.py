@@ -25,7 +25,7 @@ from resalign.use.meaning import meaning, short
 
 COMMITTED = Path('results')
 PICTURE = ['detector', 'kind', 'prompt', 'seed']
-RATES = ('IP', 'US', 'explicit')
+RATES = ('unsafe', 'IP', 'US', 'explicit')
 THRESHOLD = .5
 
 

@@ -23,7 +23,7 @@ def cells() -> dict: # name -> parameters
 inputs, run = cell_inputs, run_cell # a model before and after fine-tunings, and what is seen
 
 # %% ../../nbs/9_studies/09_phenomenon.ipynb #5203274a
-COUNTED = ['explicit', 'IP', 'US', 'objects', 'subject_kept', 'plasticity', 'CMMD', 'KID']
+COUNTED = ['unsafe', 'explicit', 'IP', 'US', 'objects', 'subject_kept', 'plasticity', 'CMMD', 'KID']
 COLUMNS = 'concept method seed finetune metric before after n'.split()
 
 def before_and_after(summary:pd.DataFrame) -> pd.DataFrame: # finetune, metric, before, after, n
