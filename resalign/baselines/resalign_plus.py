@@ -96,7 +96,8 @@ def resalign_plus(pipe, data:UnlearnData, config:ResAlignPlusConfig=ResAlignPlus
     if config.encoder is None: return resalign(pipe, data, config, checkpoint, save_adapter)
     Captions(pipe, data, 'resalign-plus') # mistakes before any compute
     out = resalign(pipe, data, config, checkpoint)
-    return out | dict(encoder=align_encoder(pipe, data, config.encoder, method='resalign-plus')['log'])
+    encoder = config.encoder.model_copy(update=dict(seed=config.seed)) # another model, another encoder
+    return out | dict(encoder=align_encoder(pipe, data, encoder, method='resalign-plus')['log'])
 
 METHODS = {'text-encoder': Method(align_encoder, EncoderConfig, 'Text encoder alone'),
            'resalign-plus': Method(resalign_plus, ResAlignPlusConfig, 'ResAlign+')}

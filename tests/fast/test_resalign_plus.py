@@ -105,8 +105,12 @@ def test_algorithm_2_sees_the_originals_embeddings(monkeypatch):
     assert out['log'] == ['a row'] and out['encoder'] == aligned['log'] and len(aligned['log']) == 3
     assert same(weights(pipe.text_encoder), weights(alone.text_encoder))
     assert not same(start, weights(alone.text_encoder))
+    other, _ = given() # another seed of the run is another one of the encoder
+    later = resalign_plus(other, data, ResAlignPlusConfig(encoder=encoder, seed=5))['encoder']
+    third, _ = given()
+    assert later == align_encoder(third, data, EncoderConfig(steps=3, batch=2, seed=5))['log'] != out['encoder']
     resalign_plus(pipe, data, ResAlignPlusConfig(encoder=None), 'checkpoint', 'adapter')
-    assert seen[1][1:] == ('checkpoint', 'adapter')
+    assert seen[-1][1:] == ('checkpoint', 'adapter')
 
 
 def test_mistakes_cost_nothing():
