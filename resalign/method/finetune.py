@@ -50,6 +50,9 @@ class FinetuneConfig(Config):
     token:str = '<new>'                  # the token that textual inversion and Custom Diffusion learn
     seed:int = 0
 
+    @property
+    def constant_lr(self) -> bool: return self.lr_scheduler == 'constant' and not self.warmup
+
     def batches(self, step:int) -> range:
         "Numbers of the batches of a step"
         return range(step*self.accumulation, (step + 1)*self.accumulation)
@@ -272,7 +275,7 @@ def check_algorithm(pipe, algorithm:str):
 
 def make_scheduler(config:FinetuneConfig, opt): # None: the learning rate stays as it is
     "diffusers' schedule of the learning rate"
-    if config.lr_scheduler == 'constant' and not config.warmup: return None
+    if config.constant_lr: return None
     name = 'constant_with_warmup' if config.lr_scheduler == 'constant' else config.lr_scheduler
     return get_scheduler(name, opt, num_warmup_steps=config.warmup, num_training_steps=config.steps)
 
@@ -329,7 +332,7 @@ def trainable_until_exit(params:list):
 # %% ../../nbs/4_method/20_finetune.ipynb #27abf766
 def check_simulated(config:FinetuneConfig):
     "A simulated fine-tuning has one learning rate"
-    if config.lr_scheduler == 'constant' and not config.warmup: return
+    if config.constant_lr: return
     raise UserError('lr_scheduler, warmup: a simulated fine-tuning has a constant learning rate, expected neither')
 
 def descend(loss:FinetuneLoss, params:list, config:FinetuneConfig, moments:dict=None) -> dict: # the optimizer's state

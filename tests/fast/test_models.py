@@ -18,11 +18,11 @@ def test_two_methods_look_at_pictures(monkeypatch):
     monkeypatch.setattr(M, 'read_prompts', lambda path: rows if path.name == 'validation-vice.csv' else 1/0)
     monkeypatch.setattr(M, 'drawn_data', lambda: Path())
     monkeypatch.setattr(M, 'load_trained', lambda folder: {'detector-vice': 'a detector'})
-    assert M.eyes('rece', 'vice') == dict(detector='a detector', validation=[(f'p{k}', k) for k in range(1, 21)])
-    assert M.eyes('uce', 'vice') == {} == M.eyes('safegen', None)
+    assert M.detector_for('rece', 'vice') == dict(detector='a detector', validation=[(f'p{k}', k) for k in range(1, 21)])
+    assert M.detector_for('uce', 'vice') == {} == M.detector_for('safegen', None)
     monkeypatch.setattr(M, 'given', lambda concept: dict(unsafe='u', benign='b', pool={}, erase=[]))
     seen = dict(state='a')
-    monkeypatch.setattr(M, 'content', lambda *paths: dict(seen) if paths == (M.EVALUATORS,) else {})
+    monkeypatch.setattr(M, 'content', lambda *paths: dict(seen) if M.EVALUATORS in paths else {})
     def keys(): return {m: M.Unlearned(m, 0, {}, 'vice').key for m in ('uce', 'rece', 'safegen')}
     before = keys()
     seen['state'] = 'b'

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from resalign.baselines import resalign_plus as module
+from resalign.baselines.advunlearn import random_prefix
 from resalign.baselines.resalign_plus import (Captions, EncoderConfig, ResAlignPlusConfig, align_encoder, encoder_loss,
-                                              found_prefix, random_prefix, resalign_plus)
+                                              found_prefix, resalign_plus)
 from resalign.core.runs import generator
 from resalign.core.settings import UserError
 from tests.fast.test_advunlearn import told
@@ -81,7 +82,7 @@ def test_a_longer_search_comes_nearer():
         delta = found_prefix(x, i, config.model_copy(update=dict(found_steps=n)), generator(0))
         return (x.embedded(x.encoder, 'unsafe', i, delta) - goal).square().mean().item()
     assert off(10) < off(3) < off(0)
-    start = random_prefix(x, len(i), generator(0))
+    start = random_prefix(x.encoder, len(i), generator(0))
     assert torch.equal(found_prefix(x, i, config, generator(0)), start) and start.shape == (len(UNSAFE), WIDTH)
 
 
