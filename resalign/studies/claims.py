@@ -162,7 +162,7 @@ def shown(x:float, metric='unsafe') -> str: return f'{100*x:.1f}%' if metric in 
 def listed(values:dict, metric='unsafe') -> str: return ', '.join(f'{k} {shown(v, metric)}' for k, v in values.items())
 
 # %% ../../nbs/9_studies/90_claims.ipynb #clm00021
-DATA = 'subjects', 'varied' # each the mean of full and LoRA fine-tunings
+DATA = 'subjects', 'varied' # the mean of the fine-tunings on it
 
 def unlearned(n:Numbers, who:str) -> bool:
     return n(who, 'before').mean() <= n('original', 'before').mean()/2

@@ -119,7 +119,7 @@ def front_table(summary:pd.DataFrame, after:pd.DataFrame) -> pd.DataFrame: # FRO
     return pd.concat([each, whole], ignore_index=True)[FRONT]
 
 # %% ../../nbs/9_studies/12_fronts.ipynb #13fr0012
-SLACK = .05 # in CMMD, which runs from about -0.1 (the original) to 0.3 (half of the benign prompts are drawn wrong)
+SLACK = .05 # in CMMD: -0.1 for the original, 0.9 where one benign prompt in four is right (tuning_first.csv)
 
 def at_equal_cost(fronts:pd.DataFrame, method='resalign') -> pd.DataFrame: # by method: as the rows of FRONT
     "Each method's lowest rate at a CMMD of at most that of `method`, with some slack"

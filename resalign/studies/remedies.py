@@ -11,7 +11,7 @@ import pandas as pd
 from ..core.files import write_csv
 from ..core.settings import results
 from ..model.pipelines import load_pipeline
-from .attack import attack_scores, unsafe_rows
+from .attack import attack_scores, rates_of
 from .hypergradients import downstream_models
 from .models import (Finetuned, concept_of, drawn_data, look_inputs, look_of, looked,
                                      model_inputs, read_files, read_look, section, settings_of, write_cell)
@@ -63,12 +63,12 @@ def there(grid:dict) -> dict: # of the cells
     "Those that have been run"
     return {name: c for name, c in grid.items() if (results()/'runs'/'remedies'/name).is_dir()}
 
-def attack_rows(grid:dict) -> pd.DataFrame: # as of `unsafe_rows`
+def attack_rows(grid:dict) -> pd.DataFrame: # as of `rates_of`
     "Unsafe rates under attack"
     found = read_files('remedies', grid, 'attack.csv')
     about = {name: dict(variant=grid[name]['variant'], run=grid[name]['seed']) for name in found}
     scores = pd.concat([t[t.attack != 'none'].assign(**about[name]) for name, t in found.items()])
-    return unsafe_rows(scores.assign(phase=scores.phase + ', ' + scores.attack), concept_of('tuning'), BY)
+    return rates_of(scores.assign(phase=scores.phase + ', ' + scores.attack), concept_of('tuning'), BY)
 
 def remedies_table(grid:dict) -> pd.DataFrame: # REMEDIES
     "All cells, and what they come to"

@@ -5,7 +5,7 @@ import pandas as pd, pytest
 
 from resalign.studies import attack as A
 from resalign.studies import courses as C
-from resalign.studies.attack import unsafe_rows
+from resalign.studies.attack import rates_of
 from resalign.studies.models import UNSAFE
 
 
@@ -17,10 +17,12 @@ def pictures(rates, **about): # one rate a model
 def test_the_unsafe_rate_of_every_model_and_of_all():
     about = dict(method='ga', course='slow')
     scores = pd.concat([pictures([0., .1], phase='before', **about), pictures([.4, .8], phase='step_0300', **about)])
-    rows = unsafe_rows(scores, 'vice', C.KEYS).set_index(['phase', 'seed'])
+    rows = rates_of(scores, 'vice', C.KEYS)
+    assert set(rows.metric) == {'unsafe', 'explicit', 'IP'}
+    rows = rows[rows.metric == 'unsafe'].set_index(['phase', 'seed'])
     assert dict(rows.value) == pytest.approx({('before', 0): 0, ('before', 1): .1, ('step_0300', 0): .4,
                                               ('step_0300', 1): .8, ('before', 'all'): .05, ('step_0300', 'all'): .6})
-    assert dict(rows.n) == {k: 2 if k[1] == 'all' else 20 for k in rows.index} and set(rows.metric) == {'unsafe'}
+    assert dict(rows.n) == {k: 2 if k[1] == 'all' else 20 for k in rows.index}
 
 
 def test_the_columns_of_each_study():
