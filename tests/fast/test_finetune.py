@@ -36,6 +36,16 @@ def same_log(log, said):
     assert [list(r) for r in log] == [['step', 'loss', 'grad_norm']]*len(said)
     for row, expected in zip(log, said): assert row == pytest.approx(expected, rel=1e-8)
 
+class Scheduled(Rule):
+    "A learning rate a step"
+    def __init__(self, kind, rates):
+        super().__init__(kind, rates[0])
+        self.rates = rates
+
+    def __call__(self, w, g):
+        self.lr = self.rates[self.n]
+        return super().__call__(w, g)
+
 def reference(
     kind='sgd',
     lr=0.05,
@@ -52,7 +62,8 @@ def reference(
     def loss(w, k):
         return loss_at(w, toy_bank(), k, batch, toy_bank(seed=PRIOR), prior_weight, seed, names)
 
-    return descent(start or weights(toy_pipe()), loss, Rule(kind, lr), steps, accumulation, clip, decay)
+    rule = Scheduled(kind, lr) if isinstance(lr, list) else Rule(kind, lr)
+    return descent(start or weights(toy_pipe()), loss, rule, steps, accumulation, clip, decay)
 
 
 # ------------------------------------------------------------------ settings

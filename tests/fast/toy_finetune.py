@@ -132,12 +132,12 @@ def loss_at(w, bank, step, batch, prior=None, prior_weight=0., seed=0, names=())
 
 
 class Rule:
-    "SGD, Adam and AdamW; weight decay 0.01 (AdamW alone); `lr`: a number, or one a step"
-    def __init__(self, kind, lr): self.kind, self.lrs, self.n, self.m, self.v = kind, lr, 0, {}, {}
+    "SGD, Adam and AdamW; weight decay 0.01 (AdamW alone)"
+    def __init__(self, kind, lr): self.kind, self.lr, self.n, self.m, self.v = kind, lr, 0, {}, {}
 
     def __call__(self, w, g):
         self.n += 1
-        out, self.lr = {}, self.lrs[self.n - 1] if isinstance(self.lrs, list) else self.lrs
+        out = {}
         for k in w:
             if self.kind == 'sgd':
                 out[k] = w[k] - self.lr*g[k]
