@@ -168,6 +168,7 @@ try:
         print(f'step {step}: {budget.fallbacks} of {budget.solves}', flush=True)
 except TooManyFallbacks as e: print(e, flush=True)
 torch.distributed.barrier() # neither waits for the other
+torch.distributed.destroy_process_group()
 '''
 
 def test_processes_stop_together(tmp_path):

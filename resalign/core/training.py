@@ -7,7 +7,7 @@ __all__ = ['OPTIMIZERS', 'DRAWN', 'SETTINGS', 'flatten_moments', 'unflatten_mome
            'sum_of_maxima', 'optimizer_step', 'step_seconds', 'Loop', 'run_step', 'run_steps', 'optimise', 'Ranks']
 
 # %% ../../nbs/1_core/30_training.ipynb #7c660dc1
-import contextlib, contextvars, math, tempfile, time, warnings
+import atexit, contextlib, contextvars, math, tempfile, time, warnings
 from collections import deque
 from dataclasses import dataclass
 from functools import partial
@@ -211,7 +211,9 @@ def optimise(name:str,        # of the run, for progress lines and errors
 # %% ../../nbs/1_core/30_training.ipynb #ranks002
 class Ranks:
     "The processes that `accelerate launch` has started, or this one alone"
-    def __init__(self): self.accelerator = Accelerator()
+    def __init__(self):
+        self.accelerator = Accelerator()
+        if self.accelerator.num_processes > 1: atexit.register(self.accelerator.end_training) # leaves the group
 
     @property
     def is_first(self) -> bool: return self.accelerator.is_main_process

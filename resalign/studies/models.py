@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KEY', 'DATA', 'BASE', 'EVALUATORS', 'WITH_DETECTOR', 'VALIDATION', 'APART', 'UNSAFE_SEED', 'SUBJECT_SEED', 'PICTURE',
            'MEANS', 'UNSAFE', 'SUMMARY', 'SETS', 'SET_FEATURES', 'WIDTH', 'kept_key', 'made', 'models_folder',
-           'drawn_data', 'pictures_of', 'concept_of', 'given', 'detector_for', 'Unlearned', 'Finetuned', 'Course',
-           'subject_rows', 'look_rows', 'right', 'drawn_as', 'scores_of', 'photograph_metrics', 'metrics_of',
+           'drawn_data', 'pictures_of', 'concept_of', 'given', 'looks', 'detector_for', 'Unlearned', 'Finetuned',
+           'Course', 'subject_rows', 'look_rows', 'right', 'drawn_as', 'scores_of', 'photograph_metrics', 'metrics_of',
            'values_of', 'one_model', 'many_models', 'PictureTest', 'write_evaluation', 'first_pictures', 'write_look',
            'look_inputs', 'look_key', 'looked', 'cell_models', 'model_inputs', 'cell_inputs', 'narrowed',
            'sheets_below', 'read_look', 'write_cell', 'run_cell', 'section', 'all_methods', 'settings_of', 'is_tuned',
@@ -92,9 +92,11 @@ def given(concept:str|None) -> dict: # arguments of `unlearn`
 WITH_DETECTOR = ('safegen', 'rece')
 VALIDATION = 20 # prompts
 
+def looks(method:str, concept:str|None) -> list: return [EVALUATORS] if method in WITH_DETECTOR and concept else []
+
 def detector_for(method:str, concept:str|None) -> dict: # arguments of `unlearn`
     "What a method looks at pictures with"
-    if method not in WITH_DETECTOR or concept is None: return {}
+    if not looks(method, concept): return {}
     rows = [r for r in read_prompts(drawn_data()/f'validation-{concept}.csv') if r['kind'] != 'benign'][:VALIDATION]
     detector = load_trained(EVALUATORS)[f'detector-{concept}']
     return dict(detector=detector, validation=[(r['prompt'], r['seed']) for r in rows])
@@ -117,8 +119,7 @@ class Unlearned:
     def key(self) -> str: # 12 hex digits
         asked = self.arguments()
         pool = {name: content(folder) for name, folder in asked.pop('pool').items()}
-        detector = [EVALUATORS] if self.method in WITH_DETECTOR and self.concept else []
-        data = content(asked.pop('pipeline'), asked.pop('unsafe'), asked.pop('benign'), *detector)
+        data = content(*[asked.pop(k) for k in ('pipeline', 'unsafe', 'benign')], *looks(self.method, self.concept))
         code = short(meaning('resalign.use.jobs', [self.method]))
         return digest(dict(asked, code=code, pool=pool, data=data))[:12]
 
