@@ -19,7 +19,7 @@ from .phenomenon import draw_change
 # %% ../../nbs/9_studies/10_table.ipynb #11a3dcbb
 def headline() -> list:
     "The methods that are compared pair by pair; of a real profile all"
-    return section('table.headline') if sources.is_embedded() else all_methods()
+    return section('table.headline') + section('table.beyond') if sources.is_embedded() else all_methods()
 
 def downstream() -> dict: # name -> settings
     "The fine-tunings after which models are looked at; of a real profile all that it has"
