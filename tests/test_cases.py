@@ -5,7 +5,7 @@ given is used or refused; a score that can't be had is absent; where something l
 at home, and nobody asks the network."""
 import io, json, os, shutil, stat, subprocess, sys, types
 from pathlib import Path
-import nbformat, numpy as np, pandas as pd, pytest, torch
+import nbformat, numpy as np, pandas as pd, pytest, torch, yaml
 from PIL import Image, ImageCms
 from safetensors.torch import load_file, save_file
 
@@ -481,6 +481,30 @@ def test_home_permissions_and_other_projects(tmp_path, monkeypatch):
     assert params('profiles.mine.size') == 8
 
 
+def test_the_working_folder_and_links(made, tmp_path, monkeypatch):
+    "A result replaces its folder as a whole: never the one that somebody stands in; of a link, what it leads to"
+    from resalign.use.cli import check_out
+    (tmp_path/'here/below').mkdir(parents=True)
+    monkeypatch.chdir(tmp_path/'here/below')
+    for out in '.', '..', '../../here', tmp_path/'here': assert 'the working folder' in said(check_out, out, [made/'base']), out
+    (tmp_path/'disk').mkdir()
+    for name, target in dict(link=tmp_path/'disk', later=tmp_path/'not yet').items():
+        (tmp_path/name).symlink_to(target)
+        with atomic_dir(check_out(tmp_path/name, [made/'base'])) as tmp: (tmp/'record.json').write_text('{}')
+        assert (tmp_path/name).is_symlink() and (target/'record.json').is_file()
+        assert check_out(f'{tmp_path}/{name}/', [made/'base']) == target # an earlier result
+
+
+def test_a_reader_that_leaves_and_a_folder_that_is_gone(tmp_path):
+    run = lambda script: subprocess.run(['bash', '-c', script, 'bash', sys.executable], cwd=tmp_path, capture_output=True,
+                                        text=True, env=os.environ | dict(PYTHONPATH=str(ROOT)))
+    start = "-c 'import sys; from resalign.use import cli; sys.argv = [\"resalign-doctor\", \"--help\"]; cli.doctor()'"
+    done = run(f'"$1" {start} | true; echo ${{PIPESTATUS[0]}}')
+    assert (done.stdout, done.stderr) == ('141\n', '')
+    done = run(f'mkdir gone && cd gone && rmdir ../gone && "$1" {start}')
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith('resalign-doctor: error: the working folder is gone')
+
+
 # ------------------------------------------------------------------ real weights
 
 def test_precision_of_old_and_new_cards(monkeypatch):
@@ -596,6 +620,33 @@ def test_no_other_command_leaves_anything_at_home_or_asks_the_network(made, tmp_
     assert done.returncode == 1 and b'To get what is missing' in done.stdout, done.stderr.decode()
     assert all((tmp_path/out/'model_index.json').is_file() for out in ('safe', 'tuned', 'new'))
     assert not list((tmp_path/'home').iterdir()), 'written at home'
+
+
+QUICK = dict(unlearn=dict(resalign=dict(steps=1)), finetune={'varied-lora': dict(steps=1)}, evaluate=dict(steps=1))
+
+
+@pytest.mark.skipif(not EVALUATORS.is_dir(), reason='outs/evaluators is not here: dvc pull evaluators')
+def test_the_lines_of_the_readme(made, tmp_path, monkeypatch):
+    "The shell's and Python's, as they stand there, in a folder that is no clone, without a network; a step of each"
+    part = (ROOT/'README.md').read_text(encoding='utf-8').partition('\n## Your own model')[2].partition('\n## ')[0]
+    code = [line.strip() for line in part.splitlines() if line.startswith('    ')]
+    commands = [line.split() for line in code if line.startswith('resalign-')]
+    assert [words[0] for words in commands] == [f'resalign-{c}' for c in ('unlearn', 'finetune', 'evaluate', 'attack')]
+    shutil.copytree(made/'base', tmp_path/'my-model')
+    for name in 'unsafe', 'benign', 'mine': shutil.copytree(made/'pictures', tmp_path/'pictures'/name)
+    shutil.copy(made/'p.csv', tmp_path/'prompts.csv')
+    (tmp_path/'outs').mkdir()
+    (tmp_path/'outs/evaluators').symlink_to(EVALUATORS)
+    (tmp_path/'params.yaml').write_text(yaml.safe_dump(dict(profile='mine', profiles=dict(mine=QUICK))))
+    words = [w for name, *rest in commands for w in ('+', name.removeprefix('resalign-'), *rest)][1:]
+    done = started(tmp_path, *words)
+    assert done.returncode == 0, done.stderr.decode()
+    for file in 'safe/README.md', 'tuned/log.csv', 'scores/report.html', 'attacked/attacks.csv': assert (tmp_path/file).is_file()
+    assert not list((tmp_path/'home').iterdir()), 'written at home'
+    monkeypatch.chdir(tmp_path)
+    before = {out: (tmp_path/out).stat().st_ino for out in ('safe', 'tuned', 'scores')}
+    exec('\n'.join(line for line in code if not line.startswith('resalign-')), {})
+    assert all((tmp_path/out).stat().st_ino != inode for out, inode in before.items())
 
 
 def test_notebooks_without_kernelspec_and_odd_names(tmp_path):

@@ -17,7 +17,7 @@ __all__ = ['QUICK_TRIAL', 'WEIGHTS', 'RECORDS', 'PIPELINE_FILES', 'LAUNCH', 'PIP
            'batch_study', 'batch_page', 'batch', 'doctor']
 
 # %% ../../nbs/8_use/30_cli.ipynb #4c6ef354
-import argparse, inspect, os, subprocess, sys, textwrap
+import argparse, inspect, os, signal, subprocess, sys, textwrap
 from functools import wraps
 from pathlib import Path
 import yaml
@@ -56,14 +56,22 @@ def quiet():
     for stream in (sys.stdout, sys.stderr): # a terminal may lack letters that a path has
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
 
+def check_here():
+    "The folder that the command was started in is still there"
+    try: os.getcwd()
+    except OSError: fail('error: the working folder is gone, expected to be started in one that is there', 2)
+
 # %% ../../nbs/8_use/30_cli.ipynb #92d93af5
 def end_with_one_line(e:BaseException):
-    "An interruption or a user's mistake in one line; any other error as it is"
+    "An interruption or a user's mistake in one line; nothing for a reader that has left; any other error as it is"
     from resalign.core.runs import Stopped
     from resalign.core.settings import UserError
     if isinstance(e, Stopped): fail(e, 128 + e.signal)
     if isinstance(e, KeyboardInterrupt): fail('interrupted', 130)
     if isinstance(e, UserError): fail(f'error: {" ".join(str(e).split())}', 2)
+    if isinstance(e, BrokenPipeError): # as of `| head`; what is still to be printed goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE)
     raise e
 
 # %% ../../nbs/8_use/30_cli.ipynb #c11e7d00
@@ -92,8 +100,11 @@ def command(func):
     def run(*args, **kw):
         if args or kw: return parsed(*args, **kw)
         quiet()
+        check_here()
         parsed.__doc__ = with_methods(parsed.__doc__)
-        try: parse()
+        try:
+            try: parse()
+            finally: sys.stdout.flush()
         except (KeyboardInterrupt, Exception) as e: end_with_one_line(e)
     return run
 
@@ -198,9 +209,10 @@ def check_given(given):
 RECORDS = ('record.json', 'losses.json') # in folders that a command wrote
 
 def check_out(out, inputs) -> Path:
-    "`out` may be written: it is new, empty, or an earlier result, and holds no input"
+    "`out` may be written: it is new, empty, or an earlier result, and holds no input; of a link, where it leads"
     from resalign.core.settings import UserError
     out = Path(out)
+    if out.is_symlink(): out = out.resolve()
     for p in (out, *out.parents):
         if p.is_file(): raise UserError(f'{p}: is a file, expected a folder')
     near = next(p for p in (out, *out.absolute().parents) if p.exists())
@@ -209,6 +221,8 @@ def check_out(out, inputs) -> Path:
         check_given(given)
         if Path(given).resolve().is_relative_to(out.resolve()):
             raise UserError(f"{out}: is, or holds, the input '{given}', expected another folder to write")
+    if Path.cwd().is_relative_to(out.resolve()):
+        raise UserError(f'{out}: is, or holds, the working folder, expected another one: it is replaced as a whole')
     if out.is_dir() and any(out.iterdir()) and not any((out/f).is_file() for f in RECORDS):
         raise UserError(f'{out}: is not empty and was not written by resalign, expected a new folder')
     return out
