@@ -2851,6 +2851,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'resalign.use.cli.check_concept': ('8_use/cli.html#check_concept', 'resalign/use/cli.py'),
                                   'resalign.use.cli.check_evaluation': ('8_use/cli.html#check_evaluation', 'resalign/use/cli.py'),
                                   'resalign.use.cli.check_given': ('8_use/cli.html#check_given', 'resalign/use/cli.py'),
+                                  'resalign.use.cli.check_here': ('8_use/cli.html#check_here', 'resalign/use/cli.py'),
                                   'resalign.use.cli.check_out': ('8_use/cli.html#check_out', 'resalign/use/cli.py'),
                                   'resalign.use.cli.check_prompts': ('8_use/cli.html#check_prompts', 'resalign/use/cli.py'),
                                   'resalign.use.cli.check_publishing': ('8_use/cli.html#check_publishing', 'resalign/use/cli.py'),
