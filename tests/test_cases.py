@@ -496,13 +496,14 @@ def test_the_working_folder_and_links(made, tmp_path, monkeypatch):
 
 
 def test_a_reader_that_leaves_and_a_folder_that_is_gone(tmp_path):
-    run = lambda script: subprocess.run(['bash', '-c', script, 'bash', sys.executable], cwd=tmp_path, capture_output=True,
-                                        text=True, env=os.environ | dict(PYTHONPATH=str(ROOT)))
-    start = "-c 'import sys; from resalign.use import cli; sys.argv = [\"resalign-doctor\", \"--help\"]; cli.doctor()'"
-    done = run(f'"$1" {start} | true; echo ${{PIPESTATUS[0]}}')
+    (tmp_path/'talk.py').write_text('import sys\nfrom resalign.use import cli\n@cli.command\ndef talk():\n    "Talk"\n    print(1)\n'
+                                    'sys.argv = ["resalign-talk"]\ntalk()\n')
+    run = lambda script: subprocess.run(['bash', '-c', script, 'bash', sys.executable, tmp_path/'talk.py'], cwd=tmp_path,
+                                        capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(ROOT)))
+    done = run('"$1" "$2" | true; echo ${PIPESTATUS[0]}')
     assert (done.stdout, done.stderr) == ('141\n', '')
-    done = run(f'mkdir gone && cd gone && rmdir ../gone && "$1" {start}')
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith('resalign-doctor: error: the working folder is gone')
+    done = run('mkdir gone && cd gone && rmdir ../gone && "$1" "$2"')
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith('resalign-talk: error: the working folder is gone')
 
 
 # ------------------------------------------------------------------ real weights
