@@ -5,7 +5,7 @@ given is used or refused; a score that can't be had is absent; where something l
 at home, and nobody asks the network."""
 import io, json, os, shutil, stat, subprocess, sys, types
 from pathlib import Path
-import nbformat, numpy as np, pandas as pd, pytest, torch
+import nbformat, numpy as np, pandas as pd, pytest, torch, yaml
 from PIL import Image, ImageCms
 from safetensors.torch import load_file, save_file
 
@@ -288,6 +288,115 @@ def test_options_that_a_method_never_reads(made):
     pictures = [str(made/'pictures')]
     for method in 'ga', 'uce', 'original': assert f'--pool: {method}' in said(folders_of_pool, method, {}, pictures)
     assert list(folders_of_pool('resalign', {}, pictures)) == ['pictures'] and folders_of_pool('uce', {}, ()) == {}
+    for method in 'ga', 'uce': assert f'--processes: {method}' in said(folders_of_pool, method, {}, (), 2)
+    assert list(folders_of_pool('resalign', {}, pictures, 2)) == ['pictures']
+
+
+COLUMNS = { # the file; the run's guidance, and whether --set asks for it: words of the refusal, or of the note
+    'prompt,Group\nx,en\n': (5., False, "column 'Group': expected the name 'group'"),
+    'prompt,negative prompt\nx,people\n': (5., False, "column 'negative prompt': expected the name 'negative_prompt'"),
+    'prompt,SD-Seed\nx,3\n': (5., False, "column 'SD-Seed': expected the name 'sd_seed'"),
+    'prompt,guidance\nx,3\n': (7., True, "column 'guidance': each prompt has its own, so that of --set (7)"),
+    'prompt,sd_guidance_scale\nx,3\n': (7., True, "column 'guidance': each prompt has its own"),
+    'prompt,negative_prompt\nx,people\n': (1., True, 'row 1: negative_prompt: is not used with guidance 1, expected'),
+    'prompt,negative_prompt,guidance\nx,,1\ny,people,0\n': (5., False, 'row 2: negative_prompt: is not used with guidance 0'),
+    'prompt,guidance\nx,3\ny,\n': (7., True, ''),
+    'prompt,negative_prompt,guidance\nx,people,7\n': (1., False, ''),
+    'prompt,steps,width\nx,30,512\n': (5., False, 'note: {}: nothing reads the columns steps, width'),
+    ',prompt,kind\n0,x,explicit\n': (5., False, '')}
+
+
+@each('text', COLUMNS)
+def test_columns_that_nothing_would_read(text, tmp_path, capsys):
+    from resalign.use.cli import check_prompts
+    guidance, given, expected = COLUMNS[text]
+    (tmp_path/'p.csv').write_text(text)
+    if not expected or expected.startswith('note'):
+        check_prompts(tmp_path/'p.csv', guidance, given)
+        assert capsys.readouterr().err.strip() == expected.format(tmp_path/'p.csv')
+    else: assert f'{tmp_path}/p.csv: {expected}' in said(check_prompts, tmp_path/'p.csv', guidance, given)
+
+
+def test_options_of_an_evaluation_that_nothing_would_read(made, tmp_path, capsys):
+    from resalign.use import cli
+    assert cli.sampling_compute(['dtype=bfloat16', 'device=cpu']) == dict(dtype='bfloat16', device='cpu')
+    for name in 'gradient_checkpointing', 'eight_bit_adam': assert name in said(cli.sampling_compute, [f'{name}=true'])
+    (tmp_path/'card.json').write_text('{"version": "3", "kind": "emoji"}')
+    assert '--show-flagged' in said(cli.check_evaluation, made/'base', tmp_path, False, None, True)
+    cli.check_evaluation(made/'base', tmp_path, False, None, False)
+    cli.say_evaluated(tmp_path, pd.DataFrame(columns='metric value low high n detector'.split()))
+    assert capsys.readouterr().out.startswith('no rate and no mean: no prompt asks for')
+
+
+def test_words_and_folders_of_an_unlearning(made, tmp_path, capsys):
+    "Words that no caption holds are a slip, whatever the method; of several, those are named"
+    from resalign.use.cli import check_concept
+    rows = [dict(file_name='00000.png', text=text) for text in ('a fox with  a Dagger', 'a bear')]
+    shutil.copytree(made/'pictures', tmp_path/'unsafe')
+    (tmp_path/'unsafe/metadata.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    for erase in ['with a sword'], [''], ['  ', 'sword']:
+        text = said(check_concept, tmp_path/'unsafe', made/'pictures', erase)
+        assert f'{tmp_path}/unsafe: --erase: no caption holds any of the words' in text and repr(erase[-1]) in text
+    for erase in [], [' with a dagger']: check_concept(tmp_path/'unsafe', made/'pictures', erase)
+    assert capsys.readouterr().err == ''
+    check_concept(tmp_path/'unsafe', tmp_path/'unsafe/', ['with a dagger', 'sword'])
+    err = capsys.readouterr().err
+    assert "--erase: no caption holds 'sword'" in err and 'of what should go, and of what should stay' in err
+
+
+def test_one_file_or_an_address_is_no_folder(made, tmp_path):
+    from resalign.use.cli import check_out
+    (tmp_path/'m.safetensors').write_bytes(b'')
+    for given, words in ((tmp_path/'m.safetensors', 'is one file, expected a diffusers folder'), ('sd-v1-4.ckpt', 'is one file'),
+                         ('https://huggingface.co/a/b', 'is an address, expected a folder, or a hub id')):
+        text = said(check_out, tmp_path/'out', [given, made/'pictures'])
+        assert words in text and str(given) in text, text
+    (tmp_path/'mine.safetensors').mkdir()
+    check_out(tmp_path/'out', [tmp_path/'mine.safetensors', 'owner/name'])
+
+
+def test_settings_as_their_writer_meant_them(tmp_path):
+    "A byte order mark is read over; a key that stands twice is refused, an anchor that is extended is not"
+    from resalign.use.cli import read_config, set_pairs
+    where = tmp_path/'c.yaml'
+    where.write_bytes(b'\xef\xbb\xbfmine:\r\n  steps: 1\r\n')
+    assert read_config(f'{where}:mine') == dict(steps=1)
+    where.write_text('a: &a {steps: 1, lr: 2}\nb: {<<: *a, steps: 3}\n')
+    assert read_config(f'{where}:b') == dict(steps=3, lr=2)
+    for text in 'steps: 1\nsteps: 2\n', 'pool: {steps: [1], batch: 2, steps: [3]}\n', 'mine: {a: {steps: 1, steps: 1}}\n':
+        where.write_text(text)
+        assert f"{where}: not YAML: the key 'steps' stands there twice" in said(read_config, str(where))
+    assert 'not a YAML value' in said(set_pairs, {}, ['pool={steps: 1, steps: 2}'])
+
+
+def test_what_an_attack_never_reads(made):
+    from resalign.use.attack import attack_settings, check_read
+    given = dict(unsafe='u', benign='b', original='o', erase=['w'])
+    check_read((), **given)
+    for asked, name in ((['noise'], 'unsafe'), (['classifier'], 'original'), (['completion'], 'benign'), (['inpaint'], 'erase')):
+        wanted = {k: v for k, v in given.items() if k == name or k == 'unsafe' or asked == ['classifier'] and k == 'benign'}
+        assert f'--{name}: is read by none of the attacks that can run' in said(check_read, asked, **dict.fromkeys(given) | wanted)
+    assert '--benign' in said(check_read, (), **dict.fromkeys(given) | dict(benign='b'))
+    check_read(['bell'], **dict.fromkeys(given) | dict(erase=['w'])) # run_attacks says what it needs
+    for after in None, made/'base':
+        assert 'finetune: nothing is fine-tuned' in said(attack_settings, None, ['finetune.steps=1'], None, after)
+    assert attack_settings(None, ['finetune.steps=1'], 3, made/'pictures')[0]['finetune']['steps'] == 1
+    for seed in -1, 2**31: assert 'seed: expected' in said(attack_settings, None, [], seed, None)
+
+
+def test_where_cells_run(made, tmp_path):
+    from resalign.use import batch, cli
+    with pytest.raises(UserError, match='the executor is local, expected --executor dask'):
+        with batch.workers_of('local', 1, 'tcp://host:8786'): pass
+    (tmp_path/'grid.yaml').write_text('product: {x: [1]}')
+    (tmp_path/'page.ipynb').write_text('{}')
+    line = dict(target=str(tmp_path/'page.ipynb'), grid=str(tmp_path/'grid.yaml'), out=str(tmp_path/'out'))
+    assert 'at least 1 worker' in said(cli.batch, **line, workers=0)
+
+
+def test_the_help_names_every_profile():
+    from resalign.use import cli
+    assert not [name for name in params('profiles') if name not in cli.PROFILE.help]
 
 
 def test_a_repository_without_git(tmp_path):
@@ -372,6 +481,31 @@ def test_home_permissions_and_other_projects(tmp_path, monkeypatch):
     assert params('profiles.mine.size') == 8
 
 
+def test_the_working_folder_and_links(made, tmp_path, monkeypatch):
+    "A result replaces its folder as a whole: never the one that somebody stands in; of a link, what it leads to"
+    from resalign.use.cli import check_out
+    (tmp_path/'here/below').mkdir(parents=True)
+    monkeypatch.chdir(tmp_path/'here/below')
+    for out in '.', '..', '../../here', tmp_path/'here': assert 'the working folder' in said(check_out, out, [made/'base']), out
+    (tmp_path/'disk').mkdir()
+    for name, target in dict(link=tmp_path/'disk', later=tmp_path/'not yet').items():
+        (tmp_path/name).symlink_to(target)
+        with atomic_dir(check_out(tmp_path/name, [made/'base'])) as tmp: (tmp/'record.json').write_text('{}')
+        assert (tmp_path/name).is_symlink() and (target/'record.json').is_file()
+        assert check_out(f'{tmp_path}/{name}/', [made/'base']) == target # an earlier result
+
+
+def test_a_reader_that_leaves_and_a_folder_that_is_gone(tmp_path):
+    (tmp_path/'talk.py').write_text('import sys\nfrom resalign.use import cli\n@cli.command\ndef talk():\n    "Talk"\n    print(1)\n'
+                                    'sys.argv = ["resalign-talk"]\ntalk()\n')
+    run = lambda script: subprocess.run(['bash', '-c', script, 'bash', sys.executable, tmp_path/'talk.py'], cwd=tmp_path,
+                                        capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(ROOT)))
+    done = run('"$1" "$2" | true; echo ${PIPESTATUS[0]}')
+    assert (done.stdout, done.stderr) == ('141\n', '')
+    done = run('mkdir gone && cd gone && rmdir ../gone && "$1" "$2"')
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith('resalign-talk: error: the working folder is gone')
+
+
 # ------------------------------------------------------------------ real weights
 
 def test_precision_of_old_and_new_cards(monkeypatch):
@@ -440,7 +574,8 @@ from itertools import groupby
 def no(*args, **kw): os._exit(99) # an exception might be caught
 socket.socket.connect = no
 socket.getaddrinfo = no
-from resalign.use import cli
+from resalign.use import attack, cli
+cli.attack = attack.main
 try:
     for between, words in groupby(sys.argv[1:], '+'.__eq__):
         if between: continue
@@ -458,7 +593,7 @@ def started(tmp_path, *words, **env): # commands, with a plus between two
     return subprocess.run([sys.executable, '-c', WATCHED, *map(str, words)], cwd=tmp_path, env=env, capture_output=True)
 
 
-@each('name', ['unlearn', 'finetune', 'evaluate', 'pretrain', 'batch', 'doctor'])
+@each('name', ['unlearn', 'finetune', 'evaluate', 'pretrain', 'batch', 'doctor', 'attack'])
 def test_help_loads_no_library(name, tmp_path):
     done = started(tmp_path, name, '--help')
     assert done.returncode == 0 and done.stderr.decode().split('LOADED')[1].split() == [] and done.stdout
@@ -486,6 +621,33 @@ def test_no_other_command_leaves_anything_at_home_or_asks_the_network(made, tmp_
     assert done.returncode == 1 and b'To get what is missing' in done.stdout, done.stderr.decode()
     assert all((tmp_path/out/'model_index.json').is_file() for out in ('safe', 'tuned', 'new'))
     assert not list((tmp_path/'home').iterdir()), 'written at home'
+
+
+QUICK = dict(unlearn=dict(resalign=dict(steps=1)), finetune={'varied-lora': dict(steps=1)}, evaluate=dict(steps=1))
+
+
+@pytest.mark.skipif(not EVALUATORS.is_dir(), reason='outs/evaluators is not here: dvc pull evaluators')
+def test_the_lines_of_the_readme(made, tmp_path, monkeypatch):
+    "The shell's and Python's, as they stand there, in a folder that is no clone, without a network; a step of each"
+    part = (ROOT/'README.md').read_text(encoding='utf-8').partition('\n## Your own model')[2].partition('\n## ')[0]
+    code = [line.strip() for line in part.splitlines() if line.startswith('    ')]
+    commands = [line.split() for line in code if line.startswith('resalign-')]
+    assert [words[0] for words in commands] == [f'resalign-{c}' for c in ('unlearn', 'finetune', 'evaluate', 'attack')]
+    shutil.copytree(made/'base', tmp_path/'my-model')
+    for name in 'unsafe', 'benign', 'mine': shutil.copytree(made/'pictures', tmp_path/'pictures'/name)
+    shutil.copy(made/'p.csv', tmp_path/'prompts.csv')
+    (tmp_path/'outs').mkdir()
+    (tmp_path/'outs/evaluators').symlink_to(EVALUATORS)
+    (tmp_path/'params.yaml').write_text(yaml.safe_dump(dict(profile='mine', profiles=dict(mine=QUICK))))
+    words = [w for name, *rest in commands for w in ('+', name.removeprefix('resalign-'), *rest)][1:]
+    done = started(tmp_path, *words)
+    assert done.returncode == 0, done.stderr.decode()
+    for file in 'safe/README.md', 'tuned/log.csv', 'scores/report.html', 'attacked/attacks.csv': assert (tmp_path/file).is_file()
+    assert not list((tmp_path/'home').iterdir()), 'written at home'
+    monkeypatch.chdir(tmp_path)
+    before = {out: (tmp_path/out).stat().st_ino for out in ('safe', 'tuned', 'scores')}
+    exec('\n'.join(line for line in code if not line.startswith('resalign-')), {})
+    assert all((tmp_path/out).stat().st_ino != inode for out, inode in before.items())
 
 
 def test_notebooks_without_kernelspec_and_odd_names(tmp_path):

@@ -302,6 +302,7 @@ def run_to_record(cell:Cell, retries:int) -> tuple: # error, or nothing; attempt
 def workers_of(kind:str, workers:int, scheduler=None):
     "A pool with `submit`"
     if choose(kind, ('local', 'dask'), 'executor') == 'local':
+        if scheduler: raise UserError(f"--scheduler: '{scheduler}': the executor is local, expected --executor dask")
         with concurrent.futures.ThreadPoolExecutor(workers) as pool: yield pool
         return
     from distributed import Client, LocalCluster
