@@ -424,7 +424,8 @@ def say_evaluated(out:Path, summary):
 
 # %% ../../nbs/8_use/30_cli.ipynb #5ab30c1f
 PROMPT_COLUMNS = ('prompt kind seed group concept subject object style guidance negative_prompt number picture '
-                  'evaluation_seed sd_seed guidance_scale sd_guidance_scale type case_number').split()
+                  'evaluation_seed sd_seed guidance_scale sd_guidance_scale type case_number '
+                  'cue place safe').split() # the last three: of the embedded world's own sets
 
 def check_columns(prompts):
     "A column that is called nearly like one that is read is a slip; any other that nothing reads is named"
