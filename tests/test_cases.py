@@ -446,7 +446,9 @@ try:
         if between: continue
         name, *rest = words
         sys.argv = [f'resalign-{name}', *rest]
-        getattr(cli, name)()
+        try: getattr(cli, name)()
+        except SystemExit as e:
+            if e.code: raise
 finally: print('LOADED', *(m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules), file=sys.stderr)
 '''
 
@@ -458,10 +460,13 @@ def started(tmp_path, *words, **env): # commands, with a plus between two
     return subprocess.run([sys.executable, '-c', WATCHED, *map(str, words)], cwd=tmp_path, env=env, capture_output=True)
 
 
-@each('name', ['unlearn', 'finetune', 'evaluate', 'pretrain', 'batch', 'doctor'])
-def test_help_loads_no_library(name, tmp_path):
-    done = started(tmp_path, name, '--help')
-    assert done.returncode == 0 and done.stderr.decode().split('LOADED')[1].split() == [] and done.stdout
+def test_help_loads_no_library(tmp_path):
+    names = 'unlearn finetune evaluate pretrain batch doctor'.split()
+    words = [word for name in names for word in (name, '--help', '+')]
+    done = started(tmp_path, *words[:-1])
+    assert done.returncode == 0 and done.stderr.decode().split('LOADED')[1].split() == []
+    helped = done.stdout.decode()
+    assert not [name for name in names if f'usage: resalign-{name}' not in helped], helped
     assert not list((tmp_path/'home').iterdir())
 
 

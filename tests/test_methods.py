@@ -24,16 +24,17 @@ from resalign.core.settings import UserError
 from resalign.model.data import embed
 from resalign.model.losses import Denoiser
 from resalign.baselines.methods import METHODS, run_method
-from resalign.model.pipelines import load_pipeline, save_pipeline
+from resalign.model.pipelines import PretrainConfig, load_pipeline, save_pipeline
 from tests.compvis import eightfold_vae, narrow_xl, two_layers
 from each import each
 from made import CONCEPT, write_sets
 
 ROOT = Path(__file__).resolve().parent.parent
+TINY = PretrainConfig(unet_channels=(16, 32), vae_channels=(8, 8, 8, 16))
 
 
 @pytest.fixture(scope='module')
-def world_of_demo(): return demo()
+def world_of_demo(): return demo(TINY)
 
 
 @pytest.fixture

@@ -1,10 +1,10 @@
 """Every page runs from top to bottom, in a process of its own. That it leaves nothing behind: tests/conftest.py."""
-import json, os, subprocess, sys
+import json, os
 
 import pytest
 
 import pages
-from pages import ROOT, literate, study
+from pages import ROOT, literate, study, with_parameters
 
 # A page's bound is a minute on a quiet machine; this only stops one that hangs
 LIMIT = int(os.environ.get('PAGE_SECONDS', 300))
@@ -64,18 +64,20 @@ def test_study(page, server, tmp_path, record_property):
 
 
 @pytest.mark.page
-def test_papermill_passes_parameters(tmp_path):
-    "As the stages run a page: what is passed replaces the defaults (an unknown name is refused: test_faults_input.py)"
-    made = tmp_path/'made.ipynb'
-    papermill = [sys.executable, '-m', 'papermill', '--no-progress-bar', '-k', 'python3', BY_PAPERMILL, str(made)]
-    passed = '-p method uce -p seed 7'.split()
-    done = subprocess.run([*papermill, *passed], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
-    assert not done.returncode, done.stderr[-4000:]
-    cells = json.loads(made.read_text())['cells']
-    tags = [t for c in cells for t in c['metadata'].get('tags', [])]
-    shown = ''.join(t for c in cells for o in c.get('outputs', []) for t in o.get('data', {}).get('text/plain', []))
+def test_papermill_passes_parameters(server, tmp_path):
+    """What is passed replaces the defaults (an unknown name is refused: test_faults_input.py; papermill itself, started
+    as a batch starts it: test_batch.py). One picture of each kind"""
+    from papermill.iorw import load_notebook_node
+    from papermill.parameterize import parameterize_notebook
+    nb = parameterize_notebook(load_notebook_node(str(ROOT/BY_PAPERMILL)), dict(method='uce', seed=7))
+    tags = [t for c in nb.cells for t in c.metadata.get('tags', [])]
     assert tags[:2] == ['parameters', 'injected-parameters'], tags
-    assert "('uce', 7, 'lora')" in shown, shown
+    text = json.dumps(nb)
+    assert text.count('EACH = 4') == 1
+    (made := tmp_path/'made.ipynb').write_text(text.replace('EACH = 4', 'EACH = 1'))
+    status, _, said = pages.run(with_parameters, str(made), tmp_path/'log', LIMIT)
+    assert not status, said[-6000:]
+    assert "('uce', #, 'lora') [7.0]" in said, said
 
 
 # ------------------------------------------------------------------ the server itself

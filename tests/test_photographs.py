@@ -1,7 +1,7 @@
 """The evaluators for photographs: real NudeNet; every other one over random weights in the exact format of the
 released file. No network."""
 
-import json, os, pickle, shutil, socket, subprocess, sys
+import json, os, pickle, shutil, socket, sys
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
@@ -20,6 +20,7 @@ from resalign.real.sources import read_prompts
 from resalign.use import cli
 from resalign.use.evaluate import draw, sheet
 from resalign.world.emoji import pictures, scenes, write_set
+import pages
 from refusals import said
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -521,11 +522,11 @@ from resalign.measure.photographs import Inception, load_strictly
 for n in ('', '.datasets', '.transforms', '.transforms.functional'):
     sys.modules[f'torchvision{n}'] = types.ModuleType(f'torchvision{n}')
 d = sys.modules['torchvision.datasets']; d.CIFAR10 = d.STL10 = d.CIFAR100 = object
-sys.path.insert(0, sys.argv[2])
+sys.path.insert(0, ORACLE)
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 import torch
-lib = FeatureExtractorInceptionV3('x', ['2048'], feature_extractor_weights_path=sys.argv[1])
-ours = load_strictly(Inception(), read_weights(sys.argv[1]), 'x'); g = torch.Generator().manual_seed(0)
+lib = FeatureExtractorInceptionV3('x', ['2048'], feature_extractor_weights_path=WEIGHTS)
+ours = load_strictly(Inception(), read_weights(WEIGHTS), 'x'); g = torch.Generator().manual_seed(0)
 assert list(lib.state_dict()) == list(ours.state_dict())
 for h, w in ((64, 64), (300, 41)):
     x = torch.randint(0, 256, (1, 3, h, w), generator=g, dtype=torch.uint8)
@@ -537,16 +538,12 @@ print('same')
 @pytest.mark.skipif(
     not (ORACLE / 'torch_fidelity').is_dir(), reason=f'pip install --no-deps --target {ORACLE} torch-fidelity==0.4.0'
 )
-def test_inception_beside_torch_fidelity(folder):
+def test_inception_beside_torch_fidelity(folder, tmp_path):
     "Names and shapes of every weight, and features, against the library itself, in a process of its own"
-    done = subprocess.run(
-        [sys.executable, '-c', LIVE, str(folder / P.PARTS['inception']['weights'].file), str(ORACLE)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ | dict(PYTHONPATH=str(ROOT)),
-    )
-    assert done.stdout.strip() == 'same', done.stderr[-2000:]
+    weights = folder / P.PARTS['inception']['weights'].file
+    (tmp_path / 'live.py').write_text(f'WEIGHTS, ORACLE = {str(weights)!r}, {str(ORACLE)!r}\n{LIVE}')
+    status, _, text = pages.run(pages.script, str(tmp_path / 'live.py'), tmp_path / 'log', 300)
+    assert status == 0 and 'same' in text.splitlines(), text[-2000:]
 
 
 # ------------------------------------------------------------------ prompts

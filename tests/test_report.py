@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, pytest
 
+import pages
 from refusals import said
 from resalign.measure.metrics import paired, rate
 from resalign.use.evaluate import Album, groups_of, group_rates, write_thumbnails
@@ -235,13 +236,13 @@ def test_groups():
 # ------------------------------------------------------------------ memory
 
 MEMORY = '''
-import json, resource, sys
+import json, resource
 from pathlib import Path
 import numpy as np, torch
 from resalign.measure.building_blocks import Evaluator
 from resalign.model.pipelines import ImageStore
 from resalign.use import evaluate as page
-size, tmp = 256, Path(sys.argv[1])
+size, tmp = 256, Path(__file__).parent
 
 def drawn(pipe, prompts, seeds, steps, guidance, store, **_):
     album = ImageStore(store, len(prompts))
@@ -274,14 +275,10 @@ def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path):
 
     (tmp_path / 'ref').mkdir()
     Image.new('RGB', (256, 256), 'red').save(tmp_path / 'ref/a.png')
-    done = subprocess.run(
-        [sys.executable, '-W', 'ignore', '-c', MEMORY, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env=dict(os.environ, PYTHONPATH=str(ROOT)),
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    peaks = json.loads(done.stdout)
+    (tmp_path / 'memory.py').write_text(MEMORY)
+    status, _, text = pages.run(pages.script, str(tmp_path / 'memory.py'), tmp_path / 'log', 300)
+    assert status == 0, text[-2000:]
+    peaks = json.loads(next(line for line in text.splitlines() if line.startswith('{')))
     growth = (peaks['2100'] - peaks['300']) / 1e6
     print(f'{growth:.0f} MB')
     assert growth < 60 < 2 * 1800 * 256**2 * 3 / 1e6
