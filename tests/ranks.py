@@ -59,7 +59,7 @@ def unlearn(folder, **kw):
 def timed(folder):
     "A measurement of the page studies/scaling, as it is made on several processes"
     from resalign.studies import scaling
-    scaling.run_rank(f'{folder}/request.json', f'{folder}/seconds.json')
+    exec(scaling.RANK.format(request=f'{folder}/request.json', out=f'{folder}/seconds.json'))
 
 
 def main(folder, *also):

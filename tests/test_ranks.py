@@ -114,12 +114,13 @@ def test_an_outer_step_is_timed_on_two_processes(runs, monkeypatch):
     started = []
 
     def run(start, check, env):
-        started.append(get_args_parser().parse_args(start[3:]))
+        started.append(start)
         out = re.search(r"run_rank\('.*', '(.*)'\)", start[-1])[1]
         Path(out).write_text(json.dumps(seconds))
 
-    monkeypatch.setattr(scaling.subprocess, 'run', run)
-    assert scaling.outer_steps_on(2, 2, 2) == seconds
-    (asked,) = started
+    monkeypatch.setattr(scaling, 'subprocess', SimpleNamespace(run=run))
+    assert [scaling.outer_steps_on(n, 2, 2) for n in (1, 2)] == [seconds] * 2
+    one, two = started
+    asked = get_args_parser().parse_args(two[3:])
     assert asked.nproc_per_node == '2' and asked.no_python and asked.standalone
-    assert asked.training_script == sys.executable and asked.training_script_args[0] == '-c'
+    assert [asked.training_script, *asked.training_script_args][:2] == one[:2] == [sys.executable, '-c']
