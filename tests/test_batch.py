@@ -226,7 +226,7 @@ Picture.new('RGB', (4, 4)).save(png := io.BytesIO(), 'png')
 Image(png.getvalue())'''
     page, out = write_page(tmp_path / 'page.ipynb', code, parameters='x, names = 1, []'), tmp_path / 'out'
     grid = dict(product=dict(x=[2, 3]), common=dict(names=['a', None, True]))
-    table = batch(page, grid, out)
+    table = batch(page, grid, out, retries=2)
     assert (
         list(table.status) == ['failed', 'done']
         and list(table.attempts) == [1, 3]

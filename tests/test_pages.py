@@ -69,7 +69,8 @@ def test_papermill_passes_parameters(server, tmp_path):
     as a batch starts it: test_batch.py). One picture of each kind"""
     from papermill.iorw import load_notebook_node
     from papermill.parameterize import parameterize_notebook
-    nb = parameterize_notebook(load_notebook_node(str(ROOT/BY_PAPERMILL)), dict(method='uce', seed=7))
+    as_it_is = load_notebook_node(str(ROOT/BY_PAPERMILL))
+    nb = parameterize_notebook(as_it_is, dict(method='uce', seed=7), kernel_name='python3', language='python')
     tags = [t for c in nb.cells for t in c.metadata.get('tags', [])]
     assert tags[:2] == ['parameters', 'injected-parameters'], tags
     text = json.dumps(nb)
