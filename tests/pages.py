@@ -58,12 +58,12 @@ FORKED = '''
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])'''
 
 
-# What takes long on a page: as it is written, and as the gate runs it (with `--slow`: as it is written). Nothing that the
-# page asserts, or that is compared with its stored outputs, gets weaker
+# What takes long on a page: as it is written, and as the gate runs it (`--slow` runs it as it is written). Nothing that
+# the page asserts, or that is compared with its stored outputs, gets weaker
 SHORTER = {
     'nbs/00_story.ipynb': {
-        'steps=10, guidance': 'steps=1, guidance', 'dict(steps=40, ': 'dict(steps=2, ', 'lr=6e-3, steps=80, ': 'lr=6e-3, steps=2, ',
-        'unsafe_bank=64, retain_bank=64': 'unsafe_bank=8, retain_bank=8'},
+        'steps=10, guidance': 'steps=1, guidance', 'dict(steps=40, ': 'dict(steps=2, ',
+        'lr=6e-3, steps=80, ': 'lr=6e-3, steps=2, ', 'unsafe_bank=64, retain_bank=64': 'unsafe_bank=8, retain_bank=8'},
     # in processes of their own, in tests/test_ranks.py; in this one, on the page
     'nbs/9_studies/54_scaling.ipynb': {
         'J=[1, 2], processes=[2]': 'J=[], processes=[]', "{'outer step', 'sampling, prompts'": "{'sampling, prompts'",

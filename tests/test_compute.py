@@ -22,7 +22,7 @@ from resalign.method.hypergrad import flat
 from resalign.model.losses import Denoiser, HarmfulLoss
 from resalign.method.resalign import ResAlignConfig, lora_map, resilience_gradient
 from resalign.baselines.methods import run_method
-from resalign.model.pipelines import PretrainConfig, load_pipeline, save_pipeline
+from resalign.model.pipelines import load_pipeline, save_pipeline
 from tests.compvis import narrow_xl
 from tests.far import Far, FarTensor, LeftBehind
 from refusals import said
@@ -30,13 +30,12 @@ from each import each
 from made import prompts_of, write_prompts, write_sets
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = PretrainConfig(unet_channels=(16, 32), vae_channels=(8, 8, 8, 16))
 LOW = dict(dtype='bfloat16', gradient_checkpointing=True)
 
 
 @pytest.fixture(scope='module')
 def given():
-    return demo(TINY)
+    return demo()
 
 
 def ready(given, **settings):

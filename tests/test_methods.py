@@ -69,8 +69,8 @@ def sdxl_shaped(world_of_demo, tmp_path_factory):
     return pipe, demo_data(pipe, 4)
 
 
-# which of the UNet's parameters move; `words`: the text encoder's. A method or two of each class (how far each method moves
-# what: test_golden.py)
+# which of the UNet's parameters move; `words`: the text encoder's. A method or two of each class (how far each method
+# moves what: test_golden.py)
 CLASSES = {
     'cross': (r'\.attn2\.', ['esd-x']),
     'not-cross': (r'^(?!.*attn2)(?!time_embedding|conv_out|conv_norm_out)', ['stereo']),

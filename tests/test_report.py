@@ -1,6 +1,6 @@
 """The report in a real browser, what an evaluation keeps in memory, and what it shows of groups and pictures."""
 
-import base64, json, os, shutil, socket, subprocess, sys, time, urllib.request
+import base64, json, os, shutil, socket, subprocess, time, urllib.request
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest
@@ -11,7 +11,6 @@ from resalign.measure.metrics import paired, rate
 from resalign.use.evaluate import Album, groups_of, group_rates, write_thumbnails
 from resalign.use.report import read_run, write_report
 
-ROOT = Path(__file__).resolve().parent.parent
 EVIL = '<script>document.title="run"</script><img src=x onerror="document.title=1"> {{ 7*7 }} "&amp;'
 WORDS = [EVIL, 'ein Fuchs', 'a fox', 'a sailboat at night', '=1+1', 'a' * 300]
 

@@ -59,7 +59,8 @@ def test_the_wheel(installed, tmp_path):
     commands = [c.partition('=')[0] for c in settings['DEFAULT']['console_scripts'].split()]
     assert len(commands) == 7
     said = json.loads(lines_of(installed/'python', '-c', HELP, *(installed/c for c in commands), cwd=tmp_path))
-    assert len(said) == 7 and not [c for c, (status, text) in said.items() if status or not text.startswith('usage:')], said
+    wrong = [c for c, (status, text) in said.items() if status or not text.startswith('usage:')]
+    assert len(said) == 7 and not wrong, said
 
     # methods and profiles travel with it: The doctor knows SD v1.4 and says what is missing; a method's published
     # settings are found
