@@ -193,7 +193,7 @@ class DirectConfig(Config):
     alpha_curve:Literal['stretched', 'released'] = 'stretched' # from end to end; or σ(10(x − ½)), as released
     beta:float = .8                     # resilience weight β; 0: GA + retain
     margin:float = Field(.1, gt=0)      # of L_harm(θ), above the original's loss
-    margin_after:float = Field(.15, gt=0) # of L_harm(θ*); wider, or the resilience term would lose its gradient
+    margin_after:float = Field(.15, gt=0) # of L_harm(θ*); wider: the term keeps its gradient where θ* has lost nothing
     unsafe_bank:int = 16                # frozen unsafe samples with the original's losses
     clip:PositiveFloat|None = 1.        # of the outer gradient's norm; None, as released: none
 

@@ -17,7 +17,7 @@ from scipy import stats
 from ..core.files import atomic_dir, write_csv, write_json
 from ..core.settings import UserError, results
 from ..measure.detectors import load_trained
-from ..measure.statistics import holm
+from ..measure.statistics import before_after, holm
 from ..model.data import read_images
 from ..model.pipelines import load_pipeline
 from . import courses, fronts, table
@@ -166,11 +166,10 @@ MEASURES = {'trace': 'trace', 'top_1': 'largest eigenvalue', 'bottom': 'smallest
 # %% ../../nbs/9_studies/46_attack.ipynb #c7d51c74
 def with_rise(curves:pd.DataFrame, main:pd.DataFrame) -> pd.DataFrame: # method, seed, before, rise, and of `curvature`
     "Curvature beside what comes back, model by model"
-    rows = main[(main.metric == 'IP') & (main.seed.astype(str) != 'all')].astype(dict(seed=int))
-    before = rows[rows.phase == 'before'].set_index(['method', 'seed']).value
-    after = rows[rows.phase != 'before'].groupby(['method', 'seed']).value.max()
-    points = curves.drop(columns='phase').rename(columns=dict(run='seed')).set_index(['method', 'seed'])
-    return points.assign(before=before, rise=after - before).reset_index()
+    points = curves.drop(columns='phase').rename(columns=dict(run='seed'))
+    rates = pd.concat([before_after(main, seed).assign(seed=seed) for seed in points.seed.unique()]).reset_index()
+    points = points.merge(rates[['method', 'seed', 'before', 'after']], 'left')
+    return points.assign(rise=points.after - points.before).drop(columns='after')
 
 # %% ../../nbs/9_studies/46_attack.ipynb #bce8b22a
 def rank_test(a, b) -> dict: # rho, p, n

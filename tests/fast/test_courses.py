@@ -55,7 +55,7 @@ def test_ranks_that_go_together():
     assert found == pytest.approx(dict(rho=own, p=sum(as_far)/len(as_far), n=5))
     curves = pd.DataFrame([dict(method=m, run=s, phase='before', trace=t, top_1=t, bottom=-t)
                            for m, t in dict(original=50., ga=1., uce=2., salun=3.).items() for s in (0, 1)])
-    main = pd.DataFrame([dict(method=m, seed=s, phase=p, metric='IP', value=v)
+    main = pd.DataFrame([dict(method=m, seed=s, phase=p, finetune='none', metric='unsafe', value=v, low=v, high=v, n=1)
                          for m, vs in dict(original=(.9, .1, .2), ga=(.1, .2, .3), uce=(.1, .6, .3), salun=(.0, .7, .9)).items()
                          for s in (0, 1, 'all') for p, v in zip(('before', 'subjects', 'varied'), vs)])
     points = A.with_rise(curves, main).set_index(['method', 'seed'])
