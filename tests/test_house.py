@@ -135,20 +135,32 @@ def clone(tmp_path_factory):
     return there
 
 
-# each page read once, and not for each study
+# one process for all questions; each page is read once an answer, and what reads the same is parsed once
 WRITE = """
-import functools
+import functools, sys
 from resalign.use import meaning
-meaning.code_cells = functools.cache(meaning.code_cells)
-meaning.write_meanings()
+meaning.code_cells, meaning.tree_of = functools.cache(meaning.code_cells), functools.cache(meaning.tree_of)
+for line in sys.stdin:
+    meaning.code_cells.cache_clear()
+    meaning.tree_digest.cache_clear()
+    meaning.write_meanings()
+    print('written', flush=True)
 """
 
 
-def meanings(there): # study -> what its code means
-    done = subprocess.run([sys.executable, '-c', WRITE], cwd=there, env=os.environ | dict(PYTHONPATH=str(there)),
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return {p.stem: p.read_text() for p in (there/'outs/code').glob('*.json')}
+@pytest.fixture
+def meanings(clone):
+    "A function: study -> what its code means now"
+    env = os.environ | dict(PYTHONPATH=str(clone))
+    with subprocess.Popen([sys.executable, '-c', WRITE], cwd=clone, env=env, text=True, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as process:
+        def ask():
+            print('what now?', file=process.stdin, flush=True)
+            assert process.stdout.readline() == 'written\n'
+            return {p.stem: p.read_text() for p in (clone/'outs/code').glob('*.json')}
+        yield ask
+        process.stdin.close()
+    assert process.returncode == 0
 
 
 def edited(path, old, new):
@@ -164,11 +176,11 @@ CONSTANTS = [ # file, a line and another one, studies that must be stale, studie
     ('use/batch.py', 'LONGEST = 100', 'LONGEST = 99', set(), set(STUDIES))]
 
 
-def test_what_makes_a_study_stale(clone):
+def test_what_makes_a_study_stale(clone, meanings):
     "Not a comment, a docstring, a page's prose or its name; a constant what uses it, a figure's code its study"
-    before = meanings(clone)
+    before = meanings()
     assert set(before) == set(STUDIES)
-    def changed(): return {s for s, text in meanings(clone).items() if text != before[s]}
+    def changed(): return {s for s, text in meanings().items() if text != before[s]}
     edited(clone/'resalign/method/finetune.py', 'import', '# a comment\nimport')
     docstring = "The start of the SHA-256 of a picture's pixels"
     edited(clone/'resalign/measure/metrics.py', docstring, 'A picture by its pixels')

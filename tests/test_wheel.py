@@ -1,5 +1,5 @@
 """The package by itself: a wheel in an environment that has the libraries and no clone."""
-import os, shutil, subprocess, sys, sysconfig, venv
+import json, os, shutil, subprocess, sys, sysconfig, venv
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -15,6 +15,20 @@ def lines_of(*command, cwd, fine=(0,)):
     done = subprocess.run([*map(str, command)], cwd=cwd, env=keep | dict(HF_HUB_OFFLINE='1'), capture_output=True, text=True)
     assert done.returncode in fine, done.stdout + done.stderr
     return done.stdout + (done.stderr if done.returncode else '')
+
+
+# each program as its file has it, all in one process
+HELP = '''
+import contextlib, io, json, runpy, sys
+said = {}
+for path in sys.argv[1:]:
+    sys.argv, status = [path, '--help'], None
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try: runpy.run_path(path, run_name='__main__')
+        except SystemExit as e: status = e.code
+    said[path] = status, out.getvalue().lstrip()
+print(json.dumps(said))
+'''
 
 
 @pytest.fixture(scope='module')
@@ -40,16 +54,16 @@ def test_the_wheel(installed, tmp_path):
     assert Path(place.strip()).is_relative_to(installed.parent)
 
     # every command helps
-    (tmp_path := tmp_path/'1').mkdir()
     settings = ConfigParser()
     settings.read(ROOT/'settings.ini', encoding='utf-8')
     commands = [c.partition('=')[0] for c in settings['DEFAULT']['console_scripts'].split()]
     assert len(commands) == 7
-    for command in commands: assert lines_of(installed/command, '--help', cwd=tmp_path).lstrip().startswith('usage:'), command
+    said = json.loads(lines_of(installed/'python', '-c', HELP, *(installed/c for c in commands), cwd=tmp_path))
+    wrong = [c for c, (status, text) in said.items() if status or not text.startswith('usage:')]
+    assert len(said) == 7 and not wrong, said
 
     # methods and profiles travel with it: The doctor knows SD v1.4 and says what is missing; a method's published
     # settings are found
-    (tmp_path := tmp_path/'2').mkdir()
     said = lines_of(installed/'resalign-doctor', 'sd14', cwd=tmp_path, fine=(1,))
     assert 'CompVis/stable-diffusion-v1-4' in said and 'Traceback' not in said
     code = 'from resalign.real.profiles import settings; print(settings("unlearn.resalign", "sd14-paper")["steps"])'
