@@ -42,7 +42,7 @@ def tidy(df):
     order, parts = list(df), []
     for c in numbers:
         ends = [f'{c}_low', f'{c}_high']
-        if 'low' in df and order.index(c) == order.index('low') - 1: ends = ['low', 'high']
+        if {'low', 'high'} <= {*df} and order.index(c) == order.index('low') - 1: ends = ['low', 'high']
         part = df[keys].assign(metric=c, value=df[c])
         if ends[0] in df: part[['low', 'high']] = df[ends].to_numpy()
         if 'n' in df: part['n'] = df.n
