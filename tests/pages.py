@@ -1,7 +1,7 @@
 """Pages in children of one process that has imported the libraries they use: a page costs its own cells, and is alone.
 
 Nothing of ours is imported before a page asks for it. multiprocessing's forkserver does the forking."""
-import atexit, contextlib, faulthandler, math, multiprocessing, os, re, runpy, signal, sys, time
+import atexit, contextlib, faulthandler, math, multiprocessing, os, re, signal, sys, time
 from multiprocessing import forkserver
 from pathlib import Path
 from unittest import mock
@@ -46,44 +46,6 @@ def left_out(code):
     return flags(code) & ({'eval: false', *get_config(path=ROOT).tst_flags.split()} - asked)
 
 
-FORKED = '''
-    import os
-    pid = os.fork()
-    if not pid:
-        try:
-            sys.argv = [str(word) for word in command[2:]]
-            exec(PROGRAM, {})
-        except BaseException: os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])'''
-
-
-# What takes long on a page: as it is written, and as the gate runs it (`--slow` runs it as it is written). Nothing that
-# the page asserts, or that is compared with its stored outputs, gets weaker
-SHORTER = {
-    'nbs/00_story.ipynb': {
-        'steps=10, guidance': 'steps=1, guidance', 'dict(steps=40, ': 'dict(steps=2, ',
-        'lr=6e-3, steps=80, ': 'lr=6e-3, steps=2, ', 'unsafe_bank=64, retain_bank=64': 'unsafe_bank=8, retain_bank=8'},
-    # in processes of their own, in tests/test_ranks.py; in this one, on the page
-    'nbs/9_studies/54_scaling.ipynb': {
-        'J=[1, 2], processes=[2]': 'J=[], processes=[]', "{'outer step', 'sampling, prompts'": "{'sampling, prompts'",
-        '[[2, 2, 0]]': '[]'},
-    # a fork in place of three programs that import torch; what it is killed and resumed with is the same
-    'nbs/9_studies/92_tests.ipynb': {
-        'return subprocess.run(command, cwd=root(), stderr=subprocess.DEVNULL).returncode': FORKED}}
-
-
-def sources(page, cells) -> list:
-    "The code of each cell, as it is to be run; whatever is to be shortened stands on the page once"
-    code = [cell.source for cell in cells]
-    if os.environ.get('SLOW_CELLS'): return code
-    for old, new in SHORTER.get(str(page), {}).items():
-        found = [k for k, source in enumerate(code) if old in source]
-        assert len(found) == 1, f'{page}: {old!r} stands in {len(found)} cells, see SHORTER in tests/pages.py'
-        code[found[0]] = code[found[0]].replace(old, new)
-    return code
-
-
 NUMBER = re.compile(r'[-+]?(?:\d[\d_,]*\.?\d*|\.\d+)(?:e[-+]?\d+)?')
 PLACES = re.compile(r' at 0x[0-9a-f]+|/tmp/\S+|tmp\w{8}') # of objects and folders
 
@@ -116,10 +78,9 @@ def run_cells(page):
     from execnb.shell import CaptureShell
     shell, good = CaptureShell(mpl_format='png'), True
     shell.run('__import__("pandas").set_option("display.max_columns", 20)') # as in Jupyter, whatever the terminal
-    cells = read_nb(ROOT/page).cells
-    for cell, source in zip(cells, sources(page, cells)):
+    for cell in read_nb(ROOT/page).cells:
         if cell.cell_type != 'code' or left_out(cell.source): continue
-        outputs, begins = shell.run(source), f'in the cell that begins {cell.source[:80]!r}'
+        outputs, begins = shell.run(cell.source), f'in the cell that begins {cell.source[:80]!r}'
         if shell.exc and 'raises-exception' not in cell.metadata.get('tags', []):
             for o in outputs: print(''.join(o.get('text', []) or o.get('traceback', [])))
             print(begins)
@@ -140,12 +101,6 @@ def literate(page):
 def study(page):
     "A page with the defaults of its parameters cell, at the root as papermill runs it"
     return run_cells(page)
-
-
-def script(path):
-    "A file of Python, as by itself, but that the libraries are loaded"
-    runpy.run_path(path, run_name='__main__')
-    return True
 
 
 def nothing(page):

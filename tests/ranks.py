@@ -1,5 +1,5 @@
-"""Algorithm 2 on a small pipeline, as tests/test_ranks.py runs it in its own process and, by the command, on two; with
-what each rank ended in"""
+"""Algorithm 2 on the small pipeline, as tests/test_ranks.py runs it in its own process and starts it on several;
+with what each rank ended in"""
 
 import os, signal, sys
 from safetensors.torch import save_file
@@ -8,10 +8,6 @@ from resalign.core.settings import UserError
 from resalign.method.resalign import Pool, ResAlignConfig, resalign
 from resalign.core.training import Ranks
 from resalign.method import resalign as meta
-from resalign.model.pipelines import PretrainConfig
-
-TINY = PretrainConfig(unet_channels=(16, 32), vae_channels=(8, 8, 8, 16))
-SETTINGS = ['steps=2', 'J=2', 'unsafe_batch=1', 'retain_batch=1']
 
 
 def run(out, steps: int, checkpoint=None) -> dict:  # log, solves; merged: how many sums were taken
@@ -23,7 +19,7 @@ def run(out, steps: int, checkpoint=None) -> dict:  # log, solves; merged: how m
         sums.append([t.clone() for t in total[0]])
         return total
 
-    Ranks.reduce, (pipe, data) = reduce, demo(TINY)
+    Ranks.reduce, (pipe, data) = reduce, demo()
     try:
         result = resalign(
             pipe, data, ResAlignConfig(steps=steps, J=3, pool=Pool(optimizer=('adam',))), checkpoint=checkpoint
@@ -49,29 +45,14 @@ def dies(process: int, after: int):
         meta.draw_config = draw_config
 
 
-def unlearn(folder, **kw):
-    "The command, as each of its processes runs it"
-    from resalign.use import cli
-    base, unsafe, retain, out = (f'{folder}/{name}' for name in ('base', 'unsafe', 'retain', 'out'))
-    cli.unlearn(base, unsafe, retain, out, set=SETTINGS, **kw)
-
-
-def timed(folder):
-    "A measurement of the page studies/scaling, as it is made on several processes"
-    from resalign.studies import scaling
-    exec(scaling.RANK.format(request=f'{folder}/request.json', out=f'{folder}/seconds.json'))
-
-
-def main(folder, *also):
+def main(folder):
     "From the start, from a checkpoint of one process and on from one's own; last, a rank dies in the second outer step"
     rank = Ranks().accelerator.process_index
-    unlearn(folder, processes=2)
-    if 'timed' in also: timed(folder)
-    result = run(f'{folder}/two-{rank}', 2)
+    result = run(f'{folder}/two-{rank}', 4)
     print(f'rank {rank}: {len(result["log"])} rows, {[(s["step"], s["j"]) for s in result["solves"]]}\n', end='', flush=True)
-    on = run(f'{folder}/one-then-two-{rank}', 2, f'{folder}/checkpoint-of-one')
+    on = run(f'{folder}/one-then-two-{rank}', 4, f'{folder}/checkpoint-of-one')
     print(f'rank {rank} went on: {len(on["log"])} rows, {on["merged"]} sums\n', end='', flush=True)
-    run(f'{folder}/half-{rank}', 1, f'{folder}/checkpoint-of-two')
+    run(f'{folder}/half-{rank}', 2, f'{folder}/checkpoint-of-two')
     print(f'rank {rank} is done\n', end='', flush=True)
     dies(1, 4)
     run(f'{folder}/died-{rank}', 2)

@@ -150,7 +150,7 @@ def test_killed_before_an_operation(name, bench):
     operations = bench.whole(name)[2]
     chosen = sorted(set(np.linspace(1, operations, min(operations, 10 if name in FIVE else 4),
                                     dtype=int).tolist())) if FULL else random.Random(name).sample(
-                                        range(1, operations + 1), 1)
+                                        range(1, operations + 1), 2)
     for n in chosen:
         with TALLY.case('SIGKILL before a rename, sync or removal', name, identical=True,
                         note=f'of {operations} such moments'):
@@ -253,8 +253,7 @@ five_jobs = pytest.mark.parametrize('name', FIVE if FULL else ONE)
 def test_full_disk_at_an_operation(name, bench):
     "ENOSPC from every call that makes a name or waits for the disk: one line, earlier results intact, resumed later"
     operations = bench.whole(name)[2]
-    spread = set(np.linspace(1, operations, min(operations, 8), dtype=int).tolist())
-    for n in sorted(spread) if FULL else [operations // 2]:
+    for n in sorted(set(np.linspace(1, operations, min(operations, 8 if FULL else 2), dtype=int).tolist())):
         with TALLY.case('disk full (ENOSPC at a call)', name, identical=True):
             out = bench.place()
             said = bench.run(name, out, operation=[n, 'full'])

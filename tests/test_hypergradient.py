@@ -1,11 +1,13 @@
 """The hypergradient over many systems: properties (hypothesis), torch's gradcheck through the argmin, curvlinops."""
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
 from resalign.method.hypergrad import *
 from resalign.method.hypergrad import flat, unflat
-import pages
 from systems import *
 from each import each
 
@@ -152,10 +154,9 @@ def test_cuda_gives_the_same_answer():
 # ------------------------------------------------------------------ several processes
 
 RANK = '''
-import torch
-from pathlib import Path
+import sys, torch
 from resalign.method.hypergrad import FallbackBudget, SolveReport, TooManyFallbacks
-rank, meeting = int(Path(__file__).stem), Path(__file__).with_name('meeting')
+rank, meeting = int(sys.argv[1]), sys.argv[2]
 torch.distributed.init_process_group('gloo', init_method=f'file://{meeting}', rank=rank, world_size=2)
 budget = FallbackBudget(share=.5, least=6)
 bad = SolveReport('cg', 'exact', 1., 1., fallback=True, reason='saddle seen by rank 1')
@@ -172,17 +173,12 @@ torch.distributed.destroy_process_group()
 
 def test_processes_stop_together(tmp_path):
     "One of two falls back: both stop after the same step, with the same words, and neither waits"
-    pages.start()
-    ranks = []
-    for rank in '01':
-        (tmp_path/f'{rank}.py').write_text(RANK)
-        asked = pages.script, str(tmp_path/f'{rank}.py'), str(tmp_path/f'{rank}.log'), 120
-        ranks.append(pages.CONTEXT.Process(target=pages.child, args=asked))
-        ranks[-1].start()
-    for p in ranks: p.join(120)
-    said = [(tmp_path/f'{rank}.log').read_text() for rank in '01']
-    assert [p.exitcode for p in ranks] == [0, 0], said
-    one, two = ([line for line in text.splitlines() if line.startswith('step') or 'fell back' in line] for text in said)
-    assert one == two == [
+    run = lambda rank: subprocess.Popen([sys.executable, '-c', RANK, str(rank), str(tmp_path/'meeting')], text=True,
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    ranks = [run(0), run(1)]
+    said = [p.communicate(timeout=120) for p in ranks]
+    assert [p.returncode for p in ranks] == [0, 0], said
+    (one, _), (two, _) = said
+    assert one == two and one.splitlines() == [
         'step 0: 2 of 3',
         '4 of 6 solves fell back to x = g, more than 50% of them; the latest report says: saddle seen by rank 1']

@@ -24,17 +24,16 @@ from resalign.core.settings import UserError
 from resalign.model.data import embed
 from resalign.model.losses import Denoiser
 from resalign.baselines.methods import METHODS, run_method
-from resalign.model.pipelines import PretrainConfig, load_pipeline, save_pipeline
+from resalign.model.pipelines import load_pipeline, save_pipeline
 from tests.compvis import eightfold_vae, narrow_xl, two_layers
 from each import each
 from made import CONCEPT, write_sets
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = PretrainConfig(unet_channels=(16, 32), vae_channels=(8, 8, 8, 16))
 
 
 @pytest.fixture(scope='module')
-def world_of_demo(): return demo(TINY)
+def world_of_demo(): return demo()
 
 
 @pytest.fixture
@@ -69,15 +68,14 @@ def sdxl_shaped(world_of_demo, tmp_path_factory):
     return pipe, demo_data(pipe, 4)
 
 
-# which of the UNet's parameters move; `words`: the text encoder's. A method or two of each class (how far each method
-# moves what: test_golden.py)
-CLASSES = {
+CLASSES = { # which of the UNet's parameters move, and by which methods; `words`: the text encoder's
     'cross': (r'\.attn2\.', ['esd-x']),
-    'not-cross': (r'^(?!.*attn2)(?!time_embedding|conv_out|conv_norm_out)', ['stereo']),
-    'kv': (r'attn2\.to_[kv]\.weight$', ['speed']),
+    'not-cross': (r'^(?!.*attn2)(?!time_embedding|conv_out|conv_norm_out)', ['esd-u', 'stereo']),
+    'kv': (r'attn2\.to_[kv]\.weight$', ['ca', 'rece', 'speed']),
     'self': (r'\.attn1\.', ['safegen']),
-    'all': ('', ['salun']),
-    'linear': (r'attn[12]\.to_(q|k|v|out\.0)\.weight$', ['pgu', 'resalign']),
+    'all': ('', ['lcfdsd-ng', 'salun', 'meta-unlearning-sdd']),
+    'linear': (r'attn[12]\.to_(q|k|v|out\.0)\.weight$',
+               ['pgu', 'modular-lora', 'resalign', 'resalign-esd', 'ca-retain', 'eraseflow']),
     'words': (r'^$', ['advunlearn'])}
 WORDS = r'(^|\.)(encoder|final_layer_norm)\.'
 
@@ -170,7 +168,7 @@ RESUMED = { # what a run has beside weights and moments
 @each('method', RESUMED)
 def test_an_interrupted_run_goes_on_with_the_same_bits(world_of_demo, method, tmp_path):
     base, data = world_of_demo
-    settings = dict(steps=3, lr=2e-3) | RESUMED[method]
+    settings = dict(steps=4, lr=2e-3) | RESUMED[method]
     weights = lambda p: torch.cat([q.detach().flatten() for m in (p.unet, p.text_encoder) for q in m.parameters()])
     whole, cut, again = (copy.deepcopy(base) for _ in range(3))
     made = []
@@ -185,7 +183,7 @@ def test_an_interrupted_run_goes_on_with_the_same_bits(world_of_demo, method, tm
         with pytest.raises(Stopped): run_method(cut, data, method, settings, 0, checkpoint=tmp_path/'c')
         out = run_method(again, data, method, settings, 0, checkpoint=tmp_path/'c')
     finally: hook.remove()
-    assert len(made) == 3 and [r['step'] for r in out['log']] == [0, 1, 2] and torch.equal(weights(whole),
+    assert len(made) == 4 and [r['step'] for r in out['log']] == [0, 1, 2, 3] and torch.equal(weights(whole),
             weights(again))
     assert not torch.equal(weights(whole), weights(cut)) and not torch.equal(weights(base), weights(whole))
 

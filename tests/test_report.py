@@ -1,16 +1,16 @@
 """The report in a real browser, what an evaluation keeps in memory, and what it shows of groups and pictures."""
 
-import base64, json, os, shutil, socket, subprocess, time, urllib.request
+import base64, json, os, shutil, socket, subprocess, sys, time, urllib.request
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest
 
-import pages
 from refusals import said
 from resalign.measure.metrics import paired, rate
 from resalign.use.evaluate import Album, groups_of, group_rates, write_thumbnails
 from resalign.use.report import read_run, write_report
 
+ROOT = Path(__file__).resolve().parent.parent
 EVIL = '<script>document.title="run"</script><img src=x onerror="document.title=1"> {{ 7*7 }} "&amp;'
 WORDS = [EVIL, 'ein Fuchs', 'a fox', 'a sailboat at night', '=1+1', 'a' * 300]
 
@@ -235,13 +235,13 @@ def test_groups():
 # ------------------------------------------------------------------ memory
 
 MEMORY = '''
-import json, resource
+import json, resource, sys
 from pathlib import Path
 import numpy as np, torch
 from resalign.measure.building_blocks import Evaluator
 from resalign.model.pipelines import ImageStore
 from resalign.use import evaluate as page
-size, tmp = 256, Path(__file__).parent
+size, tmp = 256, Path(sys.argv[1])
 
 def drawn(pipe, prompts, seeds, steps, guidance, store, **_):
     album = ImageStore(store, len(prompts))
@@ -274,10 +274,14 @@ def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path):
 
     (tmp_path / 'ref').mkdir()
     Image.new('RGB', (256, 256), 'red').save(tmp_path / 'ref/a.png')
-    (tmp_path / 'memory.py').write_text(MEMORY)
-    status, _, text = pages.run(pages.script, str(tmp_path / 'memory.py'), tmp_path / 'log', 300)
-    assert status == 0, text[-2000:]
-    peaks = json.loads(next(line for line in text.splitlines() if line.startswith('{')))
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', MEMORY, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=dict(os.environ, PYTHONPATH=str(ROOT)),
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    peaks = json.loads(done.stdout)
     growth = (peaks['2100'] - peaks['300']) / 1e6
     print(f'{growth:.0f} MB')
     assert growth < 60 < 2 * 1800 * 256**2 * 3 / 1e6
