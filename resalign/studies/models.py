@@ -92,7 +92,9 @@ def given(concept:str|None) -> dict: # arguments of `unlearn`
 WITH_DETECTOR = ('safegen', 'rece')
 VALIDATION = 20 # prompts
 
-def looks(method:str, concept:str|None) -> list: return [EVALUATORS] if method in WITH_DETECTOR and concept else []
+def looks(method:str, concept:str|None) -> list: # of folders
+    "What a method's key depends on because it looks at pictures"
+    return [EVALUATORS] if method in WITH_DETECTOR and concept else []
 
 def detector_for(method:str, concept:str|None) -> dict: # arguments of `unlearn`
     "What a method looks at pictures with"
