@@ -68,6 +68,10 @@ PICTURES = { # the file: every pixel, or words of the refusal
     'grey with alpha': (saved(Image.new('LA', (8, 8), (7, 0))), WHITE),
     'transparent WebP': (saved(Image.new('RGBA', (8, 8), (200, 0, 0, 0)), 'WEBP', lossless=True, exact=True), WHITE),
     '16-bit grey PNG': (saved(Image.fromarray(np.full((8, 8), 32896, np.uint16))), GREY),
+    '16-bit grey PNG with a transparent level': (
+        saved(Image.fromarray(np.full((8, 8), 32896, np.uint16)), transparency=32896), WHITE),
+    '16-bit grey PNG with a transparent level elsewhere': (
+        saved(Image.fromarray(np.full((8, 8), 32896, np.uint16)), transparency=7), GREY),
     '16-bit grey TIFF': (saved(Image.fromarray(np.full((8, 8), 32896, np.uint16)), 'TIFF'), GREY),
     'floating-point TIFF': (saved(Image.fromarray(NUMBERS), 'TIFF'), GREY),
     'floating-point TIFF beyond 1': (saved(Image.fromarray(NUMBERS*300), 'TIFF'), 'numbers in 0..1'),
@@ -365,7 +369,9 @@ def test_settings_as_their_writer_meant_them(tmp_path):
     assert read_config(f'{where}:b') == dict(steps=3, lr=2)
     for text in 'steps: 1\nsteps: 2\n', 'pool: {steps: [1], batch: 2, steps: [3]}\n', 'mine: {a: {steps: 1, steps: 1}}\n':
         where.write_text(text)
-        assert f"{where}: not YAML: the key 'steps' stands there twice" in said(read_config, str(where))
+        assert f"{where}: not YAML: line " in said(read_config, str(where))
+        assert "the key 'steps' stands there twice" in said(read_config, str(where))
+        assert "the key 'steps' stands there twice" in said(params, 'steps', where)
     assert 'not a YAML value' in said(set_pairs, {}, ['pool={steps: 1, steps: 2}'])
 
 

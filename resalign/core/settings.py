@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['POSITIVE', 'root', 'expand_home', 'at_home', 'results', 'one_line', 'UserError', 'choose', 'escape_markdown',
-           'Config', 'make_config', 'params_file', 'read_section', 'params']
+           'Config', 'make_config', 'load_yaml', 'params_file', 'read_section', 'params']
 
 # %% ../../nbs/1_core/00_settings.ipynb #set0003
 import copy, difflib, html, os, re
@@ -122,9 +122,25 @@ def make_config(cls,                # a subclass of `Config`
     message, given = _wrong_value(error, values)
     raise UserError(': '.join(p for p in (where, field, message) if p) + f', got {given!r}')
 
+# %% ../../nbs/1_core/00_settings.ipynb #11be69dc
+class _UniqueKeys(yaml.SafeLoader):
+    def compose_mapping_node(self, anchor): # before `<<` adds the keys of other mappings
+        node = super().compose_mapping_node(anchor)
+        seen = []
+        for key, _ in node.value:
+            if key.value in seen:
+                line = key.start_mark.line + 1
+                raise yaml.YAMLError(f"line {line}: the key '{key.value}' stands there twice, expected once")
+            seen.append(key.value)
+        return node
+
+def load_yaml(text:str):
+    "What a YAML text says; a YAMLError where it says a thing twice"
+    return yaml.load(text, _UniqueKeys)
+
 # %% ../../nbs/1_core/00_settings.ipynb #par-code1
 @lru_cache(maxsize=4)
-def _parse(text:str): return yaml.safe_load(text)
+def _parse(text:str): return load_yaml(text)
 
 def _has_profiles(file:Path) -> bool:
     "Is it a params.yaml of this package? Another project's may lie in the working folder"

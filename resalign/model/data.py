@@ -141,7 +141,11 @@ def _to_8_bits(image) -> Image.Image:
     known = most > 1 or image.mode == 'F' and np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1
     if not known:
         raise UserError(f'pixels from {values.min():g} to {values.max():g}, expected 8 or 16 bits, or numbers in 0..1')
-    return Image.fromarray((values*(255/most)).round().astype(np.uint8))
+    eight = Image.fromarray((values*(255/most)).round().astype(np.uint8))
+    clear = image.info.get('transparency') # the one grey level of a PNG that means nothing is there
+    if clear is not None: eight.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    if 'icc_profile' in image.info: eight.info['icc_profile'] = image.info['icc_profile']
+    return eight
 
 # %% ../../nbs/3_model/10_data.ipynb #533d53b5
 def _on_white(image) -> Image.Image:

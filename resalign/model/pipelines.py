@@ -552,7 +552,7 @@ def _sample_into(folder, request, arguments) -> np.ndarray:
     return store.pictures()
 
 # %% ../../nbs/3_model/20_pipelines.ipynb #d96ba766
-def _check_sampling(prompts, seeds, steps, batch, guidance, negative):
+def _check_sampling(pipe, prompts, seeds, steps, batch, guidance, negative):
     if steps < 1 or batch < 1:
         raise UserError(f'generate: expected at least 1 step and a batch of at least 1, got {steps} and {batch}')
     if not 0 <= guidance < math.inf: raise UserError(f'generate: guidance: expected a number from 0 up, got {guidance}')
@@ -560,6 +560,8 @@ def _check_sampling(prompts, seeds, steps, batch, guidance, negative):
         raise UserError(f'generate: expected prompts, and one seed each, got {len(prompts)} and {len(seeds)}')
     if negative is not None and len(negative) != len(prompts):
         raise UserError(f'generate: negative: expected one a prompt, got {len(negative)} for {len(prompts)}')
+    if negative is not None and any(negative) and hasattr(pipe, '_pack_latents'):
+        raise UserError('generate: negative: FLUX is distilled to one pass a step, which reads no negative prompt')
 
 # %% ../../nbs/3_model/20_pipelines.ipynb #flt-gen
 def generate(pipe, prompts:list, seeds:list, # one seed per prompt
@@ -573,7 +575,7 @@ def generate(pipe, prompts:list, seeds:list, # one seed per prompt
     "Pictures for prompts"
     pipe = getattr(pipe, 'pipe', pipe) # of a `FlowView`
     if batch is None: batch = max(1, min(64, 2**20//(latent_shape(pipe)[1]*pipe.vae_scale_factor)**2))
-    _check_sampling(prompts, seeds, steps, batch, guidance, negative)
+    _check_sampling(pipe, prompts, seeds, steps, batch, guidance, negative)
     arguments = (pipe, prompts, seeds, steps, guidance, batch, bf16, embeds, negative)
     if store is None: return np.concatenate(list(sample_batches(*arguments)))
     if embeds is not None: raise UserError('generate: a store is for prompts, not for embeddings')

@@ -9,9 +9,9 @@ __all__ = ['QUICK_TRIAL', 'WEIGHTS', 'RECORDS', 'PIPELINE_FILES', 'LAUNCH', 'PIP
            'BEFORE', 'EVALUATED', 'PROMPT_COLUMNS', 'PRETRAINED', 'OF_THE_STAGE', 'TARGET', 'GRID', 'BATCH_OUT',
            'EXECUTOR', 'WORKERS', 'SCHEDULER', 'RETRIES', 'ONLY', 'DRY', 'AGAIN', 'BATCHED', 'PROFILE', 'QUICK',
            'split_help', 'with_hyphens', 'fail', 'quiet', 'check_here', 'end_with_one_line', 'with_methods', 'at_home',
-           'command', 'split_section', 'UniqueKeys', 'read_config', 'yaml_value', 'set_one', 'set_pairs',
-           'section_settings', 'check_seed', 'settings_for', 'check_given', 'check_out', 'say_written', 'on_processes',
-           'many', 'check_publishing', 'is_first', 'say_dry', 'unlearn_and_publish', 'folders_of_pool', 'check_concept',
+           'command', 'split_section', 'read_config', 'yaml_value', 'set_one', 'set_pairs', 'section_settings',
+           'check_seed', 'settings_for', 'check_given', 'check_out', 'say_written', 'on_processes', 'many',
+           'check_publishing', 'is_first', 'say_dry', 'unlearn_and_publish', 'folders_of_pool', 'check_concept',
            'unlearn', 'finetune', 'say_evaluated', 'check_columns', 'check_prompts', 'check_evaluation',
            'sampling_compute', 'evaluate', 'sampling_settings', 'pretrain_settings', 'pretrain', 'say_plan',
            'batch_study', 'batch_page', 'batch', 'doctor']
@@ -115,21 +115,12 @@ def split_section(where:str) -> tuple: # file, section
     file, _, section = where.rpartition(':')
     return file, section
 
-# %% ../../nbs/8_use/30_cli.ipynb #7c0e9b21
-class UniqueKeys(yaml.SafeLoader):
-    "Refuses a key that stands twice in one mapping: plain YAML would keep the last"
-    def construct_mapping(self, node, deep=False):
-        names = [key.value for key, _ in node.value]
-        twice = next((key for key, _ in node.value if names.count(key.value) > 1), None)
-        if twice is None: return super().construct_mapping(node, deep)
-        raise yaml.constructor.ConstructorError(problem=f"the key '{twice.value}' stands there twice, expected once")
-
 # %% ../../nbs/8_use/30_cli.ipynb #e023bc56
 def read_config(where:str) -> dict: # the settings
     "`file.yaml` or `file.yaml:section.sub`"
-    from resalign.core.settings import UserError, choose
+    from resalign.core.settings import UserError, choose, load_yaml
     file, section = split_section(where)
-    try: node = yaml.load(Path(file).read_text(encoding='utf-8-sig'), UniqueKeys)
+    try: node = load_yaml(Path(file).read_text(encoding='utf-8-sig'))
     except OSError as e:
         raise UserError(f'--config: {file}: {(e.strerror or str(e)).lower()}, expected a YAML file') from None
     except (yaml.YAMLError, ValueError, RecursionError) as e:
@@ -143,8 +134,8 @@ def read_config(where:str) -> dict: # the settings
 # %% ../../nbs/8_use/30_cli.ipynb #13a7b606
 def yaml_value(text:str, where:str):
     "A value given on the command line"
-    from resalign.core.settings import UserError
-    try: return yaml.load(text, UniqueKeys)
+    from resalign.core.settings import UserError, load_yaml
+    try: return load_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError):
         raise UserError(f"{where}: '{text}' is not a YAML value") from None
 
@@ -256,7 +247,7 @@ def on_processes(n:int):
 # %% ../../nbs/8_use/30_cli.ipynb #ec148a95
 def many(text:str) -> Param: return Param(f'{text}; may be given several times', str, action='append')
 
-PIPELINE = Param('a Stable Diffusion pipeline (v1, v2, XL or 3): a diffusers folder with safetensors, or a hub id', str)
+PIPELINE = Param('Stable Diffusion (v1, v2, XL or 3) or FLUX: a diffusers folder with safetensors, or a hub id', str)
 OUT = Param('folder to write', str)
 CONFIG = Param("settings: file.yaml or file.yaml:section [the command's section of params.yaml]", str)
 SET = many('key=value: change one setting')
