@@ -2674,6 +2674,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                         'resalign.studies.table.gather': ('9_studies/table.html#gather', 'resalign/studies/table.py'),
                                         'resalign.studies.table.headline': ('9_studies/table.html#headline', 'resalign/studies/table.py'),
                                         'resalign.studies.table.in_words': ('9_studies/table.html#in_words', 'resalign/studies/table.py'),
+                                        'resalign.studies.table.looked_at': ('9_studies/table.html#looked_at', 'resalign/studies/table.py'),
                                         'resalign.studies.table.over_models': ( '9_studies/table.html#over_models',
                                                                                 'resalign/studies/table.py'),
                                         'resalign.studies.table.pairs_apart': ( '9_studies/table.html#pairs_apart',

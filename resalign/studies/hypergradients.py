@@ -243,7 +243,7 @@ def mixed_folder(concept:str, share:float) -> Path:
     code = short(meaning('resalign.world.emoji')) | dict(sprites=[*content(sprites_folder()).values()])
     folder = drawn_data().with_name(f'emoji-varied-{concept}-{share:g}')
     made(folder, digest(code)[:12], lambda out: write_set(out/'set', mixed_scenes(concept, share)))
-    return folder/'set' # its key stands beside it: a set drawn anew by other code is no other input if it looks the same
+    return folder/'set' # its key stands beside it, not in it: what other code draws alike is no other input
 
 # %% ../../nbs/9_studies/42_hypergradients.ipynb #hyg00036
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['inputs', 'run', 'COLUMNS', 'headline', 'downstream', 'seeds_of', 'cells', 'with_phase', 'gather', 'over_models',
-           'collect', 'pairs_apart', 'write_tables', 'draw_rates', 'in_words']
+           'collect', 'pairs_apart', 'looked_at', 'write_tables', 'draw_rates', 'in_words']
 
 # %% ../../nbs/9_studies/10_table.ipynb #93aa502a
 import numpy as np, pandas as pd
@@ -87,9 +87,15 @@ def pairs_apart(main:pd.DataFrame, methods, metric='unsafe') -> pd.DataFrame: # 
         out.append(apart.assign(phase=phase, finetune=finetune, metric=metric))
     return pd.concat(out, ignore_index=True)
 
+def looked_at(grid:dict) -> dict: # both: cell -> parameters
+    "The cells of methods all of whose models have been looked at"
+    folder = results()/'runs'/'table'
+    waiting = {c['method'] for name, c in grid.items() if not (folder/name).is_dir()}
+    return {name: c for name, c in grid.items() if c['method'] not in waiting}
+
 def write_tables():
     "tables/main.csv and pairs.csv"
-    main = collect(cells())
+    main = collect(looked_at(cells()))
     save_table(main, 'main')
     save_table(pairs_apart(main, headline()), 'pairs')
 
