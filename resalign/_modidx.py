@@ -1020,6 +1020,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                   'resalign/method/finetune.py'),
                                           'resalign.method.finetune.svdiff': ( '4_method/finetune.html#svdiff',
                                                                                'resalign/method/finetune.py'),
+                                          'resalign.method.finetune.text_encoder': ( '4_method/finetune.html#text_encoder',
+                                                                                     'resalign/method/finetune.py'),
                                           'resalign.method.finetune.textual_inversion': ( '4_method/finetune.html#textual_inversion',
                                                                                           'resalign/method/finetune.py'),
                                           'resalign.method.finetune.trainable_until_exit': ( '4_method/finetune.html#trainable_until_exit',

@@ -272,12 +272,15 @@ def test_negative_prompts_are_drawn(made):
 SETTINGS = {
     'rank of a full fine-tuning': dict(algorithm='full', rank=8), 'token of a LoRA': dict(token='<x>'),
     'rank of SVDiff': dict(algorithm='svdiff', rank=2), 'token of SVDiff': dict(algorithm='svdiff', token='<x>'),
-    'rank of an inversion': dict(algorithm='textual-inversion', rank=2)}
+    'rank of an inversion': dict(algorithm='textual-inversion', rank=2),
+    'text encoder of a LoRA': dict(train_text_encoder=True)}
 
 
 def test_what_nothing_reads_is_refused(made, tmp_path):
     for name, values in SETTINGS.items():
         assert "doesn't read it" in said(make_config, FinetuneConfig, values, name), name
+    two = dict(algorithm='full', train_text_encoder=True, prior_weight=1.)
+    assert 'prior_weight: captions of the prior' in said(make_config, FinetuneConfig, two, 'x')
     for fine in dict(rank=8), dict(algorithm='textual-inversion', token='<x>'), dict(algorithm='full', rank=4):
         make_config(FinetuneConfig, fine)
     pictures = made/'pictures'

@@ -202,8 +202,9 @@ def test_methods_in_low_precision(given, tmp_path, monkeypatch):
     for method in 'esd-x', 'uce', 'salun', 'pgu':
         low, plain, _ = both(lambda pipe: run_method(pipe, given[1], method, {}))
         assert changed(first, low) == changed(first, plain) != set(), method
-    for algorithm in 'full', 'svdiff', 'textual-inversion', 'custom-diffusion':
-        config = FinetuneConfig(algorithm=algorithm, steps=2, ema=0.5)
+    for algorithm in 'full', 'svdiff', 'textual-inversion', 'custom-diffusion', 'full, text encoder too':
+        too = dict(train_text_encoder=True) if ',' in algorithm else {}
+        config = FinetuneConfig(algorithm=algorithm.partition(',')[0], steps=2, ema=0.5, **too)
         *_, (low, log) = both(lambda pipe: finetune(pipe, given[1].retain, config, captions=given[1].retain_captions))
         assert (
             low[-1]['loss'] == pytest.approx(log[-1]['loss'], rel=0.02) and low[-1]['loss'] != log[-1]['loss']

@@ -116,6 +116,9 @@ def test_fine_tunings_for_unets_say_so(given):
     for algorithm in 'svdiff', 'custom-diffusion', 'textual-inversion':
         with pytest.raises(UserError, match=f'algorithm: {algorithm} needs a pipeline with a UNet'):
             finetune(given[0], given[1].retain, FinetuneConfig(algorithm=algorithm))
+    with pytest.raises(UserError, match='train_text_encoder: expected a pipeline with one text encoder'):
+        both = FinetuneConfig(algorithm='full', train_text_encoder=True)
+        finetune(copy.deepcopy(given[0]), given[1].retain, both, captions=['a']*len(given[1].retain))
 
 
 def test_on_another_device(given):

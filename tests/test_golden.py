@@ -205,6 +205,7 @@ def finetunings(pipe, data):
         'lora + SGD + prior preservation': dict(optimizer='sgd', lr=0.1, prior_weight=0.5),
         'full + Adam + accumulation': dict(algorithm='full', optimizer='adam', accumulation=2),
         'full + average': dict(algorithm='full', ema=0.5),
+        'full + text encoder': dict(algorithm='full', train_text_encoder=True),
     }
     for name, change in changes.items():
         mine = copy.deepcopy(pipe)

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['READ_BY', 'ATTENTION', 'JOINT', 'Trained', 'ALGORITHMS', 'constant_lr', 'FinetuneConfig', 'FinetuneSamples',
            'FinetuneLoss', 'adapter_params', 'add_lora', 'merge_lora', 'SpectralShift', 'svdiff', 'check_new_token',
-           'add_token', 'new_token', 'textual_inversion', 'save_token', 'custom_diffusion', 'full', 'lora',
-           'MovingAverage', 'check_algorithm', 'make_scheduler', 'backward_mean', 'finetune', 'trainable_until_exit',
-           'check_simulated', 'descend', 'WarmStart', 'simulated', 'recorded', 'fresh_lora', 'contaminated']
+           'add_token', 'new_token', 'textual_inversion', 'save_token', 'custom_diffusion', 'text_encoder', 'full',
+           'lora', 'MovingAverage', 'check_algorithm', 'make_scheduler', 'backward_mean', 'finetune',
+           'trainable_until_exit', 'check_simulated', 'descend', 'WarmStart', 'simulated', 'recorded', 'fresh_lora',
+           'contaminated']
 
 # %% ../../nbs/4_method/20_finetune.ipynb #5454be2f
 import contextlib, warnings
@@ -32,7 +33,8 @@ from ..model.data import Bank, draw_sample, tokenize
 from ..model.losses import Denoiser, denoiser
 
 # %% ../../nbs/4_method/20_finetune.ipynb #322908c5
-READ_BY = dict(rank=('lora',), token=('textual-inversion', 'custom-diffusion')) # settings of some algorithms alone
+READ_BY = dict(rank=('lora',), token=('textual-inversion', 'custom-diffusion'),
+               train_text_encoder=('full',)) # settings of some algorithms alone
 
 def constant_lr(config) -> bool: return config.lr_scheduler == 'constant' and not config.warmup
 
@@ -51,6 +53,7 @@ class FinetuneConfig(Config):
     warmup:int = Field(0, ge=0)          # steps in which the learning rate rises to `lr`
     ema:float = Field(0., ge=0, lt=1)    # decay of the moving average of the weights; 0: no average
     token:str = '<new>'                  # the token that textual inversion and Custom Diffusion learn
+    train_text_encoder:bool = False      # all weights of the text encoder too, as diffusers' DreamBooth script offers
     seed:int = 0
 
     def batches(self, step:int) -> range:
@@ -62,6 +65,8 @@ class FinetuneConfig(Config):
         for k, algorithms in READ_BY.items():
             if self.algorithm in algorithms or getattr(self, k) == type(self).model_fields[k].default: continue
             raise ValueError(f"{k}: {self.algorithm} doesn't read it, expected it for {', '.join(algorithms)} alone")
+        if self.train_text_encoder and self.prior_weight:
+            raise ValueError('prior_weight: captions of the prior are embedded once, expected no train_text_encoder')
         return self
 
 # %% ../../nbs/4_method/20_finetune.ipynb #3d13d561
@@ -233,10 +238,23 @@ def custom_diffusion(pipe, config, captions):
 
 # %% ../../nbs/4_method/20_finetune.ipynb #2c032a4d
 @contextlib.contextmanager
+def text_encoder(pipe, captions):
+    "All parameters of the text encoder; `encode_text` encodes captions with it"
+    if captions is None: raise UserError('captions: expected those of the pictures, the text encoder learns from them')
+    if hasattr(pipe, 'text_encoder_2'):
+        raise UserError('train_text_encoder: expected a pipeline with one text encoder, this one has more')
+    encoder, ids = pipe.text_encoder, tokenize(pipe, captions).input_ids.to(pipe.text_encoder.device)
+    params = to_float32(list(encoder.requires_grad_(True).parameters()))
+    yield Trained(params, dict(text_encoder=encoder), lambda s: replace(s, text=encoder(ids[s.index])[0]))
+    encoder.requires_grad_(False)
+
+@contextlib.contextmanager
 def full(pipe, config, captions):
-    "All parameters of the UNet"
+    "All parameters of the UNet, and of the text encoder where that is asked for"
     net = backbone(pipe)
-    yield Trained(to_float32(list(net.requires_grad_(True).parameters())), dict(unet=net))
+    unet = Trained(to_float32(list(net.requires_grad_(True).parameters())), dict(unet=net))
+    with text_encoder(pipe, captions) if config.train_text_encoder else contextlib.nullcontext() as text:
+        yield Trained(unet.params + text.params, unet.modules | text.modules, text.encode_text) if text else unet
 
 @contextlib.contextmanager
 def lora(pipe, config, captions):

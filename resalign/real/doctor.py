@@ -127,7 +127,7 @@ def activations_gb(p:Profile, pictures:int, full:bool, exact=False) -> float:
 def training_gb(p:Profile, ft:FinetuneConfig, kept=0) -> float: # kept: vectors beside gradient and moments
     "The peak of a fine-tuning's steps"
     full = ft.algorithm in ('full', 'svdiff')
-    vector = 4*p.parameters if full else 0.
+    vector = 4*p.parameters*(1 + OTHERS*ft.train_text_encoder) if full else 0.
     moments = 0 if ft.optimizer == 'sgd' else 2
     pictures = ft.batch*(2 if ft.prior_weight else 1)
     step = max(activations_gb(p, pictures, full), vector + .3*activations_gb(p, 1, False)*full)

@@ -372,8 +372,9 @@ def finetune(pipeline:PIPELINE, images:IMAGES, out:OUT, config:CONFIG=None, set:
          file_name and text.
     Out: OUT, a diffusers folder with safetensors, and log.csv. Settings: algorithm (full,
          lora, custom-diffusion, svdiff, textual-inversion), optimizer (sgd, adam, adamw), lr,
-         steps, batch, accumulation, ema, rank, prior_weight (1 is DreamBooth), token (the word that
-         Custom Diffusion and textual inversion learn, also in learned_embeds.safetensors), seed.
+         steps, batch, accumulation, ema, rank, prior_weight (1 is DreamBooth), train_text_encoder (with
+         full), token (the word that Custom Diffusion and textual inversion learn, also in
+         learned_embeds.safetensors), seed.
          An interrupted run resumes from its last checkpoint when it is started again.
 
     Example:

@@ -123,6 +123,27 @@ def test_a_word_and_what_else_moves_as_written_out_and_a_run_goes_on(pipe, tmp_p
     assert not any(p.requires_grad for m in (pipe.unet, pipe.text_encoder) for p in m.parameters())
     assert pipe.tokenizer.convert_tokens_to_ids('<new>') == len(text[ROW])
 
+@each('kind, steps', [('sgd', 1), ('adamw', 3)])
+def test_unet_and_text_encoder_move_as_written_out(pipe, kind, steps):
+    "Captions are embedded anew in each step; the bank's own embeddings are not read"
+    pipe = copy.deepcopy(pipe)
+    unet, text = weights(pipe), encoder_weights(pipe)
+    encoder, names = copy.deepcopy(pipe.text_encoder), {f'text {k}': k for k in text}
+    ids = pipe.tokenizer(CAPTIONS, padding='max_length', max_length=6, truncation=True, return_tensors='pt').input_ids
+    def loss(w, step):
+        embedded = functional_call(encoder, {k: w[name] for name, k in names.items()}, (ids,))[0]
+        mean, std, _ = toy.toy_bank(text=4)
+        at = toy.drawn((mean, std, embedded), 3, toy.stream(0, 'finetune', step))
+        return toy.denoising({k: v for k, v in w.items() if k not in names}, at)
+    start = unet | {name: text[k] for name, k in names.items()}
+    trail, said = toy.descent(start, loss, toy.Rule(kind, .05), steps, clip=1.)
+    config = FinetuneConfig(algorithm='full', train_text_encoder=True, optimizer=kind, lr=.05, steps=steps, batch=3)
+    log, end = finetune(pipe, bank(), config, captions=CAPTIONS), trail[-1]
+    for got, expected in zip(log, said): assert got == pytest.approx(expected, rel=1e-8)
+    close(weights(pipe), {k: end[k] for k in unet})
+    close(encoder_weights(pipe), {k: end[name] for name, k in names.items()})
+    assert not any(p.requires_grad for m in (pipe.unet, pipe.text_encoder) for p in m.parameters())
+
 def test_new_words(pipe):
     # the word is the settings token
     finetune(pipe, bank(), FinetuneConfig(algorithm='textual-inversion', steps=1, token='<fox>'), captions=CAPTIONS)
