@@ -27,7 +27,9 @@ def variants() -> dict: # name -> method and settings
     others = {m: dict(method=m, settings=settings_of(m)) for m in grid['others']}
     own = {name: dict(method='resalign', settings=chosen | changes) for name, changes in grid['variants'].items()}
     encoded = {name: dict(method='resalign-plus', settings=plus | changes) for name, changes in grid['encoded'].items()}
-    return others | own | encoded
+    encoder = settings_of('text-encoder')
+    alone = {name: dict(method='text-encoder', settings=encoder | changes) for name, changes in grid['alone'].items()}
+    return others | own | encoded | alone
 
 def reported() -> dict: # as `variants`
     "What is measured on the reported concept"
