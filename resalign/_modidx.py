@@ -2655,6 +2655,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                               'resalign/studies/summary.py'),
                                           'resalign.studies.summary.sheets': ( '9_studies/summary.html#sheets',
                                                                                'resalign/studies/summary.py'),
+                                          'resalign.studies.summary.shown': ('9_studies/summary.html#shown', 'resalign/studies/summary.py'),
                                           'resalign.studies.summary.six_lines': ( '9_studies/summary.html#six_lines',
                                                                                   'resalign/studies/summary.py'),
                                           'resalign.studies.summary.strip': ('9_studies/summary.html#strip', 'resalign/studies/summary.py'),
