@@ -124,7 +124,7 @@ class ReaderNet(nn.Module):
     def forward(self, images): return self.embed(as_tensor(images.permute(0, 2, 3, 1).cpu().numpy()))
 
 # %% ../../nbs/6_measure/05_detectors.ipynb #5afe0002
-LAYER = 1 # of CLIP's four: behind the first a patch knows the others and is still itself
+LAYER = 1 # of CLIP's four: after it, a token has attended to the others and still describes its own patch
 
 def patch_tokens(clip, x:torch.Tensor) -> torch.Tensor: # (n, 3, 64, 64) in 0..1 -> (n, width, 8, 8)
     "The tokens of CLIP's patches behind layer `LAYER`, each at its place in the picture"
