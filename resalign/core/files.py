@@ -19,7 +19,7 @@ def _remove(path:Path):
 
 # %% ../../nbs/1_core/10_files.ipynb #73e0c3a0
 def _is_running(owner:str) -> bool: # 'pid@host'
-    "Whether another process still runs; one of another machine is taken to run"
+    "Whether another process still runs; a process of another machine is assumed to run"
     pid, _, host = owner.partition('@')
     if not pid.isdigit() or host not in ('', socket.gethostname()): return True
     try: os.kill(int(pid), 0)

@@ -30,7 +30,7 @@ def expand_home(value):
 
 # %% ../../nbs/1_core/00_settings.ipynb #22686f9b
 def at_home(f):
-    "`f`, which finds the home folder in each of its arguments"
+    "`f`, with `~` expanded in each of its arguments"
     @wraps(f)
     def call(*args, **kw): return f(*map(expand_home, args), **expand_home(kw))
     return call
@@ -135,7 +135,7 @@ class _UniqueKeys(yaml.SafeLoader):
         return node
 
 def load_yaml(text:str):
-    "What a YAML text says; a YAMLError where it says a thing twice"
+    "The content of a YAML text; a YAMLError if a key occurs twice"
     return yaml.load(text, _UniqueKeys)
 
 # %% ../../nbs/1_core/00_settings.ipynb #par-code1

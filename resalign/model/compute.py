@@ -95,7 +95,7 @@ def _unscaled(x):
     return tree_map_only(torch.Tensor, unscale, x)
 
 def call_scaled(module, args, kw) -> torch.Tensor:
-    "A model's output; gradients are `GRADIENT_SCALE` times larger inside of it, and right outside"
+    "A model's output; gradients are `GRADIENT_SCALE` times larger inside it, and unscaled outside"
     params = {n: p for n, p in module.named_parameters() if p.requires_grad}
     out = functional_call(module, _unscaled(params), _unscaled(args), _unscaled(kw), tie_weights=False)
     return ScaleGradient.apply(out[0].float(), GRADIENT_SCALE)

@@ -53,7 +53,7 @@ def read_text(path) -> str:
 
 # %% ../../nbs/3_model/10_data.ipynb #92624cb2
 def _csv_head(rows, path) -> list:
-    "The names of the columns; none stands there twice"
+    "The names of the columns; none may occur twice"
     head = [name.strip() for name in next(rows, [])]
     named = [name for name in head if name]
     twice = next((name for name in named if named.count(name) > 1), None)
@@ -142,7 +142,7 @@ def _to_8_bits(image) -> Image.Image:
     if not known:
         raise UserError(f'pixels from {values.min():g} to {values.max():g}, expected 8 or 16 bits, or numbers in 0..1')
     eight = Image.fromarray((values*(255/most)).round().astype(np.uint8))
-    clear = image.info.get('transparency') # the one grey level of a PNG that means nothing is there
+    clear = image.info.get('transparency') # the grey level that a PNG declares transparent
     if clear is not None: eight.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
     if 'icc_profile' in image.info: eight.info['icc_profile'] = image.info['icc_profile']
     return eight
@@ -277,7 +277,7 @@ def check_lengths(pipe, texts:list, where, # file or folder, for the message
 
 # %% ../../nbs/3_model/10_data.ipynb #e80974f8
 def _words_lost(tokenizer, text:str, words) -> bool:
-    "Does the caption name the concept, but only behind what the text encoder takes?"
+    "Does the caption name the concept, but only after the part that the text encoder takes?"
     found = [m.end() for w in words if w.strip() for m in re.finditer(re.escape(w.strip()), text, re.IGNORECASE)]
     return bool(found) and tokens_of(tokenizer, text[:min(found)]) > tokenizer.model_max_length
 

@@ -67,7 +67,7 @@ def build_flux(captions:list, guidance=True) -> FluxPipeline: # captions for the
 # %% ../../nbs/3_model/60_flow.ipynb #f7000012
 HEARS = ('add_q_proj', 'add_k_proj', 'add_v_proj', 'to_add_out')
 FLOW_PARTS = {'kv': HEARS[1:3], 'cross': HEARS, 'attention': ('.attn.',), 'all': ('',)}
-KEPT = ('time_text_embed', 'norm_out', 'proj_out') # by `not-cross`
+KEPT = ('time_text_embed', 'norm_out', 'proj_out') # left out by `not-cross`
 
 # %% ../../nbs/3_model/60_flow.ipynb #f70000112
 def is_flow(net) -> bool:
@@ -123,7 +123,7 @@ class FlowView:
 
 # %% ../../nbs/3_model/60_flow.ipynb #f7000020
 class TextMaps:
-    "The map that reads captions, by the name that UCE knows for keys"
+    "The map that reads captions, under the name that UCE expects for keys"
     def __init__(self, net): self.net, self.config = net, None
 
     def named_parameters(self): return [('attn2.to_k.weight', self.net.context_embedder.weight)]

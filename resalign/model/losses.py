@@ -69,7 +69,7 @@ def shifted_sigmas(scheduler, tokens:int=None # of a picture, where the shift de
 
 # %% ../../nbs/3_model/50_losses.ipynb #flux0010
 class FlowSchedule:
-    "A path with the methods of a scheduler, for losses that ask their model's"
+    "The path, with the methods of a scheduler that losses call"
     config = SimpleNamespace(prediction_type='epsilon') # what is predicted is used as it is, without ᾱ
 
     def __init__(self, sigmas): self.sigmas = sigmas
@@ -95,7 +95,7 @@ class FlowDenoiser(Denoiser):
 
 # %% ../../nbs/3_model/50_losses.ipynb #flux0012
 class FluxDenoiser(FlowDenoiser):
-    "FLUX's, with latents (b, c, h, w) as everywhere else"
+    "FLUX's transformer with its path; latents are (b, c, h, w), as elsewhere"
     guidance = 3.5 # of a transformer that has learned it
 
     def __init__(self, pipe):
@@ -152,7 +152,7 @@ class HarmfulLoss:
         return self.samples.text[i]
 
     def rise(self, model:Denoiser, i, text=None) -> torch.Tensor: # (n,); `text`: embeddings in place of the captions'
-        "L_i(θ) − L_i(θ₀): the further, the less harm"
+        "L_i(θ) − L_i(θ₀): the larger, the less harm"
         s = self.samples[i] if text is None else replace(self.samples[i], text=text)
         return model.losses(s) - self.original_losses[i]
 
@@ -175,7 +175,7 @@ class RetainLoss:
 
 # %% ../../nbs/3_model/50_losses.ipynb #rem00002
 class AnchoredLoss(HarmfulLoss):
-    "The way from the unsafe captions' predictions to those of their safe counterparts"
+    "Pulls the predictions for unsafe captions towards the original's for their safe counterparts"
     @torch.no_grad()
     def __init__(self, original:Denoiser, bank:Bank,
                  safe:torch.Tensor, # (n, tokens, width) embeddings of the safe counterparts of the bank's captions
@@ -192,7 +192,7 @@ class AnchoredLoss(HarmfulLoss):
         return (model.predict(s) - self.targets[i]).square().flatten(1).mean(1)
 
     def rise(self, model:Denoiser, i, text=None) -> torch.Tensor: # (n,)
-        "How much of the way a prediction has come: in the mean from 0 to 1"
+        "How far a prediction has moved to its target, on average from 0 to 1"
         return (self.original_losses[i] - self.distances(model, i, text))/self.scale
 
     def __call__(self, model:Denoiser, i, margin:float, text=None) -> torch.Tensor: # scalar

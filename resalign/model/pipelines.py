@@ -165,10 +165,10 @@ def _check_weights_finite(name:str, module, advice=LOWER):
 
 # %% ../../nbs/3_model/20_pipelines.ipynb #72d8f72b
 def half(module):
-    "A copy in float16, made weight by weight: none in float32 is in memory"
+    "A copy in float16, made weight by weight, without another copy in float32"
     known = {id(b): b.half() for b in module.buffers() if b.is_floating_point()}
     known |= {id(p): torch.nn.Parameter(p.detach().half(), p.requires_grad) for p in module.parameters()}
-    return copy.deepcopy(module, known) # takes what is known for the copies
+    return copy.deepcopy(module, known) # uses the entries of `known` as the copies
 
 def save_pipeline(pipe, folder):
     "Write a diffusers folder; weights that are not finite are refused"
@@ -220,7 +220,7 @@ def _variants(folder:Path) -> set: # of the weights of a part; None is the plain
 
 # %% ../../nbs/3_model/20_pipelines.ipynb #ab14e0d7
 def variant_of(folder:Path) -> str|None: # None: the plain files
-    "The variant of its weights that a pipeline's folder is read in"
+    "The variant of the weights that is read from a pipeline's folder"
     parts = {p: _variants(folder/p) for p, file in _part_files(folder).items() if file == 'config.json'}
     lacking = {p: found for p, found in parts.items() if None not in found and found}
     if not lacking: return None
@@ -366,7 +366,7 @@ def moved_to(hub_id) -> str:
 def cached(hub_id, revision=None) -> Path|None: # None: not there, or not whole
     "The folder of a hub id in the cache"
     try: folder = Path(snapshot_download(str(hub_id), revision=revision, local_files_only=True))
-    except Exception: return None # each way of not being there has a class of its own
+    except Exception: return None # every kind of absence raises another class
     try: check_pipeline(folder)
     except UserError: return None
     return folder
@@ -467,7 +467,7 @@ def initial_latents(pipe, seeds) -> torch.Tensor: # (n, c, h, w)
 class ImageStore:
     "uint8 pictures in `folder`, added in batches; a batch that was added is on the disk"
     def __init__(self, folder, n:int, # pictures in the end
-                 request=''):         # what they are pictures of: a store of something else is begun anew
+                 request=''):         # what they are pictures of: a store of other pictures is started over
         self.file, self.index, self.n = Path(folder)/'pictures', Path(folder)/'index.json', n
         with disk_errors(folder): Path(folder).mkdir(parents=True, exist_ok=True)
         try: state = json.loads(self.index.read_text())
