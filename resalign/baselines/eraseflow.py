@@ -33,7 +33,7 @@ class EraseFlowConfig(Config):
     sampling_steps:int = Field(4, ge=2) # of a path; as released 50
     early:int = Field(2, ge=0)          # transitions that are drawn from all but the last; as released 10
     late:int = Field(1, ge=1)           # last transitions, all of which are used; as released 10
-    guidance:float = 5.                 # of the steps, in both directions of use
+    guidance:float = 5.                 # of the steps, when a path is drawn and when it is balanced
     max_norm:float = Field(1., gt=0)    # of the gradients
     batch:int = Field(2, ge=1)          # paths in a step; as released 1
     seed:int = 0

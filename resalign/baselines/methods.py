@@ -51,9 +51,9 @@ def config_of(method:str, # a key of METHODS
 # %% ../../nbs/5_baselines/97_methods.ipynb #flow9702
 # adapt attention of either kind
 ANY_DENOISER = ('original', 'ga', 'resalign-first-order', 'resalign', 'modular-lora')
+# defined by predictions, for a transformer as for a UNet
 AS_UNET = ('esd-x', 'esd-u', 'ca', 'salun', 'pgu', 'meta-unlearning-esd', 'meta-unlearning-sdd',
            'meta-unlearning-released', 'esd-retain', 'resalign-esd', 'ca-retain', 'resalign-ca')
-# defined by predictions, for a transformer as for a UNet
 TEXT_MAPS = ('uce', 'rece') # edit the linear map that reads captions
 NO_FLOW = {
     'safegen': 'it trains self-attention apart from captions, and joint attention mixes the two',
