@@ -105,7 +105,7 @@ def test_what_was_done_to_pictures_is_said(tmp_path, capsys):
     assert len(read_images(tmp_path, 8)[0]) == 4
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(': ')[2].partition(',')[0] for line in lines] == [
-        '1 of 4 pictures are partly transparent', '1 of 4 pictures are of 16 bits a pixel',
+        '1 of 4 pictures are partly transparent', '1 of 4 pictures are of more than 8 bits a pixel',
         '1 of 4 pictures are of several frames']
 
 

@@ -1,6 +1,6 @@
 """FLUX and SD3 from folder to folder: the layout on disk, the round trip through diffusers, the LoRA loaders, and two
 steps of every method, or the one line that says why there are none."""
-import json
+import copy, json
 
 import pytest, torch
 from diffusers import FluxPipeline, StableDiffusion3Pipeline
@@ -211,3 +211,11 @@ def test_a_negative_prompt_is_drawn_by_sd3_and_refused_for_flux(given):
     plain = {name: generate(pipe, ['a'], [1], 1, 3.) for name, pipe in pipes.items()}
     assert (generate(pipes['flux'], ['a'], [1], 1, 3., negative=['']) == plain['flux']).all()
     assert (generate(pipes['sd3'], ['a'], [1], 1, 3., negative=['b']) != plain['sd3']).any()
+
+
+def test_a_transformer_with_a_weight_that_is_not_finite_is_not_saved(given, tmp_path):
+    for name, (pipe, _) in given.items():
+        bad = copy.deepcopy(pipe)
+        next(bad.transformer.parameters()).data.flatten()[0] = float('nan')
+        with pytest.raises(UserError, match='transformer.*finite'): save_pipeline(bad, tmp_path/name)
+        assert not (tmp_path/name).exists()

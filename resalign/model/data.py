@@ -130,7 +130,7 @@ def check_captions(df:pd.DataFrame, meta:Path) -> pd.DataFrame: # with a column 
 
 # %% ../../nbs/3_model/10_data.ipynb #911146c1
 FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'GIF', 'TIFF') # Pillow would give others, such as EPS, to other programs
-ON_WHITE, SIXTEEN_BITS = 'partly transparent, put on white', 'of 16 bits a pixel, reduced to 8'
+ON_WHITE, SIXTEEN_BITS = 'partly transparent, put on white', 'of more than 8 bits a pixel, reduced to 8'
 FIRST_FRAME, PROFILE = 'of several frames, of which the first is used', 'with a colour profile, converted to sRGB'
 
 def _to_8_bits(image) -> Image.Image:
