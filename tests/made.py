@@ -1,6 +1,10 @@
-"What tests are given: drawings in folders, prompts about a concept, and the words that name it."
+"What tests are given: drawings in folders, prompts about a concept, and the words that name it; and which studies are done."
+import importlib
+from pathlib import Path
+
 import pandas as pd
 
+from resalign.core.settings import UserError
 from resalign.world.emoji import prompts, scenes, words_of, write_set
 
 CONCEPT = 'weapon'
@@ -24,3 +28,10 @@ def prompts_of(**counts) -> list:
 
 def write_prompts(path, rows):
     pd.DataFrame(rows).to_csv(path, index=False)
+
+
+def all_cells_are_here(study) -> bool:
+    "Has every cell that the study asks for been committed?"
+    try: names = importlib.import_module(f'resalign.studies.{study}').cells()
+    except UserError: return False # nothing was chosen yet
+    return all((Path(__file__).parents[1]/'results'/'runs'/study/name).is_dir() for name in names)

@@ -9,7 +9,6 @@ is the business of tests/fast. After a change that is meant to change them, writ
 """
 
 import copy
-import importlib
 import json
 import os
 import shutil
@@ -28,6 +27,7 @@ from resalign.model.pipelines import PretrainConfig, build_pipeline, generate, l
 from resalign.studies.pretraining import RareLoss, train_cycle, train_vae
 from resalign.world.emoji import pictures, scenes
 from each import each
+from made import all_cells_are_here
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent/'golden'
@@ -98,13 +98,6 @@ def test_a_table_comes_out_of_the_committed_scores_to_the_last_digit(stage, chec
         old, new = (ROOT/'results'/'tables'/w.name).read_text().splitlines(), w.read_text().splitlines()
         first = next((k for k, (a, b) in enumerate(zip(old, new)) if a != b), min(len(old), len(new)))
         assert old == new, f'{w.name}: line {first + 1}:\n- {old[first:first + 1]}\n+ {new[first:first + 1]}'
-
-
-def all_cells_are_here(study) -> bool:
-    "Has every cell that the study asks for been committed?"
-    try: names = importlib.import_module(f'resalign.studies.{study}').cells()
-    except UserError: return False # nothing was chosen yet
-    return all((ROOT/'results'/'runs'/study/name).is_dir() for name in names)
 
 
 def test_every_committed_table_is_recomputed_or_measured():
