@@ -83,6 +83,7 @@ def test_settings():
         warmup=0,
         ema=0.0,
         token='<new>',
+        train_text_encoder=False,
         seed=0,
     )
     assert set(ALGORITHMS) == {'full', 'lora', 'custom-diffusion', 'svdiff', 'textual-inversion'}
