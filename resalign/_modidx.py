@@ -990,6 +990,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                         'resalign/method/finetune.py'),
                                           'resalign.method.finetune.check_new_token': ( '4_method/finetune.html#check_new_token',
                                                                                         'resalign/method/finetune.py'),
+                                          'resalign.method.finetune.check_read': ( '4_method/finetune.html#check_read',
+                                                                                   'resalign/method/finetune.py'),
                                           'resalign.method.finetune.check_simulated': ( '4_method/finetune.html#check_simulated',
                                                                                         'resalign/method/finetune.py'),
                                           'resalign.method.finetune.constant_lr': ( '4_method/finetune.html#constant_lr',

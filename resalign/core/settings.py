@@ -123,7 +123,7 @@ def make_config(cls,                # a subclass of `Config`
     raise UserError(': '.join(p for p in (where, field, message) if p) + f', got {given!r}')
 
 # %% ../../nbs/1_core/00_settings.ipynb #11be69dc
-class _UniqueKeys(yaml.SafeLoader):
+class _UniqueKeys(yaml.loader.SafeLoader): # not libyaml's, which composes by itself
     def compose_mapping_node(self, anchor): # before `<<` adds the keys of other mappings
         node = super().compose_mapping_node(anchor)
         seen = []
