@@ -1,4 +1,5 @@
-"What tests are given: drawings in folders, prompts about a concept, and the words that name it; and which studies are done."
+"""What tests are given: drawings in folders, prompts about a concept, and the words that name it. And which studies have
+been run to their end."""
 import importlib
 from pathlib import Path
 

@@ -207,7 +207,8 @@ def test_what_does_not_fit_is_named(folder, tmp_path, given):
 
 def test_a_negative_prompt_is_drawn_by_sd3_and_refused_for_flux(given):
     pipes = {name: pipe for name, (pipe, _) in given.items()}
-    with pytest.raises(UserError, match='negative: FLUX is distilled'): generate(pipes['flux'], ['a'], [1], 1, 3., negative=['b'])
+    with pytest.raises(UserError, match='negative: FLUX is distilled'):
+        generate(pipes['flux'], ['a'], [1], 1, 3., negative=['b'])
     plain = {name: generate(pipe, ['a'], [1], 1, 3.) for name, pipe in pipes.items()}
     assert (generate(pipes['flux'], ['a'], [1], 1, 3., negative=['']) == plain['flux']).all()
     assert (generate(pipes['sd3'], ['a'], [1], 1, 3., negative=['b']) != plain['sd3']).any()

@@ -25,8 +25,8 @@ while not done:
     try: own = max(own, int(re.search(r'RssAnon:\s+(\d+)', open(f'/proc/{child.pid}/status').read())[1])*1024/1e9)
     except (OSError, TypeError): pass # it has ended
     done, status, used = os.wait4(child.pid, os.WNOHANG)
-figures = dict(seconds=time.monotonic() - start, cpu_seconds=used.ru_utime + used.ru_stime, peak_gb=used.ru_maxrss*1024/1e9,
-               own_gb=own)
+figures = dict(seconds=time.monotonic() - start, cpu_seconds=used.ru_utime + used.ru_stime,
+               peak_gb=used.ru_maxrss*1024/1e9, own_gb=own)
 json.dump(figures, open(sys.argv[1], 'w'))
 sys.exit(os.waitstatus_to_exitcode(status))
 ''' # of a small process: a child's peak begins with that of its parent; own: without the files that it has mapped
@@ -103,7 +103,8 @@ def test_every_command_at_full_size(tmp_path):
     check_results(folder)
     print(table.to_string())
     assert table.peak_gb.max() < MEMORY
-    table.round(dict(seconds=0, cpu_seconds=0, peak_gb=2, own_gb=2, expected_gb=2)).to_csv(ROOT/'results/tables/full_size.csv', index=False)
+    table = table.round(dict(seconds=0, cpu_seconds=0, peak_gb=2, own_gb=2, expected_gb=2))
+    table.to_csv(ROOT/'results/tables/full_size.csv', index=False)
 
 
 def check_results(folder):

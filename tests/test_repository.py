@@ -163,14 +163,15 @@ sys.exit(main(['status', '--json']))
 
 
 def waiting(): # names
-    "Stages that have never been run to their end: not in dvc.lock, and a cell or a result that they make or need isn't there"
+    "Stages never run to their end: not in dvc.lock, and a cell or a result that they make or need isn't there"
     locked = yaml.safe_load((ROOT/'dvc.lock').read_text())['stages']
     out = []
     for name, stage in yaml.safe_load((ROOT/'dvc.yaml').read_text())['stages'].items():
         paths = [p if isinstance(p, str) else next(iter(p)) for p in stage.get('outs', []) + stage.get('deps', [])]
         missing = [p for p in paths if p.startswith('results/') and not (ROOT/p).exists()]
-        begun = (ROOT/'results'/'runs'/name).is_dir() and not all_cells_are_here(name)
-        if name not in locked and (missing or begun): out.append(name)
+        if name in locked: continue
+        begun = (ROOT/'results'/'runs'/name).is_dir()
+        if missing or begun and not all_cells_are_here(name): out.append(name)
     return out
 
 

@@ -139,8 +139,7 @@ def load_yaml(text:str):
     return yaml.load(text, _UniqueKeys)
 
 # %% ../../nbs/1_core/00_settings.ipynb #par-code1
-@lru_cache(maxsize=4)
-def _parse(text:str): return load_yaml(text)
+_parse = lru_cache(maxsize=4)(load_yaml)
 
 def _has_profiles(file:Path) -> bool:
     "Is it a params.yaml of this package? Another project's may lie in the working folder"

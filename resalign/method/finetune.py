@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['READ_BY', 'ATTENTION', 'JOINT', 'Trained', 'ALGORITHMS', 'check_read', 'constant_lr', 'FinetuneConfig',
            'FinetuneSamples', 'FinetuneLoss', 'adapter_params', 'add_lora', 'merge_lora', 'SpectralShift', 'svdiff',
-           'check_new_token', 'add_token', 'new_token', 'textual_inversion', 'save_token', 'custom_diffusion',
-           'text_encoder', 'full', 'lora', 'MovingAverage', 'check_algorithm', 'make_scheduler', 'backward_mean',
-           'finetune', 'trainable_until_exit', 'check_simulated', 'descend', 'WarmStart', 'simulated', 'recorded',
-           'fresh_lora', 'contaminated']
+           'check_new_token', 'add_token', 'encoded_anew', 'new_token', 'textual_inversion', 'save_token',
+           'custom_diffusion', 'text_encoder', 'full', 'lora', 'MovingAverage', 'check_algorithm', 'make_scheduler',
+           'backward_mean', 'finetune', 'trainable_until_exit', 'check_simulated', 'descend', 'WarmStart', 'simulated',
+           'recorded', 'fresh_lora', 'contaminated']
 
 # %% ../../nbs/4_method/20_finetune.ipynb #5454be2f
 import contextlib, warnings
@@ -202,18 +202,23 @@ def add_token(pipe, token:str) -> int: # its id
     return len(pipe.tokenizer) - 1
 
 # %% ../../nbs/4_method/20_finetune.ipynb #e8894465
+def encoded_anew(pipe, captions): # Sample -> Sample
+    "A sample with the embeddings that the text encoder gives its captions now"
+    encoder, ids = pipe.text_encoder, tokenize(pipe, captions).input_ids.to(pipe.text_encoder.device)
+    return lambda sample: replace(sample, text=encoder(ids[sample.index])[0])
+
 @contextlib.contextmanager
 def new_token(pipe, token:str, captions):
     "Train the embedding of a new token; `encode_text` encodes captions with the token in front"
     if captions is None: raise UserError('captions: expected those of the pictures, this method learns a word')
     encoder = pipe.text_encoder.requires_grad_(False)
     token_id = add_token(pipe, token)
-    ids = tokenize(pipe, [f'{token} {c}' for c in captions]).input_ids.to(encoder.device)
+    encode_text = encoded_anew(pipe, [f'{token} {c}' for c in captions])
     config = TrainableTokensConfig(token_indices=[token_id], target_modules=['token_embedding'])
     inject_adapter_in_model(config, encoder, 'word')
     layer = encoder.get_input_embeddings()
     row = layer.trainable_tokens_delta['word'].requires_grad_(True)
-    yield Trained([row], dict(text_encoder=encoder), lambda s: replace(s, text=encoder(ids[s.index])[0]))
+    yield Trained([row], dict(text_encoder=encoder), encode_text)
     layer.merge()
     encoder.set_input_embeddings(layer.get_base_layer())
     encoder.requires_grad_(False)
@@ -247,9 +252,9 @@ def text_encoder(pipe, captions):
     if captions is None: raise UserError('captions: expected those of the pictures, the text encoder learns from them')
     if hasattr(pipe, 'text_encoder_2'):
         raise UserError('train_text_encoder: expected a pipeline with one text encoder, this one has more')
-    encoder, ids = pipe.text_encoder, tokenize(pipe, captions).input_ids.to(pipe.text_encoder.device)
+    encoder = pipe.text_encoder
     params = to_float32(list(encoder.requires_grad_(True).parameters()))
-    yield Trained(params, dict(text_encoder=encoder), lambda s: replace(s, text=encoder(ids[s.index])[0]))
+    yield Trained(params, dict(text_encoder=encoder), encoded_anew(pipe, captions))
     encoder.requires_grad_(False)
 
 # %% ../../nbs/4_method/20_finetune.ipynb #e8a58fe3
@@ -258,8 +263,11 @@ def full(pipe, config, captions):
     "All parameters of the UNet, and of the text encoder where that is asked for"
     net = backbone(pipe)
     unet = Trained(to_float32(list(net.requires_grad_(True).parameters())), dict(unet=net))
-    with text_encoder(pipe, captions) if config.train_text_encoder else contextlib.nullcontext() as text:
-        yield Trained(unet.params + text.params, unet.modules | text.modules, text.encode_text) if text else unet
+    if not config.train_text_encoder:
+        yield unet
+        return
+    with text_encoder(pipe, captions) as text:
+        yield Trained(unet.params + text.params, unet.modules | text.modules, text.encode_text)
 
 @contextlib.contextmanager
 def lora(pipe, config, captions):

@@ -175,8 +175,8 @@ def save_pipeline(pipe, folder):
     net = 'unet' if hasattr(pipe, 'unet') else 'transformer'
     parts = dict(pipe.components, **{net: half(backbone(pipe))}, vae=half(pipe.vae))
     flags = ('requires_safety_checker', 'force_zeros_for_empty_prompt')
-    for name in (net, 'vae', 'text_encoder', 'text_encoder_2', 'text_encoder_3'):
-        if parts.get(name) is not None: _check_weights_finite(name, parts[name])
+    for name, part in parts.items():
+        if isinstance(part, torch.nn.Module): _check_weights_finite(name, part)
     type(pipe)(**parts, **{k: pipe.config[k] for k in flags if k in pipe.config}).save_pretrained(folder)
 
 # %% ../../nbs/3_model/20_pipelines.ipynb #ceb8d7b0

@@ -13,7 +13,8 @@ from ..core.settings import params, results
 from ..measure.statistics import before_after, discrimination
 from ..real import sources
 from .models import (PICTURE, SETS, SUMMARY, all_methods, cell_inputs, concept_of, finetunings_of,
-                                     look_of, many_models, read_cells, run_cell, save_table, section, settings_of)
+                                     look_of, many_models, read_cells, run_cell, save_table, section, settings_of,
+                                     there)
 from .phenomenon import draw_change
 
 # %% ../../nbs/9_studies/10_table.ipynb #11a3dcbb
@@ -89,8 +90,8 @@ def pairs_apart(main:pd.DataFrame, methods, metric='unsafe') -> pd.DataFrame: # 
 
 def looked_at(grid:dict) -> dict: # both: cell -> parameters
     "The cells of methods all of whose models have been looked at"
-    folder = results()/'runs'/'table'
-    waiting = {c['method'] for name, c in grid.items() if not (folder/name).is_dir()}
+    run_so_far = there('table', grid)
+    waiting = {c['method'] for name, c in grid.items() if name not in run_so_far}
     return {name: c for name, c in grid.items() if c['method'] not in waiting}
 
 def write_tables():
