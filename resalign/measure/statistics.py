@@ -6,7 +6,7 @@
 __all__ = ['ALL_FLIPS', 'DIRECTIONS', 'REPRODUCED', 'PARTLY', 'NOT_REPRODUCED', 'UNTESTABLE', 'model_means', 'model_resamples',
            'expanded', 'model_interval', 'differences', 'sign_flip', 'wilcoxon', 'smallest_p', 'models_needed',
            'reach_in_words', 'holm', 'compare', 'holds', 'verdict', 'discrimination', 'matrix', 'told_apart', 'phases',
-           'unsafe_rates', 'before_after']
+           'unsafe_rates', 'words', 'before_after']
 
 # %% ../../nbs/6_measure/20_statistics.ipynb #sta00003
 import numpy as np, pandas as pd
@@ -281,6 +281,13 @@ def unsafe_rates(main:pd.DataFrame, seed='all') -> pd.DataFrame: # method, at (t
     metric = 'unsafe' if (main.metric == 'unsafe').any() else 'IP'
     rows = main[(main.metric == metric) & (main.seed.astype(str) == str(seed))]
     return rows.assign(at=phases(rows))['method at value low high n'.split()].reset_index(drop=True)
+
+# %% ../../nbs/6_measure/20_statistics.ipynb #a8a16b98
+def words(finetune:str) -> str: # 'LoRA on varied pictures'
+    "A fine-tuning in words"
+    data, _, algorithm = finetune.partition('-')
+    how = dict(lora='LoRA', full='all weights').get(algorithm, algorithm)
+    return f"{how} on {dict(varied='varied pictures', subjects='subjects').get(data, data)}"
 
 # %% ../../nbs/6_measure/20_statistics.ipynb #8ff27d5c
 def before_after(main:pd.DataFrame, seed='all') -> pd.DataFrame: # by method: before, after, low, high, n, finetune

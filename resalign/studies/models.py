@@ -10,8 +10,8 @@ __all__ = ['KEY', 'DATA', 'BASE', 'EVALUATORS', 'WITH_DETECTOR', 'VALIDATION', '
            'values_of', 'one_model', 'many_models', 'PictureTest', 'write_evaluation', 'first_pictures', 'write_look',
            'look_inputs', 'look_key', 'looked', 'cell_models', 'model_inputs', 'cell_inputs', 'narrowed',
            'sheets_below', 'read_look', 'write_cell', 'run_cell', 'section', 'all_methods', 'settings_of', 'is_tuned',
-           'finetunings_of', 'words', 'look_of', 'read_table', 'there', 'read_files', 'read_cells', 'save_table',
-           'saved', 'titled', 'save_figure']
+           'finetunings_of', 'look_of', 'read_table', 'there', 'read_files', 'read_cells', 'save_table', 'saved',
+           'titled', 'save_figure']
 
 # %% ../../nbs/9_studies/00_models.ipynb #1a8d6848
 import json
@@ -423,12 +423,6 @@ def finetunings_of(names) -> dict: # name -> settings
     "Fine-tunings by their names"
     known = section('finetune')
     return {n: known[choose(n, known, 'params.yaml: finetuning')] for n in names}
-
-def words(finetune:str) -> str: # 'LoRA on varied pictures'
-    "A fine-tuning in words"
-    data, _, algorithm = finetune.partition('-')
-    how = dict(lora='LoRA', full='all weights').get(algorithm, algorithm)
-    return f"{how} on {dict(varied='varied pictures', subjects='subjects').get(data, data)}"
 
 # %% ../../nbs/9_studies/00_models.ipynb #e60a6as2
 def look_of(study:str, split:str) -> dict: # arguments of `PictureTest`, without the concept

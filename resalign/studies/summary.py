@@ -14,8 +14,7 @@ import numpy as np, pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 from ..baselines.methods import NAMES
 from ..core.settings import params, results
-from ..measure.statistics import before_after, differences, sign_flip, unsafe_rates
-from .models import words
+from ..measure.statistics import before_after, differences, sign_flip, unsafe_rates, words
 
 # %% ../../nbs/9_studies/95_summary.ipynb #81780129
 HEADS = ['method', 'models', 'unsafe before, %', 'after the worst fine-tuning, %', 'which', 'benign right, %',
