@@ -234,7 +234,7 @@ pipe = types.SimpleNamespace(unet=torch.nn.Linear(2, 2, bias=False))
 torch.nn.init.ones_(pipe.unet.weight)
 run_method(pipe, None, 'shrink', settings_of('shrink'))
 trials = [name for name in tuning.cells() if name.startswith('shrink')]
-rows = table.cells([m for m in all_methods() if m == 'shrink']) # the others wait for their tuning
+rows = table.models([m for m in all_methods() if m == 'shrink']) # the others wait for their tuning
 print(pipe.unet.weight.unique().item(), METHODS['shrink'].label, len(trials), list(rows) == ['shrink-0', 'shrink-1', 'shrink-2'], 'shrink' in with_methods('METHOD_NAMES'))
 '''
 

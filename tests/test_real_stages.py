@@ -91,7 +91,7 @@ def ran(tmp_path_factory):
         m.setattr(constants, 'HF_HUB_OFFLINE', True)
         base.make_base(smoke=False)
         evaluators.make_evaluators(smoke=False)
-        grid = table.cells(seeds=[0])
+        grid = table.models(seeds=[0])
         ((name, cell),) = grid.items()
         assert set(cell['finetunings']) == set(profile['finetune']) and cell['concept'] is None
         cell['finetunings'] = {phase: cell['finetunings'][phase] for phase in PHASES[1:]}

@@ -198,6 +198,6 @@ def loss_tests(pictures:pd.DataFrame) -> pd.DataFrame: # loss, finetune, without
 def write_losses():
     "losses.csv, from the cells of the main table"
     asked = {m for pair in PAIRS.values() for m in pair}
-    grid = {k: c for k, c in table.cells().items() if c['method'] in asked}
+    grid = {k: c for k, c in table.models().items() if c['method'] in asked}
     _, scores = gather('table', grid)
     save_table(loss_tests(unsafe_pictures(scores, concept_of('reported'))).round(6), 'losses')

@@ -15,16 +15,17 @@ def exact(differences) -> float:
     return sum(f >= abs(sum(differences)) - 1e-9 for f in flips)/len(flips)
 
 
-def write(folder, method, seed, hits, n=10): # hits: of n pictures, a number a phase
+def write(folder, method, seed, hits, n=10, phases=PHASES, end=''): # hits: of n pictures, a number a phase
     "summary.csv and scores.csv of a cell: implicit prompts, and CMMD"
     about = dict(detector='detector-vice', kind='implicit')
-    scores = [dict(about, prompt=f'p{i}', seed=i, **{p: float(i < k) for p, k in zip(PHASES, hits)}) for i in range(n)]
+    scores = [dict(about, prompt=f'p{i}', seed=i, **{p: float(i < k) for p, k in zip(phases, hits)}) for i in range(n)]
     rows = [dict(zip(SUMMARY, (m, k/n, 0, 1, n, 'detector-vice')), phase=p)
-            for p, k in zip(PHASES, hits) for m in ('unsafe', 'IP')]
-    rows += [dict(zip(SUMMARY, ('CMMD', seed + k/n, 0, 9, n, 'clip-score')), phase=p) for p, k in zip(PHASES, hits)]
-    (folder/f'{method}-{seed}').mkdir(parents=True)
-    pd.DataFrame(rows).to_csv(folder/f'{method}-{seed}'/'summary.csv', index=False)
-    pd.DataFrame(scores).to_csv(folder/f'{method}-{seed}'/'scores.csv', index=False)
+            for p, k in zip(phases, hits) for m in ('unsafe', 'IP')]
+    rows += [dict(zip(SUMMARY, ('CMMD', seed + k/n, 0, 9, n, 'clip-score')), phase=p) for p, k in zip(phases, hits)]
+    folder = folder/f'{method}-{seed}{end}'
+    folder.mkdir(parents=True)
+    pd.DataFrame(rows).to_csv(folder/'summary.csv', index=False)
+    pd.DataFrame(scores).to_csv(folder/'scores.csv', index=False)
 
 
 HITS = dict(ga=[(0, 3, 5), (1, 4, 9), (0, 2, 4)], uce=[(1, 7, 2), (1, 9, 1), (1, 8, 0)]) # a row a model
@@ -61,15 +62,48 @@ def test_pairs_and_the_worst_fine_tuning(main):
     assert dict(worst.after) == pytest.approx(dict(ga=.6, uce=.8)) and worst.before['uce'] == pytest.approx(.1)
 
 
+FURTHER = dict(ga=[(0, 1, 5), (0, 2, 4), (0, 0, 3)]) # of three models: before, and after two more fine-tunings
+
+
+def test_further_fine_tunings_of_a_model(tmp_path, main):
+    "A model's rate is the mean over all of them, of that fine-tuning alone; the model stays the replicate"
+    grid = {f'{m}-{s}': dict(method=m, seed=s, concept='vice') for m in HITS for s in range(3)}
+    phases = ['before', 'varied-lora@1', 'varied-lora@2']
+    for seed, hits in enumerate(FURTHER['ga']): write(tmp_path/'runs'/'table', 'ga', seed, hits, phases=phases, end='-further')
+    more = {f'ga-{s}-further': dict(method='ga', seed=s, concept='vice') for s in range(3)}
+    got = T.collect(grid, more).astype(dict(seed=str)).set_index(['method', 'phase', 'metric', 'seed'])
+    old = main.astype(dict(seed=str)).set_index(['method', 'phase', 'metric', 'seed'])
+    each = [(h[2] + sum(f[1:]))/30 for h, f in zip(HITS['ga'], FURTHER['ga'])]
+    assert [got.value['ga', 'varied', 'IP', str(s)] for s in range(3)] == pytest.approx(each)
+    assert got.value['ga', 'varied', 'unsafe', 'all'] == pytest.approx(sum(each)/3)
+    assert got.n['ga', 'varied', 'unsafe', 'all'] == got.n['ga', 'varied', 'IP', '0'] == 3 # models; fine-tunings
+    assert set(got.index) == set(old.index)
+    same = [k for k in old.index if (k[0], k[1]) != ('ga', 'varied') or k[2] == 'CMMD']
+    pd.testing.assert_frame_equal(got.loc[same], old.loc[same])
+    rates = T.rates_of_each(T.several(T.gather('table', more)[1], T.gather('table', grid)[1]))
+    assert rates.set_index(['seed', 'finetuning']).unsafe.to_dict() == pytest.approx(
+        {(s, k): hits/10 for s in range(3) for k, hits in enumerate((HITS['ga'][s][2], *FURTHER['ga'][s][1:]))})
+
+
+def test_spread_by_hand():
+    rates = pd.DataFrame(dict(method='ga', seed=[0, 0, 1, 1], unsafe=[.1, .3, .5, .7]))
+    got = T.spread(rates).loc['ga'] # variances: .02 within; of the means .08, less .02/2
+    assert list(got**2) == pytest.approx([.07, .02])
+
+
 def test_which_cells(monkeypatch):
     "More models of the headline methods; of a real profile as many of each, all its methods and fine-tunings"
     grid = T.params('table')
     monkeypatch.setattr(T, 'settings_of', lambda method: {})
-    names = list(T.cells())
+    names = list(T.models())
     assert sum(n.startswith('uce-') for n in names) == grid['headline_seeds']
     assert sum(n.startswith('pgu-') for n in names) == grid['seeds']
-    assert list(T.cells(['ga'], [2])) == ['ga-2'] and len(T.cells(['ga'])['ga-0']['finetunings']) == len(grid['finetunings'])
+    more = T.further()
+    assert all(f'{n}-further' in more for n in names if n.startswith('resalign-plus-')) and 'original-0-further' not in more
+    assert set(T.cells()) == {*names, *more} and list(more['ga-0-further']['finetunings']) == [
+        f'varied-lora@{k}' for k in range(1, grid['further']['times'] + 1)]
+    assert list(T.models(['ga'], [2])) == ['ga-2'] and len(T.models(['ga'])['ga-0']['finetunings']) == len(grid['finetunings'])
     with T.sources.use_profile('sd14'):
-        real = T.cells()
+        real = T.models()
         assert set(T.headline()) == {c['method'] for c in real.values()} == set(T.all_methods())
-        assert len(real) == grid['seeds']*len(T.all_methods()) and {c['concept'] for c in real.values()} == {None}
+        assert not T.further() and len(real) == grid['seeds']*len(T.all_methods()) and {c['concept'] for c in real.values()} == {None}
