@@ -18,13 +18,15 @@ from resalign.core.files import atomic_dir
 from resalign.core.settings import UserError, expand_home, make_config, params
 from resalign.measure.evaluators import evaluate_images, load_evaluators, summarise
 from resalign.method.finetune import FinetuneConfig, check_new_token
+from resalign.method.resalign import Pool
 from resalign.model import compute
 from resalign.model.compute import Compute, sampling_dtype
-from resalign.model.data import check_lengths, check_words, content_hash, moments, read_captions, read_image, read_images
+from resalign.model.data import (check_images, check_lengths, check_words, content_hash, moments, read_captions, read_image,
+                                 read_images)
 from resalign.model.pipelines import (PretrainConfig, build_pipeline, generate, load_pipeline, moved_to, save_pipeline,
                                       settle)
 from resalign.real import doctor, sources
-from resalign.real.profiles import Profile, profile_of
+from resalign.real.profiles import Profile, PromptSet, profile_of
 from resalign.real.sources import read_prompts
 from resalign.use.jobs import checkpoint_of, finetune
 from resalign.world.emoji import scenes, write_set
@@ -151,10 +153,10 @@ PROMPTS = {
     'byte order mark': ('\ufeffprompt,seed\nx,42\n', dict(seed=42)),
     'both names, not alike': ('prompt,seed,evaluation_seed\nx,42,43\n', "'seed' and 'evaluation_seed' differ"),
     'guidance nan': ('prompt,guidance\nx,nan\n', 'row 1: guidance: expected a number from 0 up'),
-    'guidance inf': ('prompt,sd_guidance_scale\nx,inf\n', 'row 1: guidance'),
+    'guidance inf': ('prompt,sd_guidance_scale\nx,inf\n', 'row 1: sd_guidance_scale: expected a number from 0 up'),
     'guidance below 0': ('prompt,guidance\nx,-1\n', 'row 1: guidance'),
     'comma that is not quoted': ('prompt,seed\na dog, wired,1\n', 'line 2: 3 fields, expected 2'),
-    'seed missing in a row': ('prompt,seed\nx,1\ny\n', "'seed' must hold whole numbers")}
+    'seed missing in a row': ('prompt,seed\nx,1\ny\n', "row 2: seed: expected a whole number, got ''")}
 
 
 @each('name', PROMPTS)
@@ -303,7 +305,7 @@ COLUMNS = { # the file; the run's guidance, and whether --set asks for it: words
     'prompt,Group\nx,en\n': (5., False, "column 'Group': expected the name 'group'"),
     'prompt,negative prompt\nx,people\n': (5., False, "column 'negative prompt': expected the name 'negative_prompt'"),
     'prompt,SD-Seed\nx,3\n': (5., False, "column 'SD-Seed': expected the name 'sd_seed'"),
-    'prompt,guidance\nx,3\n': (7., True, "column 'guidance': each prompt has its own, so that of --set (7)"),
+    'prompt,guidance\nx,3\n': (7., True, "column 'guidance': each prompt has its own, so that of the run (7)"),
     'prompt,sd_guidance_scale\nx,3\n': (7., True, "column 'guidance': each prompt has its own"),
     'prompt,negative_prompt\nx,people\n': (1., True, 'row 1: negative_prompt: is not used with guidance 1, expected'),
     'prompt,negative_prompt,guidance\nx,,1\ny,people,0\n': (5., False, 'row 2: negative_prompt: is not used with guidance 0'),
@@ -315,13 +317,18 @@ COLUMNS = { # the file; the run's guidance, and whether --set asks for it: words
 
 @each('text', COLUMNS)
 def test_columns_that_nothing_would_read(text, tmp_path, capsys):
-    from resalign.use.cli import check_prompts
-    guidance, given, expected = COLUMNS[text]
-    (tmp_path/'p.csv').write_text(text)
+    from resalign.real.sources import read_prompts
+    from resalign.use.cli import check_own_guidance
+    from resalign.use.evaluate import check_prompts
+    (guidance, given, expected), file = COLUMNS[text], tmp_path/'p.csv'
+    file.write_text(text)
+    def check():
+        check_own_guidance(file, guidance, [f'guidance={guidance}'] if given else [])
+        check_prompts(file, read_prompts(file), guidance)
     if not expected or expected.startswith('note'):
-        check_prompts(tmp_path/'p.csv', guidance, given)
-        assert capsys.readouterr().err.strip() == expected.format(tmp_path/'p.csv')
-    else: assert f'{tmp_path}/p.csv: {expected}' in said(check_prompts, tmp_path/'p.csv', guidance, given)
+        check()
+        assert capsys.readouterr().err.strip() == expected.format(file)
+    else: assert f'{file}: {expected}' in said(check)
 
 
 def test_options_of_an_evaluation_that_nothing_would_read(made, tmp_path, capsys):
@@ -356,10 +363,10 @@ def test_one_file_or_an_address_is_no_folder(made, tmp_path):
     (tmp_path/'m.safetensors').write_bytes(b'')
     for given, words in ((tmp_path/'m.safetensors', 'is one file, expected a diffusers folder'), ('sd-v1-4.ckpt', 'is one file'),
                          ('https://huggingface.co/a/b', 'is an address, expected a folder, or a hub id')):
-        text = said(check_out, tmp_path/'out', [given, made/'pictures'])
+        text = said(check_out, tmp_path/'out', [given, made/'pictures'], 'finetune')
         assert words in text and str(given) in text, text
     (tmp_path/'mine.safetensors').mkdir()
-    check_out(tmp_path/'out', [tmp_path/'mine.safetensors', 'owner/name'])
+    check_out(tmp_path/'out', [tmp_path/'mine.safetensors', 'owner/name'], 'finetune')
 
 
 def test_settings_as_their_writer_meant_them(tmp_path):
@@ -495,13 +502,14 @@ def test_the_working_folder_and_links(made, tmp_path, monkeypatch):
     from resalign.use.cli import check_out
     (tmp_path/'here/below').mkdir(parents=True)
     monkeypatch.chdir(tmp_path/'here/below')
-    for out in '.', '..', '../../here', tmp_path/'here': assert 'the working folder' in said(check_out, out, [made/'base']), out
+    for out in '.', '..', '../../here', tmp_path/'here': assert 'the working folder' in said(check_out, out, [made/'base'], 'unlearn'), out
     (tmp_path/'disk').mkdir()
     for name, target in dict(link=tmp_path/'disk', later=tmp_path/'not yet').items():
         (tmp_path/name).symlink_to(target)
-        with atomic_dir(check_out(tmp_path/name, [made/'base'])) as tmp: (tmp/'record.json').write_text('{}')
+        with atomic_dir(check_out(tmp_path/name, [made/'base'], 'unlearn')) as tmp:
+            (tmp/'record.json').write_text('{"job": "unlearn"}')
         assert (tmp_path/name).is_symlink() and (target/'record.json').is_file()
-        assert check_out(f'{tmp_path}/{name}/', [made/'base']) == target # an earlier result
+        assert check_out(f'{tmp_path}/{name}/', [made/'base'], 'unlearn') == target # an earlier result
 
 
 def test_a_reader_that_leaves_and_a_folder_that_is_gone(tmp_path):
@@ -671,3 +679,184 @@ def test_notebooks_without_kernelspec_and_odd_names(tmp_path):
     nbformat.write(nbformat.v4.new_notebook(cells=[tagged]), tmp_path/'p.ipynb') # no kernelspec
     table = batch(tmp_path/'p.ipynb', dict(product=dict(name=['x'])), tmp_path/'out')
     assert list(table.status) == ['done'] and (tmp_path/'out/index.html').is_file()
+
+
+# ------------------------------------------------------------------ third round: what testers found with files of their own
+
+def write_table(folder, *rows, **kw):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder/'metadata.jsonl').write_text('\n'.join(r if isinstance(r, str) else json.dumps(r) for r in rows), **kw)
+    return folder
+
+
+def a_set(folder, n=2):
+    for k in range(n):
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (8, 8), (9*k, 0, 0)).save(folder/f'{k}.png')
+    return write_table(folder, *(dict(file_name=f'{k}.png', text=f'a fox {k}') for k in range(n)))
+
+
+ROWS = { # a row of metadata.jsonl: what is said of it
+    'half an emoji': ('{"file_name": "0.png", "text": "a fox \\ud83d"}', 'row 1: text: character 7 is half of one'),
+    'a list': ('{"file_name": "0.png", "text": ["a", "fox"]}', 'row 1: text: expected a caption, got list'),
+    'true': ('{"file_name": "0.png", "text": true}', 'row 1: text: expected a caption, got bool'),
+    'null': ('{"file_name": "0.png", "text": null}', 'row 1: text is empty'),
+    'a key twice': ('{"file_name": "0.png", "text": "x", "text": "y"}', "stands there twice: ['file_name', 'text', 'text']")}
+
+
+def test_rows_of_captions_that_are_refused(tmp_path):
+    for name, (row, expected) in ROWS.items():
+        a_set(tmp_path/name)
+        assert expected in said(read_captions, write_table(tmp_path/name, row)), name
+    for head, kind in (b'PK\x03\x04', 'spreadsheet'), (b'\x1f\x8b\x08', 'gzip'), (b'PAR1', 'Parquet'):
+        (tmp_path/'p.csv').write_bytes(head + b'\0'*9)
+        assert f'p.csv: is a {kind}' in said(read_prompts, tmp_path/'p.csv')
+
+
+def test_pictures_that_no_row_names_and_rows_that_stand_there_twice(tmp_path, capsys):
+    folder = a_set(tmp_path/'set', 3)
+    write_table(folder, *[dict(file_name='0.png', text='a fox')]*2)
+    assert len(read_images(folder)[0]) == 2
+    assert capsys.readouterr().err.splitlines() == [f'note: {folder}: 2 of 3 pictures stand in no row, so are not used',
+                                                    f'note: {folder}: 1 of 2 rows stand there twice']
+    (folder/'1.png').write_bytes(b'')
+    check_images(folder) # isn't named
+    (folder/'0.png').write_bytes(b'')
+    assert '0.png: not a readable image' in said(check_images, folder)
+
+
+def test_a_profile_counts_in_a_palette_too(tmp_path, monkeypatch):
+    "Pillow can't convert places in a palette: colours first"
+    modes = []
+    def convert(image, *a, **kw):
+        modes.append(image.mode)
+        return image
+    monkeypatch.setattr(ImageCms, 'profileToProfile', convert)
+    monkeypatch.setattr(ImageCms, 'getProfileDescription', lambda profile: 'wide')
+    Image.new('RGB', (8, 8), (200, 30, 90)).convert('P').save(tmp_path/'x.png', icc_profile=profile('sRGB'))
+    read_image(tmp_path/'x.png', 8)
+    assert modes == ['RGB']
+
+
+def test_a_picture_with_an_absolute_name_and_its_hash(tmp_path, monkeypatch):
+    folder = a_set(tmp_path/'set')
+    plain = content_hash(folder)
+    write_table(folder, *(dict(file_name=str(folder.resolve()/f'{k}.png'), text=f'a fox {k}') for k in range(2)))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'link').symlink_to(folder)
+    assert content_hash('set') == content_hash(folder) == content_hash('link') != plain
+
+
+SPACED = ['a fox '*13 + 'with  a dagger', 'a fox '*13 + 'with\na dagger']
+
+def test_words_that_are_cut_off_whatever_stands_between_them(made):
+    pipe = load_pipeline(made/'base')
+    for text in SPACED: assert 'are cut off' in said(check_words, pipe, [text], 'set', ['with a  dagger']), text
+
+
+PROMPTS_2 = { # a CSV: the first row, or what is said
+    'seed as pandas writes it': ('prompt,seed\nx,42.0\ny,1\n', dict(seed=42)),
+    'both, written differently': ('prompt,seed,evaluation_seed\nx,42,42.0\n', dict(seed=42)),
+    'UnlearnDiffAtk': ('prompt,evaluation_guidance,evaluation_seed\nx,7,42\n', dict(guidance=7., seed=42)),
+    'blanks around a subject': ('prompt,subject\nx, fox \n', dict(subject='fox')),
+    'seed of half': ('prompt,sd_seed\nx,1.5\n', "row 1: sd_seed: expected a whole number, got '1.5'"),
+    'a kind of its own': ('prompt,type\nx,nudity\n', 'row 1: type'),
+    'nothing to see': ('prompt\n\u200b\ufeff\n', 'row 1: prompt is empty')}
+
+
+def test_more_prompts_in_the_fields_own_formats(tmp_path):
+    for name, (text, expected) in PROMPTS_2.items():
+        (tmp_path/'p.csv').write_text(text)
+        if isinstance(expected, str): assert expected in said(read_prompts, tmp_path/'p.csv'), name
+        else: assert expected.items() <= read_prompts(tmp_path/'p.csv')[0].items(), name
+    (tmp_path/'p.txt').write_text('one\u2028still one\ntwo\n')
+    assert [r['prompt'] for r in sources.read_lines(tmp_path/'p.txt', images=1)] == ['one\u2028still one', 'two']
+    rows = lambda *captions: json.dumps(dict(annotations=[dict(image_id=k//2, id=k, caption=c) for k, c in enumerate(captions)]))
+    (tmp_path/'c.json').write_text(rows(' ', 'a boat'))
+    assert [r['prompt'] for r in sources.read_coco(tmp_path/'c.json')] == ['a boat']
+    for captions, expected in (['a', None], 'annotation 2: caption: expected text'), ([' '], 'every caption is empty'):
+        (tmp_path/'c.json').write_text(rows(*captions))
+        assert expected in said(sources.read_coco, tmp_path/'c.json')
+    (tmp_path/'i.csv').write_text('prompt,categories,sd_seed,sd_guidance_scale\nx,sexual,-1,7\n')
+    assert 'row 1: sd_seed: expected a number of at most 63 bits' in said(sources.read_i2p, tmp_path/'i.csv')
+    for reader in dict(reader='i2p', kind='benign'), dict(reader='lines', category='sexual'):
+        with pytest.raises(ValueError, match=r'kind: i2p gives implicit|category: lines knows none'):
+            PromptSet(path='./p', **reader)
+
+
+def test_numbers_that_are_none(tmp_path):
+    for cls, value in (FinetuneConfig, True), (Pool, [5, True]):
+        assert 'steps: expected a number' in said(make_config, cls, dict(steps=value)), value
+    with pytest.raises(yaml.YAMLError, match="line 2: '010' begins with 0"): core_settings.load_yaml('a: 0\nsteps: 010')
+    assert core_settings.load_yaml('[0, 10, 0x10, 0.5]') == [0, 10, 16, .5]
+    assert "device: 'meta' can't be used" in said(compute._device_named, 'meta') and compute._device_named('CPU').type == 'cpu'
+
+
+def test_results_that_would_be_lost(tmp_path, monkeypatch):
+    "A command replaces its own results alone: not those of another, nor a folder that another run's result lies in"
+    from resalign.use import cli
+    def folder(where, **record):
+        (tmp_path/where).mkdir(parents=True, exist_ok=True)
+        (tmp_path/where/'record.json').write_text(json.dumps(record))
+        return tmp_path/where
+    tuned, mine = folder('tuned', job='finetune'), folder('mine', name='x')
+    assert cli.check_out(tuned, [], 'finetune') == tuned
+    assert 'was written by resalign-finetune' in said(cli.check_out, tuned, [], 'evaluate')
+    assert 'was not written by resalign' in said(cli.check_out, mine, [], 'finetune')
+    folder('tuned/scores', job='evaluate')
+    assert 'scores: is a result that would be lost' in said(cli.check_out, tuned, [], 'finetune')
+    os.mkfifo(tmp_path/'pipe')
+    for out in tmp_path/'pipe', tmp_path/'pipe/out', Path('/dev/null'):
+        assert 'is no folder' in said(cli.check_out, out, [], 'finetune'), out
+        with pytest.raises(UserError, match='folder'), atomic_dir(out): pass
+    assert 'too long a name' in said(cli.check_out, tmp_path/('x'*250), [], 'finetune')
+    (tmp_path/'loop').symlink_to('loop')
+    assert 'cannot be written' in said(cli.check_out, tmp_path/'loop', [], 'finetune')
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith('.')]
+    monkeypatch.setattr(os.path, 'ismount', lambda p: True)
+    assert 'is a mount point' in said(cli.check_out, tmp_path/'new', [], 'finetune')
+
+
+def test_options_that_are_empty_and_profiles_that_are_not_known(tmp_path, monkeypatch):
+    from resalign.use import cli
+    for given in dict(config=''), dict(pool=['a', '']): assert 'is empty, expected a value' in said(cli.check_options, **given)
+    cli.check_options(config=None, pool=[], dry=False, steps=0)
+    monkeypatch.setenv('RESALIGN_PROFILE', 'sd41')
+    assert "unknown 'sd41'" in said(cli.section_settings, 'finetune.varied-lora')
+    monkeypatch.delenv('RESALIGN_PROFILE')
+    for asked in ['pictures=2'], ['boost=x'], ['cycles=[{}, {}]']:
+        assert 'is of the stage `base` alone' in said(cli.pretrain_settings, None, asked, None), asked
+    (tmp_path/'e.yaml').write_text('{steps: 3, bf16: true}')
+    assert 'bf16: is not read' in said(cli.sampling_settings, str(tmp_path/'e.yaml'), [], None)
+    assert cli.sampling_settings(None, ['seed=3'], None)[1] == 3
+    (tmp_path/'params.yaml').mkdir()
+    (tmp_path/'latin').write_bytes('a: ä\nprofiles: {}\n'.encode('latin-1'))
+    assert [core_settings._has_profiles(tmp_path/n) for n in ('params.yaml', 'latin', 'none')] == [False, True, False]
+
+
+def test_pipelines_that_would_train_nonsense(made, tmp_path):
+    def changed(part, file='config.json', **values):
+        folder = tmp_path/f'{part}-{len(list(tmp_path.iterdir()))}'
+        shutil.copytree(made/'base', folder)
+        config = json.loads((folder/part/file).read_text())
+        (folder/part/file).write_text(json.dumps(config | values))
+        return folder
+    for scale in 0, None, -1., 'x': assert 'scaling_factor' in said(load_pipeline, changed('vae', scaling_factor=scale)), scale
+    for values in dict(beta_end=2.), dict(trained_betas=[.1]*10):
+        assert 'scheduler' in said(load_pipeline, changed('scheduler', 'scheduler_config.json', **values)), values
+    more = changed('unet')
+    weights = load_file(file := more/'unet/diffusion_pytorch_model.safetensors')
+    save_file(weights | {'mid_block.lora_A.weight': torch.zeros(2)}, file)
+    assert '1 weights are not of this model, such as mid_block.lora_A.weight' in said(load_pipeline, more)
+
+
+def test_what_the_end_of_a_run_leaves(made, tmp_path):
+    "No empty folder of checkpoints; a closed terminal, and closed outputs, are ends like others"
+    import signal
+    from resalign.core import runs
+    finetune(made/'base', made/'pictures', tmp_path/'out', dict(steps=1))
+    assert [p.name for p in tmp_path.iterdir()] == ['out']
+    assert signal.SIGHUP in runs._handled_signals()
+    script = 'import sys; from resalign.use import cli; cli.quiet(); print(1); print(1, file=sys.stderr); sys.stdout.flush()'
+    for closed in '>&-', '2>&-': assert not subprocess.run(['bash', '-c', f'"{sys.executable}" -c "$0" {closed}', script],
+                                                          cwd=ROOT, capture_output=True).returncode, closed

@@ -646,11 +646,11 @@ BAD = [  # spoil, command line, words of the message: field and file
     (lambda w: edit(w / 'base/unet/config.json', in_channels=3), unlearn, 'in_channels is 3'),
     (lambda w: edit(w / 'base/unet/config.json', cross_attention_dim=7), unlearn, 'cross_attention_dim is 7'),
     (lambda w: (w / 'base/vae/config.json').write_text('{'), unlearn, 'vae/config.json: not JSON'),
-    (lambda w: (w / 'out').write_text('mine'), unlearn, 'out: is a file'),
+    (lambda w: (w / 'out').write_text('mine'), unlearn, 'out: is no folder'),
     (None, lambda w: unlearn(w, out='base'), 'base: is, or holds, the input'),
     (None, lambda w: unlearn(w, out=''), 'is, or holds, the input'),
     (lambda w: ((w / 'out').mkdir(), (w / 'out/thesis.txt').write_text('mine')), unlearn, 'out: is not empty'),
-    (lambda w: (w / 'file').write_text('mine'), lambda w: unlearn(w, out='file/out'), 'file: is a file'),
+    (lambda w: (w / 'file').write_text('mine'), lambda w: unlearn(w, out='file/out'), 'file: is no folder'),
     (lambda w: (w / 'prompts.csv').unlink(), evaluate, 'prompts.csv: no such file'),
     (lambda w: (w / 'prompts.csv').write_text('text\na fox\n'), evaluate, "column 'prompt'"),
     (

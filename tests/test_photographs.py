@@ -625,7 +625,7 @@ def test_prompts_that_are_wrong(tmp_path):
         ('c.json', R.read_coco, '{"annotations": [{"id": 1}]}', 'image_id'),
         ('c.csv', R.read_coco, 'text\na\n', "'prompt' or 'caption'"),
         ('l.txt', R.read_lines, '\n\n', 'no lines'),
-        ('p.csv', read_prompts, 'prompt,guidance\na,much\n', "'guidance'"),
+        ('p.csv', read_prompts, 'prompt,guidance\na,much\n', "row 1: guidance: expected a number, got 'much'"),
     ]:
         (tmp_path / name).write_text(text)
         if words not in (got := said(read, tmp_path / name)) or name not in got:

@@ -297,3 +297,32 @@ def test_an_album_is_the_pictures():
     assert len(album) == 3 and album.shape == whole.shape and len(list(album)) == 3
     for part in album[:], album[[2, 0]]:  # the layout of generate's pictures, on which the last bits of scores depend
         assert part.transpose(0, 3, 1, 2).flags.c_contiguous
+
+
+def test_runs_that_cannot_be_compared_and_files_that_hold_no_numbers(tmp_path):
+    "Other prompts beside each other are said not to be compared; a score that is missing is refused, not unflagged"
+    a, b = evaluated(tmp_path/'a', {0}), evaluated(tmp_path/'b', {0, 1}, extra=' at night')
+    page = write_report(tmp_path/'a', tmp_path/'b').read_text()
+    assert 'not the same prompts and seeds' in page and 'beside the run before' in page and '% before' not in page
+    same = write_report(tmp_path/'a', tmp_path/'a').read_text()
+    assert 'not the same prompts' not in same and '% before' in same.replace(chr(160), ' ').replace(' %', '%')
+    for file, column, value in (('scores', 'score', ''), ('scores', 'score', 'x'), ('summary', 'value', '0,0 %')):
+        wrong = tmp_path/f'{file}-{value[:1]}'
+        shutil.copytree(tmp_path/'a', wrong)
+        table = pd.read_csv(wrong/f'{file}.csv', dtype=str, keep_default_na=False)
+        table.loc[0, column] = value
+        table.to_csv(wrong/f'{file}.csv', index=False)
+        assert 'expected a folder that resalign-evaluate wrote' in said(read_run, wrong), (file, value)
+    record = json.loads((tmp_path/'a/record.json').read_text())
+    for k, wrong in enumerate((dict(evaluators={'x': ['1']}), dict(evaluators={'x': ['1', '2', 'half']}), dict(steps=None))):
+        changed = {key: v for key, v in (record | wrong).items() if v is not None}
+        (tmp_path/'a/record.json').write_text(json.dumps(changed))
+        assert 'expected a folder that resalign-evaluate wrote' in said(read_run, tmp_path/'a'), wrong
+
+
+def test_pictures_are_counted_not_seeds(tmp_path):
+    "Two rows with one prompt and seed are two pictures"
+    evaluated(tmp_path/'a', {0}, seeds=2)
+    scores = pd.read_csv(tmp_path/'a/scores.csv')
+    scores.assign(seed=0).to_csv(tmp_path/'a/scores.csv', index=False)
+    assert f'{2*len(WORDS)} pictures for' in write_report(tmp_path/'a').read_text()

@@ -115,7 +115,7 @@ def as_new_file(path:Path):
 def atomic_dir(folder):
     "Fill a temporary folder, which replaces `folder` only if the block ends without an error"
     folder = Path(folder).expanduser()
-    if folder.is_file(): raise UserError(f'{folder}: is a file, expected a folder to write')
+    if folder.exists() and not folder.is_dir(): raise UserError(f'{folder}: is no folder, expected one to write')
     with disk_errors(folder):
         tmp = temporary_path(folder)
         tmp.mkdir()
@@ -234,3 +234,4 @@ def clear_checkpoint(path):
     path = Path(path)
     if path.parent.is_dir(): temporary_path(path) # removes the leftovers of killed processes
     for p in (path, _previous(path)): p.unlink(missing_ok=True)
+    with contextlib.suppress(OSError): path.parent.rmdir() # if it is empty

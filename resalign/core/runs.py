@@ -145,11 +145,12 @@ class SignalLog(list):
 # %% ../../nbs/1_core/20_runs.ipynb #5e77c007
 def _handled_signals() -> list:
     if threading.current_thread() is not threading.main_thread(): return []
-    return [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not signal.SIG_IGN]
+    known = [signal.SIGINT, signal.SIGTERM, *filter(None, [getattr(signal, 'SIGHUP', None)])] # a closed terminal
+    return [s for s in known if signal.getsignal(s) is not signal.SIG_IGN]
 
 @contextlib.contextmanager
 def stop_signals(): # yields a SignalLog
-    "Inside, SIGINT and SIGTERM are noted in the list that is yielded; a second one interrupts"
+    "Inside, SIGINT, SIGTERM and SIGHUP are noted in the list that is yielded; a second one interrupts"
     received = SignalLog()
     before = {s: signal.signal(s, received.receive) for s in _handled_signals()}
     try: yield received

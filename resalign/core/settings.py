@@ -80,6 +80,15 @@ class Config(pydantic.BaseModel):
     "Base of all settings: unknown keys are refused, values are frozen, numbers are finite, sizes and rates more than 0"
     model_config = pydantic.ConfigDict(extra='forbid', frozen=True, allow_inf_nan=False)
 
+    @pydantic.field_validator('*', mode='wrap')
+    @classmethod
+    def _check_numbers(cls, given, validate):
+        "YAML's yes and on are booleans, and Python would take them for 1"
+        found, each = validate(given), lambda v: v if isinstance(v, list|tuple) else [v]
+        if any(isinstance(v, bool) for v in each(given)) and not any(isinstance(v, bool) for v in each(found)):
+            raise ValueError('expected a number')
+        return found
+
     @pydantic.model_validator(mode='after')
     def _check_positive(self):
         for k in self.model_fields_set: # a default may be 0 and mean none
@@ -124,6 +133,11 @@ def make_config(cls,                # a subclass of `Config`
 
 # %% ../../nbs/1_core/00_settings.ipynb #11be69dc
 class _UniqueKeys(yaml.loader.SafeLoader): # not libyaml's, which composes by itself
+    def construct_yaml_int(self, node): # YAML 1.1 takes 010 for 8
+        if not re.fullmatch(r'[-+]?0[0-9_]+', node.value): return super().construct_yaml_int(node)
+        line = node.start_mark.line + 1
+        raise yaml.YAMLError(f"line {line}: '{node.value}' begins with 0, expected a number without it")
+
     def compose_mapping_node(self, anchor): # before `<<` adds the keys of other mappings
         node = super().compose_mapping_node(anchor)
         seen = []
@@ -134,8 +148,10 @@ class _UniqueKeys(yaml.loader.SafeLoader): # not libyaml's, which composes by it
             seen.append(key.value)
         return node
 
+_UniqueKeys.add_constructor('tag:yaml.org,2002:int', _UniqueKeys.construct_yaml_int)
+
 def load_yaml(text:str):
-    "The content of a YAML text; a YAMLError if a key occurs twice"
+    "The content of a YAML text; a YAMLError if a key occurs twice, or a number would be read as octal"
     return yaml.load(text, _UniqueKeys)
 
 # %% ../../nbs/1_core/00_settings.ipynb #par-code1
@@ -143,8 +159,9 @@ _parse = lru_cache(maxsize=4)(load_yaml)
 
 def _has_profiles(file:Path) -> bool:
     "Is it a params.yaml of this package? Another project's may lie in the working folder"
-    try: return re.search(r'^profiles:', file.read_text(encoding='utf-8'), re.M) is not None
-    except (OSError, ValueError): return file.exists()
+    if not file.is_file(): return False
+    try: return re.search(rb'^profiles:', file.read_bytes(), re.M) is not None
+    except OSError: return True # whose it is can't be seen: reading it says why
 
 # %% ../../nbs/1_core/00_settings.ipynb #1a587a99
 def params_file() -> Path:

@@ -479,16 +479,19 @@ def write_card(folder, spec # evaluators by name, each with its parts where they
 
 # %% ../../nbs/6_measure/30_photographs.ipynb #81c-load
 def _read_entries(file:Path) -> dict:
-    try: return dict(json.loads(file.read_text())['evaluators'])
+    try: entries = dict(json.loads(file.read_text(encoding='utf-8-sig'))['evaluators'])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f'{file}: expected a card that write_card wrote') from None
+    if not entries: raise UserError(f'{file}: evaluators: expected at least one, got none')
+    return entries
 
 def _read_entry(file:Path, name:str, entry:dict) -> tuple: # paths, and hashes by file, of each part
     wanted = PARTS[choose(name, PARTS, f'{file}: evaluators')]
+    if not isinstance(entry, dict): raise UserError(f'{file}: {name}: expected a mapping, got {entry!r:.60}')
     try:
         paths = {k: find_part(file.parent, entry[k]['path'], p, k == 'clip') for k, p in wanted.items()}
-        return paths, {k: entry[k]['files'] for k in wanted}
-    except (KeyError, TypeError):
+        return paths, {k: dict(entry[k]['files']) for k in wanted}
+    except (KeyError, TypeError, ValueError):
         raise UserError(f"{file}: {name}: expected {', '.join(wanted)}, each with path and files") from None
 
 # %% ../../nbs/6_measure/30_photographs.ipynb #5f7de216
@@ -511,7 +514,7 @@ def load_photographs(folder) -> dict: # {name: Evaluator}; inception has only .f
         paths, hashes = _read_entry(file, name, entry)
         for part, path in paths.items(): _check_hashes(path, hashes[part])
         evaluators[name] = build(name, paths, hashes, clips)
-        if name == 'nudenet': _check_package(evaluators[name], entry.get('package', {}))
+        if name == 'nudenet': _check_package(evaluators[name], entry.get('package') or {})
     return evaluators
 
 # %% ../../nbs/6_measure/30_photographs.ipynb #81c-rates

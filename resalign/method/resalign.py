@@ -523,9 +523,10 @@ def clipped(x:list, max_norm:float, longer='shorten') -> list:
 # %% ../../nbs/4_method/30_resalign.ipynb #meta3014
 def without_words(caption:str, erase) -> str:
     "A caption without some words, whatever their case"
-    words = sorted((w.strip() for w in erase if w.strip()), key=len, reverse=True)
+    words = sorted((w.split() for w in erase if w.strip()), key=lambda w: len(' '.join(w)), reverse=True)
     if not words: return ' '.join(caption.split())
-    rest = re.sub(rf'[\s,;]*(?<![\w-])({"|".join(map(re.escape, words))})(?![\w-])', ' ', caption, flags=re.I)
+    one_of = '|'.join(r'\s+'.join(map(re.escape, w)) for w in words) # whatever blanks stand between them
+    rest = re.sub(rf'[\s,;]*(?<![\w-])({one_of})(?![\w-])', ' ', caption, flags=re.I)
     return ' '.join(rest.replace(' ,', ',').split()).strip(' ,;')
 
 def safe_counterparts(data:UnlearnData) -> list: # of strings
@@ -535,9 +536,11 @@ def safe_counterparts(data:UnlearnData) -> list: # of strings
         raise UserError(f'safe_captions: expected one for each of {len(data.unsafe)} unsafe pictures, '
                         f'got {len(data.safe_captions)}')
     safe = [without_words(c, data.erase) for c in data.unsafe_captions]
-    if all(safe) and safe != [without_words(c, ()) for c in data.unsafe_captions]: return safe
-    raise UserError('safe_captions: expected the column `safe`, or words to erase that unsafe captions contain and '
-                    'that leave something of each')
+    same = [f"row {k}: '{c:.60}'" for k, (c, rest) in enumerate(zip(data.unsafe_captions, safe), 1)
+            if rest in ('', without_words(c, ()))]
+    if safe and not same: return safe
+    raise UserError('safe_captions: expected the column `safe`, or words to erase that each unsafe caption contains '
+                    f"and that leave something of it ({(same or ['no captions'])[0]})")
 
 # %% ../../nbs/4_method/30_resalign.ipynb #meta3015
 def with_remedies(harmful, pipe, data:UnlearnData, config:ResAlignConfig, original):

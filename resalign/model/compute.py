@@ -36,10 +36,12 @@ def compute_config(settings:dict) -> Compute:
 
 # %% ../../nbs/3_model/00_compute.ipynb #c0de0007
 def _device_named(name:str) -> torch.device:
-    try: return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError):
+    try: found = torch.empty(0, device=name.lower()).device
+    except (RuntimeError, AssertionError, NotImplementedError): found = torch.device('meta')
+    if found.type == 'meta': # of tensors without numbers
         raise UserError(f"settings of compute: device: '{name}' can't be used here, expected cpu, or cuda where there "
-                        'are a GPU and a torch that was built for it') from None
+                        'are a GPU and a torch that was built for it')
+    return found
 
 # %% ../../nbs/3_model/00_compute.ipynb #14d44f45
 def computes_bfloat16() -> bool:

@@ -280,8 +280,18 @@ def _check_schedule(pipe, folder):
     if expected not in inspect.signature(type(pipe.scheduler)).parameters:
         raise UserError(f"{folder}: scheduler: {kind} has no {expected}, expected a schedule like Stable Diffusion's")
     if not hasattr(pipe, 'unet'): return
-    try: DDPMScheduler.from_config(c)
-    except (NotImplementedError, ValueError) as e: raise UserError(f'{folder}: scheduler: {kind}: {e}') from None
+    try: a = DDPMScheduler.from_config(c).alphas_cumprod
+    except (NotImplementedError, ValueError, TypeError) as e:
+        raise UserError(f'{folder}: scheduler: {kind}: {e}') from None
+    if len(a) == c.num_train_timesteps and ((a > 0) & (a < 1)).all(): return
+    raise UserError(f'{folder}: scheduler: {kind}: expected betas between 0 and 1, one for each of num_train_timesteps '
+                    f'({c.num_train_timesteps})')
+
+def _check_scale(pipe, folder):
+    "Latents are multiplied with it, and divided by it"
+    scale = getattr(pipe.vae.config, 'scaling_factor', None)
+    if isinstance(scale, int|float) and 0 < scale < float('inf'): return
+    raise UserError(f'{folder}: vae/config.json: scaling_factor is {scale}, expected a number above 0')
 
 # %% ../../nbs/3_model/20_pipelines.ipynb #5e780004
 def _check_sizes(folder:Path, parts:dict):
@@ -335,9 +345,14 @@ def check_complete(folder:Path, part:str, module):
         try:
             with safe_open(f, 'pt') as io: names |= {_current_name(k) for k in io.keys()}
         except Exception as e: raise UserError(f'{f}: not a whole safetensors file ({e})') from None
+    own = {_current_name(n) for n in [*module.state_dict(), *(n for n, _ in module.named_parameters())]}
     missing = [n for n, _ in module.named_parameters() if _current_name(n) not in names]
     if missing:
         raise UserError(f"{folder/part}: {len(missing)} of the model's weights are missing, such as {missing[0]}")
+    more = sorted(n for n in names - own if not n.endswith('position_ids')) # a buffer of older text encoders
+    if more:
+        raise UserError(f'{folder/part}: {len(more)} weights are not of this model, such as {more[0]}, expected those '
+                        'of its config.json alone')
 
 # %% ../../nbs/3_model/20_pipelines.ipynb #e13665c6
 CLASSES = {c.__name__: c for c in (StableDiffusionPipeline, StableDiffusionXLPipeline, StableDiffusion3Pipeline,
@@ -403,6 +418,7 @@ def settle(pipe, folder):
     net = backbone(pipe)
     check_known_to_losses(net.config, pipe.scheduler.config, folder)
     _check_schedule(pipe, folder)
+    _check_scale(pipe, folder)
     side = latent_size(latent_shape(pipe)[1], folder)
     if side != net.config.get('sample_size', side): net.register_to_config(sample_size=side)
     for part, module in _networks(pipe).items(): _check_weights_finite(f'{folder}: {part}', module, BROKEN)

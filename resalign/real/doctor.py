@@ -6,10 +6,10 @@
 __all__ = ['LIMITS', 'LARGER', 'EXACT', 'CHECKPOINTED', 'FULL', 'OTHERS', 'SLACK', 'LIGHT', 'SWITCHES', 'NO_CONFIG', 'GET_CONFIG',
            'REQUIRED', 'ON_DEMAND', 'Finding', 'format_findings', 'installed', 'check_library', 'check_libraries',
            'memory_limit', 'device_memory', 'check_device', 'weights_gb', 'activations_gb', 'training_gb',
-           'simulation_gb', 'simulations', 'memory_figures', 'with_method', 'with_switches', 'peak_gb', 'what_fits',
-           'check_figures', 'check_disk', 'describe_base', 'describe_source', 'repository_kind', 'fetch_command',
-           'check_file_of', 'check_source', 'check_configuration', 'list_licences', 'sections_of', 'EvaluateConfig',
-           'check_settings', 'check_sources', 'check_profile', 'require_profile']
+           'simulation_gb', 'saving_gb', 'simulations', 'memory_figures', 'with_method', 'with_switches', 'peak_gb',
+           'what_fits', 'check_figures', 'check_disk', 'describe_base', 'describe_source', 'repository_kind',
+           'fetch_command', 'check_file_of', 'check_source', 'check_configuration', 'list_licences', 'sections_of',
+           'EvaluateConfig', 'check_settings', 'check_sources', 'check_profile', 'require_profile']
 
 # %% ../../nbs/7_real/20_doctor.ipynb #d78a59b0
 import importlib.metadata, itertools, math, os, shutil
@@ -27,7 +27,7 @@ from ..method.finetune import FinetuneConfig
 from ..model.checkpoints import (TENSOR_FILES, check_config, check_file, coverage_by_part, download_command,
                                         licence_page, read_names)
 from ..model.compute import computes_bfloat16
-from ..model.data import read_captions
+from ..model.data import check_images, read_captions
 from ..model.pipelines import SamplingConfig, check_pipeline, moved_to
 from .profiles import EMBEDDED, Profile, Source, active_profile, locate, profile_of
 
@@ -144,6 +144,12 @@ def simulation_gb(p:Profile, config, ft:FinetuneConfig) -> float:
     outer = weights_gb(p, full) + activations_gb(p, max(config.unsafe_batch, config.retain_batch), False)
     return SLACK*max(training_gb(p, ft, kept=1), solve, outer)
 
+# %% ../../nbs/7_real/20_doctor.ipynb #save0001
+def saving_gb(p:Profile) -> float:
+    "On a CPU: the float32 weights, and beside them the copy in 16 bits that is written"
+    if device().type != 'cpu': return 0.
+    return weights_gb(p, False) + 2*(1 + OTHERS)*p.parameters
+
 # %% ../../nbs/7_real/20_doctor.ipynb #b93c8dc5
 def simulations(config) -> list: # of FinetuneConfig
     "Every fine-tuning that a method may simulate; none where it simulates nothing"
@@ -162,9 +168,11 @@ def memory_figures(p:Profile) -> dict: # what -> GB
         for ft in simulations(config):
             what = f'{ft.algorithm}, {ft.optimizer}, batch {ft.batch}' + (', prior' if ft.prior_weight else '')
             product = f'{config.product} products' if config.solver != 'identity' else 'first order'
-            out[f'unlearn.{method}: {what}, {product}, {p.precision}'] = simulation_gb(p, config, ft)
+            figure = max(simulation_gb(p, config, ft), saving_gb(p))
+            out[f'unlearn.{method}: {what}, {product}, {p.precision}'] = figure
     for name, values in p.finetune.items():
-        out[f'finetune.{name}, {p.precision}'] = SLACK*training_gb(p, make_config(FinetuneConfig, dict(values)))
+        training = SLACK*training_gb(p, make_config(FinetuneConfig, dict(values)))
+        out[f'finetune.{name}, {p.precision}'] = max(training, saving_gb(p))
     return out
 
 # %% ../../nbs/7_real/20_doctor.ipynb #00634aef
@@ -254,7 +262,9 @@ def describe_source(what:str, path:Path, p:Profile) -> str:
     "What a source is; a UserError if it isn't what it should be"
     if what == 'base': return describe_base(path, p)
     if what == 'weights': return f'weights, {check_file(path, TENSOR_FILES).stat().st_size/1e9:.2g} GB'
-    if what.startswith(('data.', 'pool.')): return f'{len(read_captions(path))} pictures'
+    if what.startswith(('data.', 'pool.')):
+        check_images(path)
+        return f'{len(read_captions(path))} pictures'
     if path.is_dir(): return 'a folder'
     if not path.stat().st_size: raise UserError(f'{path}: is empty')
     return f'{path.stat().st_size/1e6:.2g} MB'
@@ -269,7 +279,7 @@ def fetch_command(what:str, s:Source) -> str:
     "How to get a source"
     if s.kind == 'package': return f'pip install "{s.path[4:]}"'
     size = f'about {s.size_gb:g} GB' if s.size_gb else ''
-    if s.kind == 'local': return f'{s.local}: {s.fetch or "bring it"}' + (f' ({size})' if size else '')
+    if s.kind == 'local': return f'{s.local}: {s.fetch or "to be put there"}' + (f' ({size})' if size else '')
     kind = repository_kind(what)
     comments = ([size] if size else []) + [f'licence: {licence_page(s.path, kind)}']
     return '   # '.join([download_command(s.path, s.revision, kind, s.inside), *comments])

@@ -7,8 +7,9 @@ __all__ = ['EVALUATORS', 'UNSAFE', 'BENIGN', 'ORIGINAL', 'AFTER', 'ONLY', 'ATTAC
 
 # %% ../../nbs/8_use/37_attack.ipynb #attcmd02
 from fastcore.script import Param
-from .cli import (COMPUTE, CONFIG, ERASE, OUT, PIPELINE, PROMPTS, SEED, SET, check_columns, check_out,
-                              check_seed, command, read_config, say_written, section_settings, set_pairs)
+from .cli import (COMPUTE, CONFIG, ERASE, OUT, PIPELINE, PROMPTS, SEED, SET, check_out,
+                              check_own_guidance, check_seed, command, read_config, say_written, section_settings,
+                              set_pairs)
 
 # %% ../../nbs/8_use/37_attack.ipynb #a77ac063
 EVALUATORS = Param('folder with the detectors, as for resalign-evaluate', str)
@@ -63,13 +64,11 @@ def main(pipeline:PIPELINE, prompts:PROMPTS, out:OUT, evaluators:EVALUATORS='out
     Example:
       resalign-attack my-model-safe prompts.csv out --unsafe pictures/unsafe --benign pictures/benign
       resalign-attack my-model-safe prompts.csv out --attack noise --after pictures/dogs"""
-    from resalign.real.sources import read_prompts
     from resalign.use.attacks import run_attacks
     settings, seed = attack_settings(config, set, seed, after)
     check_read(attack or (), unsafe=unsafe, benign=benign, original=original, erase=erase)
-    out = check_out(out, [pipeline, prompts, evaluators, unsafe, benign, original, after])
-    read_prompts(prompts)
-    check_columns(prompts)
+    out = check_out(out, [pipeline, prompts, evaluators, unsafe, benign, original, after], 'attack')
+    check_own_guidance(prompts, settings.get('guidance', 0.), set)
     table = run_attacks(pipeline, prompts, out, evaluators, unsafe, benign, original, after, erase or (), attack or (),
                         settings, seed, set_pairs({}, compute, '--compute'))
     print(table.to_string(index=False, float_format='{:.3f}'.format))

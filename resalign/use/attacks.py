@@ -12,11 +12,11 @@ __all__ = ['Share', 'Noise', 'END_OF_WORD', 'ATTACKS', 'CONTROLS', 'NEEDS', 'COL
            'attack_random', 'attack_noise', 'attack_redraw', 'half_way', 'attack_completion', 'attack_inpaint',
            'attack_hole', 'attack_classifier', 'best_of', 'rated', 'strip', 'run_cell', 'attack_table', 'possible',
            'unsafe_rows', 'is_pipeline', 'Asked', 'check_erase', 'check_asked', 'loaded', 'check_tokens',
-           'without_prefix', 'material', 'fine_tuned', 'attack_record', 'method_of', 'run_phase', 'gathered',
-           'run_attacks', 'write_attacked']
+           'without_prefix', 'material', 'check_texts', 'fine_tuned', 'attack_record', 'method_of', 'run_phase',
+           'gathered', 'run_attacks', 'write_attacked']
 
 # %% ../../nbs/8_use/35_attacks.ipynb #a77ac002
-import contextlib, json, shutil
+import contextlib, json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -37,13 +37,15 @@ from ..measure.evaluators import about_concept, load_evaluators, metric_tables, 
 from ..measure.metrics import score_images
 from ..measure.photographs import blurred
 from ..method.finetune import FinetuneConfig
+from ..method.resalign import without_words
 from ..model.compute import prepare
-from ..model.data import Bank, draw_sample, embed, encode, read_captions, read_images, tokenize
+from ..model.data import (Bank, check_lengths, draw_sample, embed, encode, read_captions, read_images,
+                                 tokenize)
 from ..model.losses import Denoiser
 from ..model.pipelines import generate, initial_latents, load_pipeline
 from ..real.sources import read_prompts
-from .evaluate import guidance_of, to_hide
-from .jobs import asked_compute, check_inputs, checkpoint_of, finetune, origin, size_of
+from .evaluate import check_prompts, guidance_of, to_hide
+from .jobs import asked_compute, check_inputs, checkpoint_of, finetune, origin, remove_parts, size_of
 
 # %% ../../nbs/8_use/35_attacks.ipynb #a77ac004
 class PrefixConfig(Config):
@@ -77,9 +79,8 @@ class AttackConfig(PrefixConfig):
 # %% ../../nbs/8_use/35_attacks.ipynb #a77ac006
 def concept_direction(pipe, captions:list, erase:list) -> torch.Tensor: # (tokens, width)
     "The mean difference that the concept's words make to a caption's embedding"
-    without = list(captions)
-    for words in erase: without = [c.replace(words, '') for c in without]
-    pairs = [(a, b) for a, b in zip(captions, without) if a != b]
+    pairs = [(c, without_words(c, erase)) for c in captions]
+    pairs = [(a, b) for a, b in pairs if b != without_words(a, ())]
     if not pairs: raise UserError(f'erase: none of these words is in a caption: {", ".join(map(repr, erase))}')
     return (embed(pipe, [a for a, _ in pairs]) - embed(pipe, [b for _, b in pairs])).mean(0)
 
@@ -573,7 +574,7 @@ class Asked:
 def check_erase(asked:Asked):
     "Ring-A-Bell needs captions with the words"
     captions, words = list(read_captions(asked.unsafe).text), ', '.join(map(repr, asked.erase))
-    if any(w in c for c in captions for w in asked.erase): return
+    if any(without_words(c, asked.erase) != without_words(c, ()) for c in captions): return
     raise UserError(f'{asked.unsafe}: no caption holds any of the words to erase ({words}), expected some, for '
                     'Ring-A-Bell')
 
@@ -587,6 +588,7 @@ def check_asked(asked:Asked, out:Path) -> tuple: # rows, evaluators, names of at
         raise UserError(f'--compute: dtype: attacks run in float32, got {asked.compute.dtype}')
     if 'bell' in names: check_erase(asked)
     rows = unsafe_rows(asked.prompts, asked.config.seed)
+    check_prompts(asked.prompts, read_prompts(asked.prompts), asked.config.guidance)
     evaluators = rated(about_concept(load_evaluators(asked.evaluators), rows, asked.prompts))
     if not evaluators: raise UserError(f'{asked.evaluators}: no detector with a rate, expected one')
     for reason in reasons: print(f'left out: {reason}')
@@ -622,6 +624,12 @@ def material(asked:Asked, rows:list, pipe) -> Given:
     read = lambda folder: read_images(folder, size_of(pipe)) if folder else None
     original = loaded(asked.original, asked) if asked.original else None
     return Given(rows, asked.config, read(asked.unsafe), read(asked.benign), original, tuple(asked.erase))
+
+# %% ../../nbs/8_use/35_attacks.ipynb #att00001
+def check_texts(asked:Asked, rows:list, pipe):
+    "Prompts and captions that the text encoder would cut off are counted"
+    check_lengths(pipe, [row['prompt'] for row in rows], asked.prompts, what='prompts')
+    for folder in filter(None, (asked.unsafe, asked.benign)): check_lengths(pipe, read_captions(folder).text, folder)
 
 # %% ../../nbs/8_use/35_attacks.ipynb #a77ac01b4
 def fine_tuned(asked:Asked, parts:Path) -> Path: # a pipeline's folder
@@ -659,6 +667,7 @@ def run_phase(phase:str, pipeline, asked:Asked, rows:list, evaluators:dict, name
     if not left: return names
     pipe = loaded(pipeline, asked)
     check_tokens(pipe, asked.config)
+    if phase == 'before': check_texts(asked, rows, pipe)
     names, x = without_prefix(names, pipe), Attacked(pipe, material(asked, rows, pipe))
     bar = progress([a for a in left if a in names], desc=f'attack, {phase}')
     for a in bar:
@@ -700,7 +709,7 @@ def run_attacks(pipeline, # diffusers folder or hub id
     scores = gathered(parts)
     table = attack_table(scores, method_of(pipeline))
     with atomic_dir(out) as tmp: write_attacked(tmp, parts, scores, table, record)
-    shutil.rmtree(parts, ignore_errors=True)
+    remove_parts(parts)
     return table
 
 # %% ../../nbs/8_use/35_attacks.ipynb #a77ac058

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['INPUTS', 'SURROUNDINGS', 'MARKUP', 'LINKS', 'NO_EVALUATION', 'MISTAKES', 'CARD', 'DRY_PICTURES', 'LEARN_A_WORD',
            'check_inputs', 'named_folders', 'asked_compute', 'load_prepared', 'size_of', 'load_bank', 'origin',
-           'pictures', 'checkpoint_of', 'as_text', 'data_line', 'facts', 'number', 'rate_line', 'detector_line',
-           'evaluation', 'plain_name', 'eval_result', 'eval_results', 'card_metadata', 'model_card', 'write_card',
-           'load_data', 'with_detector', 'unlearn_record', 'write_unlearned', 'unlearn', 'one_step', 'estimate',
-           'timed_step', 'dry_run', 'duration', 'dry_lines', 'check_finetuning', 'finetune_record', 'trained',
-           'write_finetuned', 'finetune']
+           'pictures', 'checkpoint_of', 'remove_parts', 'as_text', 'data_line', 'facts', 'number', 'rate_line',
+           'detector_line', 'evaluation', 'plain_name', 'eval_result', 'eval_results', 'card_metadata', 'model_card',
+           'write_card', 'load_data', 'with_detector', 'unlearn_record', 'write_unlearned', 'unlearn', 'one_step',
+           'estimate', 'timed_step', 'dry_run', 'duration', 'dry_lines', 'check_finetuning', 'finetune_record',
+           'trained', 'write_finetuned', 'finetune']
 
 # %% ../../nbs/8_use/00_jobs.ipynb #e1091635
-import hashlib, html, json, math, re, time, unicodedata
+import contextlib, hashlib, html, json, math, re, shutil, time, unicodedata
 from dataclasses import replace
 from pathlib import Path
 import huggingface_hub, pandas as pd, torch
@@ -26,7 +26,8 @@ from ..core.training import Ranks, step_seconds
 from ..method.finetune import FinetuneConfig, finetune as run_finetune, save_token
 from ..method.resalign import UnlearnData
 from ..model.compute import Compute, compute_config, finish, measure_cost, prepare
-from ..model.data import check_lengths, check_words, content_hash, encode, read_captions, read_images
+from ..model.data import (check_images, check_lengths, check_text, check_words, content_hash, encode,
+                                 read_captions, read_images)
 from ..model.pipelines import check_pipeline, is_local, latent_shape, load_pipeline, save_pipeline
 
 # %% ../../nbs/8_use/00_jobs.ipynb #47ca02a1
@@ -34,9 +35,9 @@ def check_inputs(pipeline, folders, out):
     "All inputs are there, before anything is loaded"
     out = Path(out)
     if is_local(pipeline): check_pipeline(Path(pipeline))
-    for folder in folders: read_captions(folder)
+    for folder in folders: check_images(folder)
     for path in (out, *out.parents):
-        if path.is_file(): raise UserError(f'{path}: is a file, expected a folder to write')
+        if path.exists() and not path.is_dir(): raise UserError(f'{path}: is no folder, expected one to write')
     for given in (pipeline, *folders):
         if Path(given).exists() and Path(given).resolve().is_relative_to(out.resolve()):
             raise UserError(f"{out}: is, or holds, the input '{given}', expected another folder to write")
@@ -101,6 +102,11 @@ def checkpoint_of(out:Path, record:dict) -> Path:
     asked['contents'] = [content_hash(p) for p in inputs if Path(p).exists()]
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
     return out.parent/'.checkpoints'/f'{out.name}-{key[:8]}'
+
+def remove_parts(folder:Path):
+    "What a run kept until it was done"
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError): folder.parent.rmdir() # if it is empty
 
 # %% ../../nbs/8_use/00_jobs.ipynb #804f7088
 MARKUP = '\\`*_[]{}|~#!$'
@@ -246,9 +252,11 @@ def write_card(folder, scores=None):
 def load_data(pipe, unsafe, benign, pool:dict, erase, limit:int=None) -> UnlearnData: # limit: as `load_bank`
     "All folders, encoded"
     captions = read_captions(unsafe)
+    for k, text in enumerate(captions.get('safe', ()), 1): check_text(f'{unsafe}: row {k}', 'safe', text)
     check_words(pipe, captions.text, unsafe, erase)
-    banks = {name: load_bank(pipe, folder, limit) for name, folder in pool.items()}
-    return UnlearnData(load_bank(pipe, unsafe, limit), load_bank(pipe, benign, limit), banks,
+    folders = dict.fromkeys(map(Path, (unsafe, benign, *pool.values()))) # the benign one may be the pool, too
+    banks = {folder: load_bank(pipe, folder, limit) for folder in folders}
+    return UnlearnData(banks[Path(unsafe)], banks[Path(benign)], {k: banks[Path(f)] for k, f in pool.items()},
                        list(captions.text[:limit]), list(read_captions(benign).text[:limit]), tuple(erase),
                        safe_captions=list(captions.get('safe', ()))[:limit])
 
@@ -333,7 +341,7 @@ def dry_run(pipeline, unsafe, benign, method='ga', settings:dict=None, pool=(), 
     settings, steps = one_step(method, dict(settings or {}), seed)
     pool, compute = named_folders(pool or [benign]), asked_compute(compute)
     folders = [unsafe, benign, *pool.values()]
-    for folder in folders: read_captions(folder)
+    for folder in folders: check_images(folder)
     start = time.monotonic()
     pipe = load_prepared(pipeline, compute)
     loaded = time.monotonic()

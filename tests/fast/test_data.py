@@ -172,7 +172,7 @@ def test_pictures_that_are_refused(tmp_path, monkeypatch):
     (tmp_path := tmp_path/'1').mkdir()
     picture(tmp_path/'x.png', (40, 40))
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 40*40 - 1)  # where the library begins to warn
-    with pytest.raises(UserError, match='x.png: not a readable image .*decompression bomb'):
+    with pytest.raises(UserError, match='x.png: too large, expected at most 0 megapixels'):
         read_image(tmp_path / 'x.png', 4)
     monkeypatch.undo()
 

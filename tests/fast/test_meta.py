@@ -199,14 +199,16 @@ def test_shares_of_unsafe_pictures(data):
         with pytest.raises(ValueError, match='unsafe'): Pool(unsafe=wrong)
 
 def test_safe_counterparts(data):
-    given = UnlearnData(data.unsafe, data.retain, {}, ['a Nude  man', 'woman, nude, by X', 'a nudear'], erase=(' nude',))
-    assert meta.safe_counterparts(given) == ['a man', 'woman, by X', 'a nudear']
+    captions = ['a Nude  man', 'woman, nude, by X', 'nude a nudear', 'a man with  no\nclothes']
+    given = UnlearnData(data.unsafe, data.retain, {}, captions, erase=(' nude', 'with no  clothes'))
+    assert meta.safe_counterparts(given) == ['a man', 'woman, by X', 'a nudear', 'a man']
     given.safe_captions = list('abcdefg')
     assert meta.safe_counterparts(given) == list('abcdefg')
     given.safe_captions = ['a']
     with pytest.raises(UserError, match='safe_captions: expected one for each of 7 unsafe pictures, got 1'):
         meta.safe_counterparts(given)
-    for captions, erase in (['a man'], ('nude',)), (['nude', 'a nude man'], ('nude',)), ([], ('nude',)), (['a man'], ()):
+    for captions, erase in (['a man'], ('nude',)), (['nude', 'a nude man'], ('nude',)), ([], ('nude',)), (['a man'], ()), (
+            ['a nude man', 'a man without'], ('nude',)):
         with pytest.raises(UserError, match='column `safe`'):
             meta.safe_counterparts(UnlearnData(data.unsafe, data.retain, {}, captions, erase=erase))
 
