@@ -301,13 +301,13 @@ def scored(images, rows:list, evaluators:dict, seen:Reference, kept:Path) -> tup
 # %% ../../nbs/8_use/15_evaluate.ipynb #5e8ec4bb
 @at_home
 def evaluate(pipeline, prompts, out, evaluators,
-             reference=None, # folder of real benign pictures, for FID
-             detector:str='all', steps:int=10, guidance:float=5., seed:int=0,
+             reference=None, detector:str='all', # folder of real benign pictures, for FID; one of the evaluators
+             steps:int=10, guidance:float=5., seed:int=0,
              show_flagged:bool=False, # of photographs: leave what a detector flags as it is on the contact sheet
              compute:dict=None) -> pd.DataFrame: # as for `unlearn`, for the whole pipeline; the summary
     "Draw a picture for every prompt, score it, and write scores, summary and a contact sheet; resumes when interrupted"
-    out, rows, compute = Path(out), check_prompts(prompts, read_prompts(prompts, seed), guidance), asked_compute(compute)
-    check_inputs(pipeline, [reference] if reference else [], out)
+    rows, compute = check_prompts(prompts, read_prompts(prompts, seed), guidance), asked_compute(compute)
+    check_inputs(pipeline, [reference] if reference else [], out := Path(out))
     found = about_concept(evaluators_asked(evaluators, detector), rows, prompts)
     record = new_record(pipeline, prompts, found, steps, guidance, seed, compute)
     pipe = load_sampler(pipeline, compute, rows, record)
@@ -317,9 +317,9 @@ def evaluate(pipeline, prompts, out, evaluators,
     scores, objects, summary = scored(images, rows, found, seen, parts/'scores')
     hidden = None if show_flagged else to_hide(scores, found, size_of(pipe), len(images))
     if hidden is not None: record |= dict(blurred=int(hidden.sum()), false_alarms=seen.alarms)
-    thresholds = {e.name: e.threshold for e in found.values()}
+    doubts, thresholds = doubts_about(summary, found, seen), {e.name: e.threshold for e in found.values()}
     with atomic_dir(out) as tmp:
-        write_evaluation(tmp, scores, summary, objects, doubts_about(summary, found, seen), thresholds)
+        write_evaluation(tmp, scores, summary, objects, doubts, thresholds)
         write_pictures(tmp, images, rows, scores, found, hidden)
         record.save(tmp/'record.json')
     remove_parts(parts)
