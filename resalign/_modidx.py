@@ -1831,6 +1831,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                           'resalign.model.pipelines.train_tokenizer': ( '3_model/pipelines.html#train_tokenizer',
                                                                                         'resalign/model/pipelines.py'),
                                           'resalign.model.pipelines.variant_of': ( '3_model/pipelines.html#variant_of',
+                                                                                   'resalign/model/pipelines.py'),
+                                          'resalign.model.pipelines.what_it_is': ( '3_model/pipelines.html#what_it_is',
                                                                                    'resalign/model/pipelines.py')},
             'resalign.real.doctor': { 'resalign.real.doctor.EvaluateConfig': ( '7_real/doctor.html#evaluateconfig',
                                                                                'resalign/real/doctor.py'),

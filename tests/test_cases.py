@@ -23,8 +23,8 @@ from resalign.model import compute
 from resalign.model.compute import Compute, sampling_dtype
 from resalign.model.data import (check_images, check_lengths, check_words, content_hash, moments, read_captions, read_image,
                                  read_images)
-from resalign.model.pipelines import (PretrainConfig, build_pipeline, generate, load_pipeline, moved_to, save_pipeline,
-                                      settle)
+from resalign.model.pipelines import (PretrainConfig, build_pipeline, check_pipeline, generate, load_pipeline, moved_to,
+                                      save_pipeline, settle)
 from resalign.real import doctor, sources
 from resalign.real.profiles import Profile, PromptSet, profile_of
 from resalign.real.sources import read_prompts
@@ -349,11 +349,11 @@ def test_words_and_folders_of_an_unlearning(made, tmp_path, capsys):
     shutil.copytree(made/'pictures', tmp_path/'unsafe')
     (tmp_path/'unsafe/metadata.jsonl').write_text('\n'.join(map(json.dumps, rows)))
     for erase in ['with a sword'], [''], ['  ', 'sword']:
-        text = said(check_concept, tmp_path/'unsafe', made/'pictures', erase)
+        text = said(check_concept, tmp_path/'unsafe', [made/'pictures'], erase)
         assert f'{tmp_path}/unsafe: --erase: no caption holds any of the words' in text and repr(erase[-1]) in text
-    for erase in [], [' with a dagger']: check_concept(tmp_path/'unsafe', made/'pictures', erase)
+    for erase in [], [' with a dagger']: check_concept(tmp_path/'unsafe', [made/'pictures'], erase)
     assert capsys.readouterr().err == ''
-    check_concept(tmp_path/'unsafe', tmp_path/'unsafe/', ['with a dagger', 'sword'])
+    check_concept(tmp_path/'unsafe', [made/'pictures', tmp_path/'unsafe/'], ['with a dagger', 'sword'])
     err = capsys.readouterr().err
     assert "--erase: no caption holds 'sword'" in err and 'of what should go, and of what should stay' in err
 
@@ -860,3 +860,28 @@ def test_what_the_end_of_a_run_leaves(made, tmp_path):
     script = 'import sys; from resalign.use import cli; cli.quiet(); print(1); print(1, file=sys.stderr); sys.stdout.flush()'
     for closed in '>&-', '2>&-': assert not subprocess.run(['bash', '-c', f'"{sys.executable}" -c "$0" {closed}', script],
                                                           cwd=ROOT, capture_output=True).returncode, closed
+
+
+FOLDERS = { # a file in it: what is said of the folder
+    'adapter_config.json': 'it is a LoRA of peft', 'pytorch_lora_weights.safetensors': 'it is a LoRA:',
+    'learned_embeds.safetensors': 'an embedding of textual inversion', 'snapshots/abc/model_index.json': 'the hub cache',
+    'sd/model_index.json': 'one folder deeper', 'notes.txt': 'model_index.json is missing'}
+
+
+def test_folders_that_are_no_pipeline(tmp_path):
+    for k, (file, expected) in enumerate(FOLDERS.items()):
+        (tmp_path/str(k)/file).parent.mkdir(parents=True)
+        (tmp_path/str(k)/file).write_text('{}')
+        assert expected in said(check_pipeline, tmp_path/str(k)), file
+    assert 'no such folder' in said(check_pipeline, tmp_path/'none')
+
+
+def test_grids_that_cannot_be_run(tmp_path, monkeypatch):
+    from resalign.use.batch import batch
+    page = next((ROOT/'nbs').rglob('40_cell.ipynb'))
+    (tmp_path/'out').write_text('mine')
+    assert 'out: is no folder' in said(batch, page, dict(product=dict(seed=[0])), tmp_path/'out')
+    when = yaml.safe_load('2024-01-01')
+    assert 'expected text in quotes' in said(batch, page, dict(product=dict(method=[when])), tmp_path/'new')
+    monkeypatch.setattr(doctor.constants, 'HF_HUB_CACHE', str(tmp_path/'out/hub'))
+    assert [f.state for f in doctor.check_disk(0.)] == ['missing']

@@ -240,11 +240,12 @@ def loss_logs(monkeypatch) -> pd.DataFrame: # training, step, name, value
 
 def test_three_steps_of_each_training(monkeypatch):
     """Of tiny models in float32. Processors round differently: with SSE4.1 and with AVX-512 a number differs by at most
-    1.5e-4 of itself, or by less than 1e-6."""
+    1.5e-4 of itself, or by less than 1e-6. STEREO first searches a prefix, which enlarges that: with AVX2 2.8e-3."""
     got = loss_logs(monkeypatch)
     if WRITE: got.to_csv(GOLDEN/'loss_logs.csv', index=False, float_format='%.8g')
     keys = ['training', 'step', 'name']
     got, want = (t.sort_values(keys, ignore_index=True) for t in (got, pd.read_csv(GOLDEN/'loss_logs.csv')))
     assert got[keys].values.tolist() == want[keys].values.tolist()
-    off = want.assign(got=got.value)[~np.isclose(got.value, want.value, rtol=3e-4, atol=1e-6)]
+    rtol = np.where(want.training == 'unlearning: stereo', 1e-2, 3e-4)
+    off = want.assign(got=got.value)[~np.isclose(got.value, want.value, rtol=rtol, atol=1e-6)]
     assert off.empty, f'\n{off.to_string(index=False)}'

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['Of16', 'BETAS', 'LOWER', 'BROKEN', 'PARTS', 'SAFE_LIBRARIES', 'WEIGHT_FILE', 'PREDICTIONS', 'CONDITIONS',
-           'EARLIER_NAMES', 'CLASSES', 'MOVED', 'NETWORKS', 'PretrainSizes', 'PretrainConfig', 'train_tokenizer',
-           'init_vae', 'build_vae', 'build_text_encoder', 'build_unet', 'build_pipeline', 'half', 'save_pipeline',
-           'read_json', 'variant_of', 'latent_size', 'check_known_to_losses', 'latent_shape', 'flux_inputs',
-           'check_pipeline', 'is_local', 'check_complete', 'moved_to', 'cached', 'settle', 'load_pipeline', 'has_bf16',
-           'autocast', 'SamplingConfig', 'initial_latents', 'ImageStore', 'sample_batches', 'generate', 'small_clip',
-           'small_transformer', 'small_vae', 'build_sd3']
+           'OTHER_FOLDERS', 'EARLIER_NAMES', 'CLASSES', 'MOVED', 'NETWORKS', 'PretrainSizes', 'PretrainConfig',
+           'train_tokenizer', 'init_vae', 'build_vae', 'build_text_encoder', 'build_unet', 'build_pipeline', 'half',
+           'save_pipeline', 'read_json', 'variant_of', 'latent_size', 'check_known_to_losses', 'latent_shape',
+           'flux_inputs', 'what_it_is', 'check_pipeline', 'is_local', 'check_complete', 'moved_to', 'cached', 'settle',
+           'load_pipeline', 'has_bf16', 'autocast', 'SamplingConfig', 'initial_latents', 'ImageStore', 'sample_batches',
+           'generate', 'small_clip', 'small_transformer', 'small_vae', 'build_sd3']
 
 # %% ../../nbs/3_model/20_pipelines.ipynb #76403d3b
 import contextlib, copy, hashlib, inspect, json, math, os, re, sys, tempfile
@@ -311,10 +311,22 @@ def _check_sizes(folder:Path, parts:dict):
     check_known_to_losses(unet, scheduler, folder)
 
 # %% ../../nbs/3_model/20_pipelines.ipynb #f58a282a
+OTHER_FOLDERS = { # a pattern of files: what such a folder is
+    'adapter_config.json': 'it is a LoRA of peft: merge it into its base model first (merge_and_unload)',
+    'pytorch_lora_weights*': "it is a LoRA: load it into its base model, fuse_lora and save_pretrained",
+    'learned_embeds*': 'it is an embedding of textual inversion, expected the pipeline that it belongs to',
+    'snapshots/*/model_index.json': 'it is a folder of the hub cache, expected the one below snapshots',
+    '*/model_index.json': 'a pipeline lies one folder deeper'}
+
+def what_it_is(folder:Path) -> str: # '': not known
+    "What a folder is that is no pipeline"
+    return next((f'; {text}' for pattern, text in OTHER_FOLDERS.items() if any(folder.glob(pattern))), '')
+
 def check_pipeline(folder:Path):
     "The folder has the parts of a pipeline, and they fit together"
+    if not folder.exists(): raise UserError(f'{folder}: no such folder, and not a hub id like owner/name')
     if not (folder/'model_index.json').is_file():
-        raise UserError(f'{folder}: not a diffusers pipeline, model_index.json is missing')
+        raise UserError(f'{folder}: not a diffusers pipeline, model_index.json is missing{what_it_is(folder)}')
     _check_index(folder)
     parts = _part_files(folder)
     for part, file in parts.items(): _check_part(folder, part, file)

@@ -235,6 +235,7 @@ def check_disk(needed_gb:float) -> list:
     "Is there room for what is still to be fetched?"
     cache = Path(constants.HF_HUB_CACHE)
     existing = next(p for p in (cache, *cache.parents) if p.exists())
+    if not existing.is_dir(): return [Finding('disk', 'missing', f'{existing}: is a file, expected a folder (HF_HOME)')]
     free = {str(d): shutil.disk_usage(d).free/1e9 for d in (root(), existing)}
     least = min(free.values())
     message = f"{least:.0f} GB free ({', '.join(free)}), about {needed_gb:.1f} GB still to fetch"

@@ -154,8 +154,8 @@ class Finetuned:
     @cached_property
     def key(self) -> str: # 12 hex digits
         code = short(meaning('resalign.use.jobs', [self.unlearned.method]))
-        seed = dict(seed=self.seed) if '@' in self.name else {}
-        asked = dict(start=self.unlearned.key, settings=self.settings, compute=sources.compute_settings(), **seed)
+        asked = dict(start=self.unlearned.key, settings=self.settings, compute=sources.compute_settings())
+        if '@' in self.name: asked['seed'] = self.seed
         return digest(dict(asked, code=code, data=content(self.images())))[:12]
 
     @property
@@ -163,8 +163,7 @@ class Finetuned:
         return self.unlearned.folder.with_name(f'{self.unlearned.folder.name}-{self.name}-{self.key}')
 
     def make(self, folder):
-        start = self.unlearned.made()
-        apart = self.unlearned.method in APART
+        start, apart = self.unlearned.made(), self.unlearned.method in APART
         finetune(BASE if apart else start, self.images(), folder, self.settings, seed=self.seed,
                  module=start/'adapter' if apart else None, compute=sources.compute_settings())
 

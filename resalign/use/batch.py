@@ -124,6 +124,8 @@ def cells_of_page(page, grid:Grid, out) -> list: # of Cell
         for k in parameters: choose(k, sorted(known), f'{page.name}: parameter')
         name = name_of(parameters)
         if name in found: raise UserError(f'grid: the cell {name} stands there twice')
+        try: json.dumps(parameters)
+        except TypeError as e: raise UserError(f'grid: {name}: {e}, expected text in quotes, or numbers') from None
         depends = dict(code=code, parameters=parameters, inputs=inputs)
         found[name] = Cell(name, parameters, depends, str(Path(out).resolve()/name), page=str(page.resolve()))
     return [*found.values()]
@@ -358,6 +360,7 @@ def batch(page, grid:dict, out,     # notebook; what `Grid` holds; folder
           workers:int=2, scheduler=None, retries:int=1) -> pd.DataFrame: # a row a cell
     "Run a page for every cell of a grid"
     if not Path(page).is_file(): raise UserError(f'{page}: no such notebook')
+    if Path(out).exists() and not Path(out).is_dir(): raise UserError(f'{out}: is no folder, expected one to write')
     check_numbers(workers, retries)
     cells = cells_of_page(page, make_config(Grid, grid, 'grid'), out)
     stale = [cell for cell in cells if why_stale(cell, {})]

@@ -361,14 +361,14 @@ def folders_of_pool(method:str, settings:dict, given, processes:int=1) -> dict: 
     return folders
 
 # %% ../../nbs/8_use/30_cli.ipynb #83b1c6de
-def check_concept(unsafe, benign, erase):
-    "A UserError where no caption holds words to erase; a warning where some are unused, or both folders are one"
+def check_concept(unsafe, benign, erase): # benign: folders
+    "A UserError where no caption holds words to erase; a warning where some are unused, or two folders are one"
     from resalign.baselines.parts import split_caption
     from resalign.core.settings import UserError
     from resalign.model.data import read_captions
     captions = list(read_captions(unsafe).text)
-    if Path(unsafe).resolve() == Path(benign).resolve():
-        print(f'warning: {benign}: is the folder of what should go, and of what should stay', file=sys.stderr)
+    for folder in [f for f in benign if Path(f).resolve() == Path(unsafe).resolve()]:
+        print(f'warning: {folder}: is the folder of what should go, and of what should stay', file=sys.stderr)
     unused = [words for words in erase if not any(split_caption(text, [words]) for text in captions)]
     named = ', '.join(map(repr, unused))
     if unused and len(unused) == len(erase):
@@ -396,7 +396,7 @@ def unlearn(pipeline:PIPELINE, unsafe:UNSAFE, benign:BENIGN, out:OUT, method:MET
     choose(method, METHODS, '--method')
     settings, seed = settings_for(f'unlearn.{method}', config, set, seed)
     pool = folders_of_pool(method, settings, pool or (), processes)
-    check_concept(unsafe, benign, erase or ())
+    check_concept(unsafe, [benign, *pool.values()], erase or ())
     out = check_out(out, [pipeline, unsafe, benign, *pool.values()], 'unlearn')
     check_publishing(pipeline, single_file, push)
     on_processes(processes)
