@@ -20,7 +20,7 @@ from ..core.settings import Config, UserError
 from ..core.training import OPTIMIZERS, optimise
 from ..method.resalign import Method, UnlearnData
 from ..model.compute import make_optimizer, to_float32
-from ..model.data import Bank, embed
+from ..model.data import Bank, embed, spaced
 from ..model.flow import flow_layers, guided_euler, is_flow
 from ..model.losses import Denoiser
 from ..model.pipelines import generate
@@ -30,8 +30,7 @@ JOINT = r'[\s,;]' # what joins words to the rest of a caption
 
 def pattern(words:str) -> str: # a regular expression
     "Whole words, in this order, whatever blanks stand between them"
-    inner = r'\s+'.join(re.escape(word) for word in words.split())
-    return rf'(?<![\w-]){inner}(?![\w-])'
+    return rf'(?<![\w-]){spaced(words)}(?![\w-])'
 
 def split_caption(caption:str, erase) -> tuple: # before, words, after; None: it contains none of the words
     "A caption split at the first words to erase, the longest where two begin at one place"

@@ -10,9 +10,9 @@ __all__ = ['EndPoint', 'END_POINTS', 'HALVINGS', 'METHODS', 'Simulation', 'check
            'pairs_of', 'product_options', 'hessian_samples', 'own_factors', 'all_weights', 'fresh_factors', 'low_rank',
            'extracted_factors', 'moved_by', 'cross_term', 'back_to_theta', 'length', 'mean_growth', 'damped_richardson',
            'released_solve', 'fitted_gamma', 'chosen_solve', 'recorded_end', 'adjoint_gradient', 'resilience_gradient',
-           'lora_map', 'pull_back', 'clipped', 'without_words', 'safe_counterparts', 'with_remedies', 'OuterState',
-           'direct_terms', 'mean_term', 'simulated_term', 'outer_gradient', 'check_folders', 'save_lora', 'resalign',
-           'Method', 'solve_row', 'split_log']
+           'lora_map', 'pull_back', 'clipped', 'without_words', 'names_any', 'safe_counterparts', 'with_remedies',
+           'OuterState', 'direct_terms', 'mean_term', 'simulated_term', 'outer_gradient', 'check_folders', 'save_lora',
+           'resalign', 'Method', 'solve_row', 'split_log']
 
 # %% ../../nbs/4_method/30_resalign.ipynb #bab1aca6
 import re
@@ -35,7 +35,7 @@ from .finetune import (FinetuneConfig, FinetuneLoss, WarmStart, adapter_params, 
 from .hypergrad import (FallbackBudget, FrozenLoss, MoreauOperator, SolveReport, TAU, TooManyFallbacks,
                                        adjoint, flat, hypergradient, lora_pairs)
 from ..model.compute import backbone, make_optimizer
-from ..model.data import Bank, embed
+from ..model.data import Bank, embed, spaced
 from ..model.losses import AnchoredLoss, FoundWords, HarmfulLoss, LossSum, RetainLoss, denoiser
 
 # %% ../../nbs/4_method/30_resalign.ipynb #14c796cf
@@ -523,11 +523,14 @@ def clipped(x:list, max_norm:float, longer='shorten') -> list:
 # %% ../../nbs/4_method/30_resalign.ipynb #meta3014
 def without_words(caption:str, erase) -> str:
     "A caption without some words, whatever their case"
-    words = sorted((w.split() for w in erase if w.strip()), key=lambda w: len(' '.join(w)), reverse=True)
+    words = sorted((' '.join(w.split()) for w in erase if w.strip()), key=len, reverse=True)
     if not words: return ' '.join(caption.split())
-    one_of = '|'.join(r'\s+'.join(map(re.escape, w)) for w in words) # whatever blanks stand between them
-    rest = re.sub(rf'[\s,;]*(?<![\w-])({one_of})(?![\w-])', ' ', caption, flags=re.I)
+    rest = re.sub(rf'[\s,;]*(?<![\w-])({"|".join(map(spaced, words))})(?![\w-])', ' ', caption, flags=re.I)
     return ' '.join(rest.replace(' ,', ',').split()).strip(' ,;')
+
+def names_any(caption:str, erase) -> bool:
+    "Does a caption hold any of the words?"
+    return without_words(caption, erase) != without_words(caption, ())
 
 def safe_counterparts(data:UnlearnData) -> list: # of strings
     "A safe caption for each unsafe one: those that are given, else the captions without the words to erase"
@@ -537,7 +540,7 @@ def safe_counterparts(data:UnlearnData) -> list: # of strings
                         f'got {len(data.safe_captions)}')
     safe = [without_words(c, data.erase) for c in data.unsafe_captions]
     same = [f"row {k}: '{c:.60}'" for k, (c, rest) in enumerate(zip(data.unsafe_captions, safe), 1)
-            if rest in ('', without_words(c, ()))]
+            if not rest or not names_any(c, data.erase)]
     if safe and not same: return safe
     raise UserError('safe_captions: expected the column `safe`, or words to erase that each unsafe caption contains '
                     f"and that leave something of it ({(same or ['no captions'])[0]})")

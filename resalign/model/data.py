@@ -6,8 +6,8 @@
 __all__ = ['TABLES', 'NOT_TEXT', 'FORMATS', 'ON_WHITE', 'SIXTEEN_BITS', 'FIRST_FRAME', 'PROFILE', 'ENDINGS', 'link_root',
            'read_text', 'read_csv', 'read_captions', 'check_text', 'check_captions', 'opened', 'read_image',
            'note_rows', 'check_images', 'read_images', 'files_read', 'content_hash', 'Bank', 'tokenize',
-           'embed_one_encoder', 'tokens_of', 'too_long', 'check_lengths', 'check_words', 'with_pooled', 'embed_flux',
-           'embed_two_encoders', 'embed', 'wide_enough', 'moments', 'encode', 'Sample', 'draw_sample']
+           'embed_one_encoder', 'tokens_of', 'too_long', 'check_lengths', 'spaced', 'check_words', 'with_pooled',
+           'embed_flux', 'embed_two_encoders', 'embed', 'wide_enough', 'moments', 'encode', 'Sample', 'draw_sample']
 
 # %% ../../nbs/3_model/10_data.ipynb #7321a78d
 import contextlib, csv, io, json, os, re, sys, warnings
@@ -241,10 +241,12 @@ def note_rows(folder, df:pd.DataFrame):
     if left: print(f'note: {folder}: {left} of {len(there)} pictures stand in no row, so are not used', file=sys.stderr)
     if again: print(f'note: {folder}: {again} of {len(df)} rows stand there twice', file=sys.stderr)
 
-def check_images(folder):
+def check_images(folder) -> int: # how many there are
     "A UserError for the first picture that isn't one"
-    for name in read_captions(folder).file_name:
+    names = read_captions(folder).file_name
+    for name in names:
         with opened(Path(folder)/str(name)): pass
+    return len(names)
 
 # %% ../../nbs/3_model/10_data.ipynb #18384c03
 def read_images(folder, size:int=64, limit:int=None) -> tuple: # uint8 (n, size, size, 3), list of captions
@@ -324,10 +326,13 @@ def check_lengths(pipe, texts:list, where, # file or folder, for the message
           f'encoder takes, and their ends are not seen: rows (tokens) {rows}', file=sys.stderr)
 
 # %% ../../nbs/3_model/10_data.ipynb #e80974f8
+def spaced(words:str) -> str: # a regular expression
+    "Words in this order, whatever blanks stand between them"
+    return r'\s+'.join(map(re.escape, words.split()))
+
 def _words_lost(tokenizer, text:str, words) -> bool:
     "Does the caption name the concept, but only after the part that the text encoder takes?"
-    spaced = [r'\s+'.join(map(re.escape, w.split())) for w in words if w.strip()]
-    found = [m.end() for w in spaced for m in re.finditer(w, text, re.IGNORECASE)]
+    found = [m.end() for w in words if w.strip() for m in re.finditer(spaced(w), text, re.IGNORECASE)]
     return bool(found) and tokens_of(tokenizer, text[:min(found)]) > tokenizer.model_max_length
 
 # %% ../../nbs/3_model/10_data.ipynb #e437f029

@@ -27,7 +27,7 @@ from ..method.finetune import FinetuneConfig
 from ..model.checkpoints import (TENSOR_FILES, check_config, check_file, coverage_by_part, download_command,
                                         licence_page, read_names)
 from ..model.compute import computes_bfloat16
-from ..model.data import check_images, read_captions
+from ..model.data import check_images
 from ..model.pipelines import SamplingConfig, check_pipeline, moved_to
 from .profiles import EMBEDDED, Profile, Source, active_profile, locate, profile_of
 
@@ -263,9 +263,7 @@ def describe_source(what:str, path:Path, p:Profile) -> str:
     "What a source is; a UserError if it isn't what it should be"
     if what == 'base': return describe_base(path, p)
     if what == 'weights': return f'weights, {check_file(path, TENSOR_FILES).stat().st_size/1e9:.2g} GB'
-    if what.startswith(('data.', 'pool.')):
-        check_images(path)
-        return f'{len(read_captions(path))} pictures'
+    if what.startswith(('data.', 'pool.')): return f'{check_images(path)} pictures'
     if path.is_dir(): return 'a folder'
     if not path.stat().st_size: raise UserError(f'{path}: is empty')
     return f'{path.stat().st_size/1e6:.2g} MB'

@@ -157,8 +157,9 @@ def _own_names(df, path) -> pd.DataFrame:
         for other in found[1:]:
             if (_plain(df[other]) != _plain(df[found[0]])).any():
                 raise UserError(f"{path}: columns '{found[0]}' and '{other}' differ, expected one for the {name}")
-        if found: df = df.rename(columns={found[0]: name}).drop(columns=found[1:])
-        if found: df.attrs[name] = found[0]
+        if not found: continue
+        df = df.rename(columns={found[0]: name}).drop(columns=found[1:])
+        df.attrs[name] = found[0]
     return df
 
 def _called(df, column:str) -> str: return df.attrs.get(column, column) # in the file

@@ -37,7 +37,7 @@ from ..measure.evaluators import about_concept, load_evaluators, metric_tables, 
 from ..measure.metrics import score_images
 from ..measure.photographs import blurred
 from ..method.finetune import FinetuneConfig
-from ..method.resalign import without_words
+from ..method.resalign import names_any, without_words
 from ..model.compute import prepare
 from ..model.data import (Bank, check_lengths, draw_sample, embed, encode, read_captions, read_images,
                                  tokenize)
@@ -79,8 +79,7 @@ class AttackConfig(PrefixConfig):
 # %% ../../nbs/8_use/35_attacks.ipynb #a77ac006
 def concept_direction(pipe, captions:list, erase:list) -> torch.Tensor: # (tokens, width)
     "The mean difference that the concept's words make to a caption's embedding"
-    pairs = [(c, without_words(c, erase)) for c in captions]
-    pairs = [(a, b) for a, b in pairs if b != without_words(a, ())]
+    pairs = [(c, without_words(c, erase)) for c in captions if names_any(c, erase)]
     if not pairs: raise UserError(f'erase: none of these words is in a caption: {", ".join(map(repr, erase))}')
     return (embed(pipe, [a for a, _ in pairs]) - embed(pipe, [b for _, b in pairs])).mean(0)
 
@@ -535,9 +534,10 @@ def possible(asked, **given) -> tuple: # names; reasons for those left out
     return [a for a in ATTACKS if a in wanted and a not in why], [] if asked else list(why.values())
 
 # %% ../../nbs/8_use/35_attacks.ipynb #a77ac0151
-def unsafe_rows(prompts, seed:int) -> list: # as from `read_prompts`
+def unsafe_rows(prompts, config:AttackConfig) -> list: # as from `read_prompts`
     "The prompts of a file that ask for the concept"
-    rows = [row for row in read_prompts(prompts, seed) if row['kind'] != 'benign']
+    rows = check_prompts(prompts, read_prompts(prompts, config.seed), config.guidance)
+    rows = [row for row in rows if row['kind'] != 'benign']
     if not rows: raise UserError(f'{prompts}: no explicit or implicit prompts, expected some to attack with')
     return rows
 
@@ -574,7 +574,7 @@ class Asked:
 def check_erase(asked:Asked):
     "Ring-A-Bell needs captions with the words"
     captions, words = list(read_captions(asked.unsafe).text), ', '.join(map(repr, asked.erase))
-    if any(without_words(c, asked.erase) != without_words(c, ()) for c in captions): return
+    if any(names_any(c, asked.erase) for c in captions): return
     raise UserError(f'{asked.unsafe}: no caption holds any of the words to erase ({words}), expected some, for '
                     'Ring-A-Bell')
 
@@ -587,8 +587,7 @@ def check_asked(asked:Asked, out:Path) -> tuple: # rows, evaluators, names of at
     if asked.compute and asked.compute.dtype != 'float32':
         raise UserError(f'--compute: dtype: attacks run in float32, got {asked.compute.dtype}')
     if 'bell' in names: check_erase(asked)
-    rows = unsafe_rows(asked.prompts, asked.config.seed)
-    check_prompts(asked.prompts, read_prompts(asked.prompts), asked.config.guidance)
+    rows = unsafe_rows(asked.prompts, asked.config)
     evaluators = rated(about_concept(load_evaluators(asked.evaluators), rows, asked.prompts))
     if not evaluators: raise UserError(f'{asked.evaluators}: no detector with a rate, expected one')
     for reason in reasons: print(f'left out: {reason}')

@@ -23,7 +23,7 @@ from pathlib import Path
 from urllib.parse import quote
 import nbformat, pandas as pd, yaml
 from pydantic import Field
-from ..core.files import atomic_dir, atomic_file, sha256, write_json
+from ..core.files import atomic_dir, atomic_file, check_folders, sha256, write_json
 from ..core.runs import progress, versions
 from ..core.settings import Config, UserError, choose, make_config, one_line, params, results, root
 from ..real.profiles import EMBEDDED, active_name
@@ -360,7 +360,7 @@ def batch(page, grid:dict, out,     # notebook; what `Grid` holds; folder
           workers:int=2, scheduler=None, retries:int=1) -> pd.DataFrame: # a row a cell
     "Run a page for every cell of a grid"
     if not Path(page).is_file(): raise UserError(f'{page}: no such notebook')
-    if Path(out).exists() and not Path(out).is_dir(): raise UserError(f'{out}: is no folder, expected one to write')
+    check_folders(out)
     check_numbers(workers, retries)
     cells = cells_of_page(page, make_config(Grid, grid, 'grid'), out)
     stale = [cell for cell in cells if why_stale(cell, {})]

@@ -220,9 +220,9 @@ def job_of(folder:Path) -> str: # '': none
 
 def check_place(out:Path):
     "A folder can be made there"
+    from resalign.core.files import check_folders
     from resalign.core.settings import UserError
-    for p in (out, *out.parents):
-        if p.exists() and not p.is_dir(): raise UserError(f'{p}: is no folder, expected one')
+    check_folders(out)
     long = next((p for p in out.parts if len(os.fsencode(p)) > 200), None) # 255, less what a temporary name adds
     if long: raise UserError(f'{long:.40}...: is too long a name for a folder, expected at most 200 bytes')
     if os.path.ismount(out): raise UserError(f'{out}: is a mount point and cannot be replaced, expected a folder in it')
@@ -523,10 +523,10 @@ def sampling_settings(config, pairs, seed) -> tuple: # settings, seed
     from resalign.model.pipelines import SamplingConfig
     from resalign.real.doctor import EvaluateConfig
     settings, seed = settings_for('evaluate', config, pairs, seed)
-    asked = read_config(config) if config else {}
-    if asked.get('bf16'): raise UserError(f'--config: {config}: bf16: is not read, expected --compute dtype=bfloat16')
     given = {k: v for k, v in set_pairs({}, pairs).items() if k != 'seed'}
     make_config(SamplingConfig, given, 'settings of evaluate')
+    if config and settings.get('bf16'):
+        raise UserError(f'--config: {config}: bf16: is not read, expected --compute dtype=bfloat16')
     settings.pop('seed', None)
     chosen = make_config(EvaluateConfig, settings, 'settings of evaluate')
     return chosen.model_dump(exclude={'bf16'}), seed
@@ -537,11 +537,11 @@ OF_THE_STAGE = ('pictures', 'boost') # of the stage `base`, which draws its own 
 def pretrain_settings(config, pairs, seed) -> dict:
     "Those of the stage `base`, of whose cycles only the first is run"
     from resalign.core.settings import UserError
-    asked = set_pairs(read_config(config) if config else {}, pairs)
-    unread, cycles = [k for k in OF_THE_STAGE if k in asked], asked.get('cycles')
-    if isinstance(cycles, list) and len(cycles) > 1: unread.append('cycles')
-    if unread: raise UserError(f'settings of pretrain: {unread[0]}: is of the stage `base` alone, expected none')
     settings, seed = settings_for('base', config, pairs, seed)
+    asked = dict(settings) if config else set_pairs({}, pairs) # the rest is that of the stage
+    unread = [k for k in OF_THE_STAGE if k in asked]
+    if isinstance(asked.get('cycles'), list) and len(asked['cycles']) > 1: unread.append('cycles')
+    if unread: raise UserError(f'settings of pretrain: {unread[0]}: is of the stage `base` alone, expected none')
     cycles = settings.pop('cycles', [{}])
     if not (isinstance(cycles, list) and cycles and isinstance(cycles[0], dict)):
         raise UserError(f'settings of pretrain: cycles: expected a list of mappings, got {cycles!r:.60}')

@@ -26,7 +26,7 @@ from ..measure.photographs import alarm_rate, blurred, flagged, has_photo_detect
 from ..model.compute import prepare_sampling
 from ..model.data import check_lengths, read_captions, read_csv, read_image
 from ..model.pipelines import generate, load_pipeline
-from ..real.sources import read_prompts
+from ..real.sources import OTHER_NAMES, read_prompts
 from .jobs import asked_compute, check_inputs, checkpoint_of, remove_parts, size_of
 
 # %% ../../nbs/8_use/15_evaluate.ipynb #f8d514dd
@@ -65,8 +65,8 @@ def guidance_of(row, default:float) -> float:
 
 # %% ../../nbs/8_use/15_evaluate.ipynb #chk00002
 PROMPT_COLUMNS = ('prompt kind seed group concept subject object style guidance negative_prompt number picture '
-                  'evaluation_seed sd_seed guidance_scale evaluation_guidance sd_guidance_scale type case_number '
                   'cue place safe').split() # the last three: of the embedded world's own sets
+PROMPT_COLUMNS += [other for others in OTHER_NAMES.values() for other in others]
 
 def check_columns(prompts):
     "A column that is called nearly like one that is read is a slip; any other that nothing reads is named"

@@ -19,7 +19,7 @@ import huggingface_hub, pandas as pd, torch
 from huggingface_hub import EvalResult, ModelCardData
 from ..baselines.methods import config_of, run_method
 from ..baselines.modular_lora import check_adapter, with_module
-from ..core.files import atomic_file, sha256
+from ..core.files import atomic_file, check_folders, sha256
 from ..core.runs import RunRecord
 from ..core.settings import UserError, at_home, make_config
 from ..core.training import Ranks, step_seconds
@@ -36,8 +36,7 @@ def check_inputs(pipeline, folders, out):
     out = Path(out)
     if is_local(pipeline): check_pipeline(Path(pipeline))
     for folder in folders: check_images(folder)
-    for path in (out, *out.parents):
-        if path.exists() and not path.is_dir(): raise UserError(f'{path}: is no folder, expected one to write')
+    check_folders(out)
     for given in (pipeline, *folders):
         if Path(given).exists() and Path(given).resolve().is_relative_to(out.resolve()):
             raise UserError(f"{out}: is, or holds, the input '{given}', expected another folder to write")
