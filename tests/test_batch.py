@@ -333,7 +333,8 @@ def test_a_study_computes_its_stale_cells_and_says_why(study):
     assert whys() == dict.fromkeys(everything, 'not run yet')
     assert ran(study, only=dict(method='ga')) == (dict.fromkeys(['ga-0', 'ga-1'], 'done'), ['ga-0', 'ga-1'])
     assert set(whys()) == {'uce-0', 'uce-1'}
-    assert ran(study)[1] == ['uce-0', 'uce-1'] and whys() == {}
+    assert ran(study, only=dict(cell='uce-1'))[1] == ['uce-1']
+    assert ran(study)[1] == ['uce-0'] and whys() == {}
     assert ran(study) == (dict.fromkeys(everything, 'skipped'), [])
     study.grid['uce'] = 3
     assert whys() == dict.fromkeys(['uce-0', 'uce-1'], 'parameters: steps')

@@ -639,6 +639,16 @@ BAD = [  # spoil, command line, words of the message: field and file
         lambda w: unlearn(w, '--config', f"{w/'c.yaml'}:mien"),
         "unknown 'mien', did you mean 'mine'?",
     ),
+    (
+        lambda w: (w / 'c.yaml').write_text('mine: {lr: few}'),
+        lambda w: unlearn(w, '--config', f"{w/'c.yaml'}:mine"),
+        'c.yaml:mine: unlearn.resalign: lr: ',
+    ),
+    (
+        lambda w: (w / 'c.yaml').write_text('lr: 1.0e-3'),
+        lambda w: finetune(w, '--config', w / 'c.yaml', '--set', 'optimizer=adamm'),
+        'error: settings of finetune: optimizer: ', # no fault of the file's
+    ),
     (lambda w: shutil.rmtree(w / 'base'), unlearn, 'base: no such folder'),
     (lambda w: shutil.rmtree(w / 'base/unet'), unlearn, "component 'unet'"),
     (pickled, unlearn, "component 'unet' has no .safetensors"),

@@ -157,7 +157,7 @@ def models_needed(claims=1, alpha=.05, alternative='two-sided') -> int:
 def reach_in_words(models:int, claims=1, alpha=.05, alternative='two-sided') -> str:
     "What so many models can show at best"
     p, needed = smallest_p(models, claims, alternative), models_needed(claims, alpha, alternative)
-    among = f' among {claims} claims' if claims > 1 else ''
+    among = f' and {claims} claims' if claims > 1 else ''
     text = f'With {models} models{among}, no sign-flip test can give a p below {p:.2g}'
     if p < alpha: return f'{text}: a difference of one sign in every model is significant at {alpha:g}.'
     return f'{text}: nothing is significant at {alpha:g}, whatever the difference. It takes {needed} models.'

@@ -294,7 +294,8 @@ def cost() -> str:
     if not path.is_file(): return ''
     t = pd.read_csv(path, index_col='name')
     seconds, memory = t.loc['sd14_seconds published'], t.loc['sd14_gb published']
-    minutes = params('profiles.sd14-paper.unlearn.resalign')['steps']*seconds.value/60
+    run = params('profiles.sd14-paper.unlearn.resalign')
+    minutes = run['steps']*run['J']*seconds.value/60 # seconds of a simulated fine-tuning, with its share of the step
     return f'random weights, {memory.device}: {minutes:.0f} min, {memory.value:.0f} GB'
 
 def all_claims() -> pd.DataFrame: # id, claim, paper, table, find

@@ -10,8 +10,8 @@ __all__ = ['KEY', 'DATA', 'BASE', 'EVALUATORS', 'WITH_DETECTOR', 'VALIDATION', '
            'metrics_of', 'values_of', 'one_model', 'many_models', 'PictureTest', 'write_evaluation', 'first_pictures',
            'write_look', 'look_inputs', 'look_key', 'looked', 'cell_models', 'model_inputs', 'cell_inputs', 'narrowed',
            'sheets_below', 'read_look', 'write_cell', 'run_cell', 'section', 'all_methods', 'settings_of', 'is_tuned',
-           'finetunings_of', 'look_of', 'read_table', 'there', 'read_files', 'read_cells', 'save_table', 'saved',
-           'titled', 'save_figure']
+           'finetunings_of', 'look_of', 'read_table', 'there', 'of_whole_methods', 'read_files', 'read_cells',
+           'save_table', 'saved', 'titled', 'save_figure']
 
 # %% ../../nbs/9_studies/00_models.ipynb #1a8d6848
 import json
@@ -449,6 +449,12 @@ def there(study:str, grid:dict) -> dict: # both: cell -> parameters
     "The cells of a study that have been run"
     return {name: c for name, c in grid.items() if (results()/'runs'/study/name).is_dir()}
 
+def of_whole_methods(study:str, grid:dict) -> dict: # both: cell -> parameters
+    "The cells of methods all of whose cells have been run"
+    run_so_far = there(study, grid)
+    waiting = {c['method'] for name, c in grid.items() if name not in run_so_far}
+    return {name: c for name, c in grid.items() if c['method'] not in waiting}
+
 def read_files(study:str, names, file:str, columns=()) -> dict: # cell -> table
     "One of the files that each cell of a study left"
     folder, out = results()/'runs'/study, {}
@@ -479,7 +485,7 @@ def saved(name:str, otherwise:pd.DataFrame) -> pd.DataFrame:
 def titled(title:str, name:str) -> str: # name: of the table that the figure shows
     "A figure's title; until the table is there it says that the numbers are made up"
     if (results()/'tables'/f'{name}.csv').is_file(): return title
-    return f'Made-up numbers: the study has not been run\n{title}'.strip()
+    return f'Made-up numbers: the study is not finished\n{title}'.strip()
 
 def save_figure(fig, name:str):
     "Among the figures"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['inputs', 'run', 'COLUMNS', 'KEYS', 'headline', 'downstream', 'seeds_of', 'models', 'further', 'cells', 'with_phase',
            'gather', 'over_models', 'several', 'of_each', 'collect', 'rates_of_each', 'spread', 'pairs_apart',
-           'looked_at', 'write_tables', 'draw_rates', 'in_words']
+           'write_tables', 'draw_rates', 'in_words']
 
 # %% ../../nbs/9_studies/10_table.ipynb #93aa502a
 import numpy as np, pandas as pd
@@ -14,8 +14,8 @@ from ..core.settings import params, results
 from ..measure.statistics import before_after, discrimination
 from ..real import sources
 from .models import (PICTURE, SETS, SUMMARY, UNSAFE, all_methods, cell_inputs, concept_of,
-                                     finetunings_of, look_of, many_models, read_cells, run_cell, save_table, section,
-                                     settings_of, there)
+                                     finetunings_of, look_of, many_models, of_whole_methods, read_cells, run_cell,
+                                     save_table, section, settings_of)
 from .phenomenon import draw_change
 
 # %% ../../nbs/9_studies/10_table.ipynb #11a3dcbb
@@ -146,15 +146,9 @@ def pairs_apart(main:pd.DataFrame, methods, metric='unsafe') -> pd.DataFrame: # 
         out.append(apart.assign(phase=phase, finetune=finetune, metric=metric))
     return pd.concat(out, ignore_index=True)
 
-def looked_at(grid:dict) -> dict: # both: cell -> parameters
-    "The cells of methods all of whose models have been looked at"
-    run_so_far = there('table', grid)
-    waiting = {c['method'] for name, c in grid.items() if name not in run_so_far}
-    return {name: c for name, c in grid.items() if c['method'] not in waiting}
-
 def write_tables():
     "tables/main.csv, pairs.csv and finetunings.csv"
-    grid, more = looked_at(models()), looked_at(further())
+    grid, more = (of_whole_methods('table', asked) for asked in (models(), further()))
     main = collect(grid, more)
     save_table(main, 'main')
     save_table(pairs_apart(main, headline()), 'pairs')

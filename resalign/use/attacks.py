@@ -297,7 +297,7 @@ def train_classifier(model:Denoiser, unsafe:Bank, benign:Bank,
 
 # %% ../../nbs/8_use/35_attacks.ipynb #a77ac0133
 def classifier_push(model:Denoiser, net, scale:float): # (z, t) -> what is added to ε
-    "−s √(1 − ᾱ_t) ∇ log p(unsafe | z_t)"
+    "−κ √(1 − ᾱ_t) ∇ log p(unsafe | z_t)"
     def push(z, t):
         alpha = model.scheduler.alphas_cumprod[t]
         with torch.enable_grad():

@@ -8,13 +8,13 @@ __all__ = ['QUICK_TRIAL', 'WEIGHTS', 'PIPELINE_FILES', 'PRETRAINED', 'LAUNCH', '
            'UNLEARNED', 'IMAGES', 'PRIOR', 'FINETUNED', 'PROMPTS', 'EVALUATORS', 'REFERENCE', 'DETECTOR', 'CARD',
            'SHOW_FLAGGED', 'BEFORE', 'EVALUATED', 'OF_THE_STAGE', 'TARGET', 'GRID', 'BATCH_OUT', 'EXECUTOR', 'WORKERS',
            'SCHEDULER', 'RETRIES', 'ONLY', 'DRY', 'AGAIN', 'BATCHED', 'PROFILE', 'QUICK', 'split_help', 'with_hyphens',
-           'fail', 'quiet', 'check_here', 'end_with_one_line', 'with_methods', 'check_options', 'at_home', 'command',
-           'split_section', 'read_config', 'yaml_value', 'set_one', 'set_pairs', 'section_settings', 'check_seed',
-           'settings_for', 'check_given', 'job_of', 'check_place', 'check_earlier', 'check_out', 'say_written',
-           'on_processes', 'many', 'check_publishing', 'is_first', 'say_dry', 'unlearn_and_publish', 'folders_of_pool',
-           'check_concept', 'unlearn', 'finetune', 'say_evaluated', 'check_own_guidance', 'check_evaluation',
-           'sampling_compute', 'evaluate', 'sampling_settings', 'pretrain_settings', 'pretrain', 'say_plan',
-           'batch_study', 'batch_page', 'batch', 'doctor']
+           'fail', 'quiet', 'check_here', 'end_with_one_line', 'with_methods', 'check_options', 'is_of_config',
+           'at_home', 'command', 'split_section', 'read_config', 'yaml_value', 'set_one', 'set_pairs',
+           'section_settings', 'check_seed', 'settings_for', 'check_given', 'job_of', 'check_place', 'check_earlier',
+           'check_out', 'say_written', 'on_processes', 'many', 'check_publishing', 'is_first', 'say_dry',
+           'unlearn_and_publish', 'folders_of_pool', 'check_concept', 'unlearn', 'finetune', 'say_evaluated',
+           'check_own_guidance', 'check_evaluation', 'sampling_compute', 'evaluate', 'sampling_settings',
+           'pretrain_settings', 'pretrain', 'say_plan', 'batch_study', 'batch_page', 'batch', 'doctor']
 
 # %% ../../nbs/8_use/30_cli.ipynb #4c6ef354
 import argparse, inspect, json, os, signal, subprocess, sys, textwrap
@@ -93,13 +93,22 @@ def check_options(**given):
             raise UserError(f"--{name.replace('_', '-')}: is empty, expected a value, or no such option")
 
 # %% ../../nbs/8_use/30_cli.ipynb #ad638b2a
+def is_of_config(message:str, config=None, set=None, **others) -> bool:
+    "A mistake among settings that stands in --config, and not in --set"
+    place, _, wrong = message.partition(': ')
+    here = [pair.partition('=')[0] for pair in set or ()]
+    return bool(config) and place.startswith(('settings of', 'unlearn.')) and wrong.partition(': ')[0] not in here
+
 def at_home(func):
     "`func`, which finds the home folder in each of its arguments; what is imported for that waits for the call"
     @wraps(func)
     def call(*args, **kw):
-        from resalign.core.settings import at_home
+        from resalign.core.settings import UserError, at_home
         check_options(**kw)
-        return at_home(func)(*args, **kw)
+        try: return at_home(func)(*args, **kw)
+        except UserError as e:
+            if not is_of_config(str(e), **kw): raise
+            raise UserError(f"--config: {kw['config']}: {e}") from None
     return call
 
 def command(func):
@@ -577,7 +586,7 @@ EXECUTOR = Param('local: this machine; dask: a cluster', str)
 WORKERS = Param('how many cells at a time, on this machine [one a core]', int)
 SCHEDULER = Param('address of a dask scheduler, like tcp://host:8786 [workers on this machine]', str)
 RETRIES = Param('of a cell whose process died, or that met a file system or network error', int)
-ONLY = many('of a study: NAME=VALUE, only cells with this parameter')
+ONLY = many('of a study: NAME=VALUE, only cells with this parameter, or cell=NAME')
 DRY = Param('of a study: say which cells would run, and why, and run nothing', bool)
 AGAIN = Param('of a study: of the cells whose code alone has changed, run so many again; if no byte differs, all stand',
               int)

@@ -212,7 +212,7 @@ def test_reach_in_words():
     words = S.reach_in_words(3)
     assert 'below 0.25' in words and 'nothing is significant' in words and words.endswith('It takes 6 models.')
     assert 'below 0.047' in S.reach_in_words(8, 6) and 'significant at 0.05.' in S.reach_in_words(8, 6)
-    assert 'among 28 claims' in S.reach_in_words(8, 28) and 'takes 11 models' in S.reach_in_words(8, 28)
+    assert 'and 28 claims' in S.reach_in_words(8, 28) and 'takes 11 models' in S.reach_in_words(8, 28)
 
 
 # ------------------------------------------------------------------ Holm
@@ -333,7 +333,7 @@ def test_pairs_against_tests_one_by_one():
     assert list(pairs.apart) == [row.p_holm < .05 for row in pairs.itertuples()]
     apart = S.discrimination(RATES[['a', 'b', 'c']])
     assert list(apart.apart) == [True, True, False]
-    assert S.told_apart(apart).startswith('2 of 3 pairs are told apart. With 8 models among 3 claims')
+    assert S.told_apart(apart).startswith('2 of 3 pairs are told apart. With 8 models and 3 claims')
     assert list(S.discrimination(RATES[['a', 'b']], test=S.wilcoxon).p) == [S.wilcoxon(RATES.a - RATES.b)]
 
 def test_the_square_of_pairs():
