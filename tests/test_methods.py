@@ -204,6 +204,41 @@ def test_a_module_is_merged_into_what_was_fine_tuned(given, tmp_path):
     torch.testing.assert_close(both, ft + safe - w0, rtol=0, atol=2e-3*float(w0.abs().max())) # float16 on disk
 
 
+def test_seeds_and_prior_pictures_reach_a_training(given, tmp_path):
+    "The trained model is the replicate: another seed is another model, the same seed the same one"
+    save_pipeline(given[0], tmp_path/'base')
+    write_sets(tmp_path, unsafe=3, retain=3, varied=3, subjects=3)
+    def weights(name):
+        unet = load_pipeline(tmp_path/name).unet
+        return torch.cat([p.flatten() for n, p in unet.named_parameters() if '.to_q.' in n])
+    def distinct(job, *rest, **cases): # of a run for each case
+        for name, asked in cases.items(): job(tmp_path/'base', *(tmp_path/r for r in rest), tmp_path/name, **asked)
+        return [weights(name) for name in cases]
+    ga = dict(method='ga', settings=dict(steps=1))
+    zero, one, again = distinct(resalign.unlearn, 'unsafe', 'retain', **{f'u{k}': ga | dict(seed=s) for k, s in enumerate((0, 1, 1))})
+    assert torch.equal(one, again) and not torch.equal(zero, one)
+    lora = dict(settings=dict(steps=2, lr=1e-2, algorithm='full'))
+    zero, one, again = distinct(resalign.finetune, 'varied', **{f'f{k}': lora | dict(seed=s) for k, s in enumerate((0, 1, 1))})
+    assert torch.equal(one, again) and not torch.equal(zero, one)
+    prior = {name: dict(lora['settings'], prior_weight=1.) for name in ('retain', 'subjects', 'varied')}
+    a, b, c = distinct(resalign.finetune, 'varied', **{f'p-{name}': dict(settings=s, prior=tmp_path/name) for name, s in prior.items()})
+    assert not torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_the_estimate_of_a_dry_run(given, tmp_path, monkeypatch):
+    "Each picture of each folder is encoded once; the seconds are those of a picture"
+    from resalign.use import jobs
+    assert jobs.estimate(dict(load=1, encode=2, pictures=10, before=3, step=4, steps=5)) == 44
+    save_pipeline(given[0], tmp_path/'base')
+    write_sets(tmp_path, unsafe=5, retain=4)
+    clock = iter([0., 10., 34.]) # loading takes 10, two pictures of each of three folders 24
+    monkeypatch.setattr(jobs.time, 'monotonic', lambda: next(clock))
+    monkeypatch.setattr(jobs, 'timed_step', lambda *args: dict(before=1., step=2.))
+    found = jobs.dry_run(tmp_path/'base', tmp_path/'unsafe', tmp_path/'retain', 'ga', dict(steps=6))
+    assert (found['load'], found['encode'], found['pictures'], found['steps']) == (10, 4, 13, 6)
+    assert found['whole'] == 10 + 4*13 + 1 + 2*6
+
+
 def test_a_detector_and_validation_prompts_reach_the_methods_that_look(given, tmp_path):
     pipe, _ = given
     save_pipeline(pipe, tmp_path/'base')

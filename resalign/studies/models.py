@@ -10,7 +10,7 @@ __all__ = ['KEY', 'DATA', 'BASE', 'EVALUATORS', 'WITH_DETECTOR', 'VALIDATION', '
            'metrics_of', 'values_of', 'one_model', 'many_models', 'PictureTest', 'write_evaluation', 'first_pictures',
            'write_look', 'look_inputs', 'look_key', 'looked', 'cell_models', 'model_inputs', 'cell_inputs', 'narrowed',
            'sheets_below', 'read_look', 'write_cell', 'run_cell', 'section', 'all_methods', 'settings_of', 'is_tuned',
-           'finetunings_of', 'look_of', 'read_table', 'there', 'of_whole_methods', 'read_files', 'read_cells',
+           'finetunings_of', 'look_of', 'read_table', 'there', 'read_files', 'read_cells', 'of_whole_methods',
            'save_table', 'saved', 'titled', 'save_figure']
 
 # %% ../../nbs/9_studies/00_models.ipynb #1a8d6848
@@ -449,12 +449,6 @@ def there(study:str, grid:dict) -> dict: # both: cell -> parameters
     "The cells of a study that have been run"
     return {name: c for name, c in grid.items() if (results()/'runs'/study/name).is_dir()}
 
-def of_whole_methods(study:str, grid:dict) -> dict: # both: cell -> parameters
-    "The cells of methods all of whose cells have been run"
-    run_so_far = there(study, grid)
-    waiting = {c['method'] for name, c in grid.items() if name not in run_so_far}
-    return {name: c for name, c in grid.items() if c['method'] not in waiting}
-
 def read_files(study:str, names, file:str, columns=()) -> dict: # cell -> table
     "One of the files that each cell of a study left"
     folder, out = results()/'runs'/study, {}
@@ -469,6 +463,13 @@ def read_cells(study:str, names) -> dict: # cell -> (summary, scores)
     columns = {'summary.csv': [*SUMMARY, 'phase'], 'scores.csv': PICTURE}
     summaries, scores = (read_files(study, names, file, columns[file]) for file in columns)
     return {name: (summaries[name], scores[name]) for name in names}
+
+# %% ../../nbs/9_studies/00_models.ipynb #wh01emet
+def of_whole_methods(study:str, grid:dict) -> dict: # both: cell -> parameters
+    "The cells of methods all of whose cells have been run"
+    run_so_far = there(study, grid)
+    waiting = {c['method'] for name, c in grid.items() if name not in run_so_far}
+    return {name: c for name, c in grid.items() if c['method'] not in waiting}
 
 # %% ../../nbs/9_studies/00_models.ipynb #ab2c4858
 def save_table(table:pd.DataFrame, name:str, **kw): # as of `write_csv`

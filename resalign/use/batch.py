@@ -9,9 +9,9 @@ __all__ = ['SECTION', 'LONGEST', 'KEYS', 'PASSING', 'ONE_THREAD', 'HOMES', 'COLO
            'kept_of_study', 'keep', 'read_record', 'record_of', 'changed', 'why_stale', 'outputs_of', 'papermill',
            'run_page', 'call_study', 'fork_server', 'run_study', 'attempts_at', 'run_cell', 'record_for',
            'run_to_record', 'workers_of', 'tally', 'lost', 'run_cells', 'check_numbers', 'skipped', 'batch',
-           'check_profile', 'selected', 'plan', 'lacking', 'unfinished', 'run_study_cells', 'stale_by_code',
-           'files_that_differ', 'run_again', 'settle', 'run_page_of_study', 'run_study_and_page', 'summary_row',
-           'summarise', 'thumbnail', 'card', 'as_page']
+           'check_profile', 'selected', 'plan', 'lacking', 'unfinished', 'unfinished_studies', 'run_study_cells',
+           'stale_by_code', 'files_that_differ', 'run_again', 'settle', 'run_page_of_study', 'run_study_and_page',
+           'summary_row', 'summarise', 'thumbnail', 'card', 'as_page']
 
 # %% ../../nbs/8_use/25_batch.ipynb #1309a318
 import ast, concurrent.futures, contextlib, hashlib, html, importlib, itertools, json
@@ -414,6 +414,12 @@ def unfinished(study:str, meanwhile='') -> str: # Markdown; '': all cells are th
     if not lacks: return ''
     return f'**Not finished:** {lacks} cells are missing. `resalign-batch {study}` runs them. {meanwhile}'.strip()
 
+def unfinished_studies() -> str: # Markdown; '': all have been run
+    "Studies that lack cells"
+    parts = [f'`{study}` {lacks}' for study in studies() if has_cells(study) and (lacks := lacking(study))]
+    if not parts: return ''
+    return (f'**Not finished.** Cells (one model or fine-tuning each) that are missing: {"; ".join(parts)}. '
+            '`resalign-batch STUDY` runs them.')
 
 # %% ../../nbs/8_use/25_batch.ipynb #82ac6eb3
 def run_study_cells(study:str, only:dict=None, executor='local', workers:int=2, scheduler=None,

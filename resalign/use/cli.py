@@ -99,6 +99,7 @@ def is_of_config(message:str, config=None, set=None, **others) -> bool:
     here = [pair.partition('=')[0] for pair in set or ()]
     return bool(config) and place.startswith(('settings of', 'unlearn.')) and wrong.partition(': ')[0] not in here
 
+# %% ../../nbs/8_use/30_cli.ipynb #0fc0nf1g
 def at_home(func):
     "`func`, which finds the home folder in each of its arguments; what is imported for that waits for the call"
     @wraps(func)
@@ -111,6 +112,7 @@ def at_home(func):
             raise UserError(f"--config: {kw['config']}: {e}") from None
     return call
 
+# %% ../../nbs/8_use/30_cli.ipynb #c0mmand1
 def command(func):
     "`func` as a console script; called with arguments it stays a function"
     func.__doc__ = inspect.cleandoc(func.__doc__)

@@ -154,3 +154,105 @@ def test_which_attacks_can_run(asked, given, said):
     names, reasons = A.possible(asked, **given)
     if asked: assert names == ['redraw', 'noise'] and not reasons # with its control
     else: assert set(A.ATTACKS) - set(names) == {'bell', 'classifier'} and len(reasons) == 2
+
+
+# ------------------------------------------------------------------ what each attack hands to the sampler
+
+ROWS = [dict(prompt=UNSAFE[k], seed=k, guidance=g, negative_prompt=n) for k, (g, n) in enumerate([(1., ''), (3., 'a'), (5., '')])]
+
+
+def attacked(pipe=None, original=None, **settings):
+    "Three prompts, each with a guidance of its own, under attack"
+    config = A.AttackConfig(**dict(steps=STEPS, guidance=2.) | settings)
+    return A.Attacked(pipe or pipeline(), A.Given(ROWS, config, unsafe=('pictures', UNSAFE), original=original))
+
+
+def test_each_row_has_its_own_guidance_and_negative_prompt(monkeypatch):
+    calls = []
+    def generate(pipe, prompts, seeds, steps, guidance, embeds, negative):
+        calls.append((prompts, seeds, steps, guidance, negative))
+        return [np.full((2, 2, 3), s) for s in seeds]
+    monkeypatch.setattr(A, 'generate', generate)
+    x = attacked()
+    images = x.draw()
+    assert [int(i[0, 0, 0]) for i in images] == [0, 1, 2] # in the order of the rows
+    assert sorted(calls, key=lambda c: c[1]) == [([UNSAFE[k]], [k], STEPS, g, [n]) for k, (g, n) in enumerate([(1., ''), (3., 'a'), (5., '')])]
+    parts = []
+    monkeypatch.setattr(A, 'denoise', lambda model, z, text, empty, scale, *a, **kw: parts.append((scale.flatten().tolist(), len(text))) or z)
+    monkeypatch.setattr(A, 'decode', lambda pipe, z: z.numpy())
+    A.denoised(x, torch.zeros(3, 1), torch.zeros(3, 1), torch.zeros(3, 1), None, 2, {})
+    assert parts == [([1., 3.], 2), ([5.], 1)]
+
+
+def test_controls_differ_from_their_attacks(monkeypatch):
+    "Other seeds from the second set on; a random prefix makes no step of the search"
+    x, seeds, asked = attacked(noise=[(.5, 1.)]*3), [], []
+    monkeypatch.setattr(x, 'draw', lambda prompts=None, embeds=None, seeds=None: seeds)
+    sets = A.attack_redraw(x).sets
+    assert sets[0] == [0, 1, 2] and len({tuple(s) for s in sets}) == 3
+    monkeypatch.setattr(x, 'bank', lambda name: name)
+    monkeypatch.setattr(A, 'prefix_embeddings', lambda pipe, prompts, bank, config, *a: asked.append((bank, config.attack_steps)))
+    A.attack_random(x), A.attack_prefix(x)
+    assert asked == [('unsafe', 0), ('unsafe', x.config.attack_steps)] and x.config.attack_steps > 0
+
+
+def test_the_known_part_is_what_the_mask_leaves(monkeypatch):
+    x, seen = attacked(hole=.5), {}
+    monkeypatch.setattr(A, 'context', lambda x: torch.zeros(3, CHANNELS, 4, 4))
+    monkeypatch.setattr(A, 'noised', lambda model, z, t, gen: z)
+    monkeypatch.setattr(A, 'start_of', lambda x: None)
+    monkeypatch.setattr(x, 'sample', lambda z, *names, keep, **kw: seen.update(out=keep(slice(3))(torch.ones(3, CHANNELS, 4, 4), None)))
+    A.attack_inpaint(x)
+    assert seen['out'][..., 1:3, 1:3].eq(1).all() and seen['out'].sum() == 3*CHANNELS*4
+
+
+def test_a_completion_goes_on_where_the_original_stopped(monkeypatch):
+    "With the model as its own original the path in two parts is the path; without one it starts from a noised picture"
+    pipe = pipeline()
+    x, z = attacked(pipe, original=pipe, completed=[.4]), torch.randn(3, CHANNELS, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(A, 'start_of', lambda x: z)
+    monkeypatch.setattr(A, 'embed', lambda pipe, texts: torch.stack([said(pipe, t) for t in texts]))
+    monkeypatch.setattr(A, 'batch_of', lambda pipe: 2)
+    monkeypatch.setattr(A, 'decode', lambda pipe, z: z.numpy())
+    close(torch.tensor(A.attack_completion(x).sets[0]), torch.tensor(x.sample(z, 'whole')), rtol=1e-5)
+    other = attacked(pipe, original=pipeline(seed=1), completed=[.4])
+    assert not np.allclose(A.attack_completion(other).sets[0], A.attack_completion(x).sets[0], rtol=1e-2)
+    alone, times = attacked(pipe), []
+    monkeypatch.setattr(A, 'context', lambda x: z)
+    monkeypatch.setattr(A, 'noised', lambda model, z, t, gen: times.append(t.tolist()) or z)
+    A.half_way(alone, 2)
+    assert times == [[T*(STEPS - 2)//STEPS - 1]*3]
+
+
+def test_the_latent_classifier_knows_its_kinds():
+    "Unsafe latents all +1, benign all -1; on its last fifth, where the signs are turned, it is wrong"
+    model = Denoiser(pipeline())
+    def latents(sign, n=20): # the last fifth turned
+        mean = sign*torch.ones(n, CHANNELS, SIDE, SIDE)
+        mean[n*4//5:] *= -1
+        return A.Bank(mean, torch.full_like(mean, 1e-3), torch.zeros(n, 1))
+    config = A.AttackConfig(classifier_steps=60, classifier_lr=1e-2)
+    net, accuracy = A.train_classifier(model, latents(1.), latents(-1.), config)
+    clear = torch.full((1,), float(model.scheduler.alphas_cumprod[0]))
+    plus = torch.ones(1, CHANNELS, SIDE, SIDE)
+    assert net(plus, clear) > 0 > net(-plus, clear) and accuracy < .4
+
+
+def test_each_phase_attacks_its_own_pipeline(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(A, 'loaded', lambda pipeline, asked: pipeline)
+    for name in ('check_tokens', 'check_texts', 'material'): monkeypatch.setattr(A, name, lambda *args: None)
+    monkeypatch.setattr(A, 'Attacked', lambda pipe, given: pipe)
+    monkeypatch.setattr(A, 'run_cell', lambda x, attack, evaluators, folder: seen.append((folder.name, x)))
+    asked = A.Asked('mine', 'prompts', 'evaluators')
+    for phase, pipe in (('before', 'mine'), ('after', 'tuned')): A.run_phase(phase, pipe, asked, [], {}, ['none'], tmp_path)
+    assert seen == [('before-none', 'mine'), ('after-none', 'tuned')]
+
+
+def test_all_sets_of_an_attack_are_scored(monkeypatch, tmp_path):
+    monkeypatch.setattr(A, 'ATTACKS', dict(noise=lambda x: A.Drawn([[.1, .8], [.7, .2]])))
+    monkeypatch.setattr(A, 'score_images', lambda images, rows, evaluators: pd.DataFrame(dict(score=images, image_hash=['a', 'b'])))
+    monkeypatch.setattr(A, 'strip', lambda *args: A.Image.new('L', (1, 1)))
+    A.run_cell(attacked(), 'noise', {}, tmp_path/'cell')
+    found = pd.read_csv(tmp_path/'cell/scores.csv')
+    assert list(found.score) == [.7, .8] and list(found.picture) == [1, 0]

@@ -423,7 +423,7 @@ def test_a_ledger(tables):
     assert t.test['stays-low'].endswith(': 2 of 2 hold') and t.test['below-all'].endswith(': 8 of 8 hold')
     assert t.p['stays-low'] == f'{len(of["main"])*exact(11):.3g}' # a claim counts once, however many tests it has
     assert t.p['beta-costs'] == f'{5*exact(9):.3g}' # without the missing one
-    assert t.ours['cost'] == 'random weights, a GPU: 16 min, 44 GB'
+    assert t.ours['cost'] == 'random weights, a GPU: 48 min, 44 GB'
 
 def test_how_many_models_it_takes(tables):
     "Of all claims of the table, those that were run; too few is what can't reach it"

@@ -249,3 +249,14 @@ def test_a_signal_is_noted_and_a_second_one_interrupts(heard, capfd):
         assert asked == [signal.SIGTERM]
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) is before and 'once more' in capfd.readouterr().err
+
+
+def test_memory_is_in_gigabytes(monkeypatch):
+    "ru_maxrss counts kibibytes on Linux, bytes on macOS"
+    from types import SimpleNamespace
+    from resalign.core import runs
+    monkeypatch.setattr(runs.resource, 'getrusage', lambda who: SimpleNamespace(ru_maxrss=2*10**6))
+    monkeypatch.setattr(runs.torch.cuda, 'is_initialized', lambda: False)
+    for platform, want in (('linux', 2.048), ('darwin', .002)):
+        monkeypatch.setattr(runs.sys, 'platform', platform)
+        assert runs.peak_gb() == pytest.approx(want)

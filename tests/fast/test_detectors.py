@@ -139,3 +139,29 @@ def test_retrieval_is_among_captions_that_differ():
     swapped = SimpleNamespace(embed=lambda images, captions: (eye[images], eye[[0, 1, 3, 2]][list(map(int, captions))]))
     drawn = SimpleNamespace(captions=['0', '1', '2', '3', '0'], images=np.arange(5))
     assert B.retrieval(swapped, drawn, size=4) == B.retrieval(swapped, drawn, size=2) == .5
+
+
+def test_a_trained_card_by_hand():
+    "A detector that fires on near misses alone; a reader that sees nothing in broken pictures, or a subject in all"
+    class Set:
+        scenes = [D.Scene(object=o) for near in list(D.NEAR_MISSES)[:2] for o in (near, '')]
+        images = np.array([1, 0, 1, 0], np.uint8)[:, None, None, None]*np.ones((4, 64, 64, 3), np.uint8)
+        concept = torch.tensor([[0., 0.]]*4)
+    bad = np.zeros((5, 64, 64, 3), np.uint8)
+    fires = lambda images, prompts=None: images[:, 0, 0, 0].astype(float)
+    card = D._concept_card({'detector-vice': fires}, 'detector-vice', 0, Set, bad)
+    assert (card['near'], card['broken']) == (1, 0)
+    bad[:2] = 1
+    assert D._concept_card({'detector-vice': fires}, 'detector-vice', 0, Set, bad)['broken'] == .4
+
+
+def test_evaluators_are_measured_on_scenes_that_they_have_not_seen(monkeypatch, tmp_path):
+    seeds, scenes_of = [], lambda seed, drawn=D.Drawings: set(map(str, drawn(20, seed).scenes))
+    monkeypatch.setattr(D, 'Drawings', lambda n, seed: seeds.append((n, seed)) or seeds[-1])
+    monkeypatch.setattr(D, '_train_all', lambda tmp, drawings, epochs, seed: None)
+    monkeypatch.setattr(D, 'load_trained', lambda folder: {})
+    monkeypatch.setattr(D, 'write_trained_card', lambda ev, drawings, seed: dict(on=drawings))
+    card = D.train_evaluators(tmp_path/'e', seed=3, pictures=7, heldout=5)
+    (n, trained), (m, held) = seeds
+    assert (n, m) == (7, 5) and trained != held and card['evaluators'] == dict(on=(5, held))
+    assert scenes_of(trained).isdisjoint(scenes_of(held))

@@ -697,3 +697,27 @@ def test_readings_that_do_not_fit_are_refused():
     refused(r'one score a picture \(1\), got 2', M.what_is_drawn, ['a'], ['a'], [1], [0, 1])
     refused('score of picture 0', M.what_is_drawn, ['a'], ['a'], [1], [NAN])
     refused("drawn_rates: unknown 'a fox'", M.drawn_rates, ['a fox', M.DRAWN[0]])
+
+
+def test_scores_keep_the_group_of_their_prompt(tmp_path, monkeypatch):
+    "A row a picture and detector; the groups are those of the pictures, for each detector"
+    from resalign.use import evaluate as E
+    rows = [dict(prompt=p, kind='benign', seed=k, group=g) for k, (p, g) in enumerate(zip('xyz', 'aba'))]
+    def evaluate_images(images, rows, evaluators, *args):
+        return pd.DataFrame([dict(prompt=r['prompt'], detector=d, score=0.) for d in evaluators for r in rows]), None, None
+    monkeypatch.setattr(E, 'evaluate_images', evaluate_images)
+    monkeypatch.setattr(E, 'CachedEvaluator', lambda e, kept: e)
+    seen = type('Seen', (), dict(features=None, alarms=None))
+    scores, *_ = E.scored(None, rows, dict(one=1, two=2), seen, tmp_path)
+    assert list(zip(scores.prompt, scores.group)) == list(zip('xyz', 'aba'))*2
+
+
+def test_a_prompt_s_line_in_the_report():
+    "Of a detector the highest score of its pictures, of a score without a threshold their mean"
+    from pathlib import Path
+    from resalign.use.report import Run, prompt_table
+    scores = pd.DataFrame([dict(prompt='x', kind='explicit', seed=k, detector=d, score=s)
+                           for d in ('nudenet', 'clip') for k, s in enumerate((.1, .9))])
+    run = Run(Path(), dict(evaluators=dict(nudenet=['', '', .5], clip=['', '', None])), None, scores)
+    row, = prompt_table(run).to_dict('records')
+    assert (row['nudenet'], row['clip'], row['flagged'], row['pictures']) == (.9, .5, .5, 2)
