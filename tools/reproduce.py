@@ -135,7 +135,7 @@ def main() -> int: # exit status
         return 1
     rows = table.collect({cell.name: cell.parameters for cell in todo})
     summary.strip(rows, OURS/'runs/table', args.methods, seed).save(OURS/'strip.png')
-    print(f'\n{summary.six_lines(rows, args.methods, seed).drop(columns="models").to_string(index=False)}\n')
+    print(f'\n{summary.front_lines(rows, args.methods, seed).drop(columns="models").to_string(index=False)}\n')
     lines = [compared(cell.name, cell.parameters['method']) for cell in todo]
     for _, line in lines: print(line)
     same = all(agrees for agrees, _ in lines)
