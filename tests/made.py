@@ -1,11 +1,9 @@
 """What tests are given: drawings in folders, prompts about a concept, and the words that name it. And which studies have
 been run to their end."""
-import importlib
-from pathlib import Path
-
 import pandas as pd
 
 from resalign.core.settings import UserError
+from resalign.use.batch import lacking
 from resalign.world.emoji import prompts, scenes, words_of, write_set
 
 CONCEPT = 'weapon'
@@ -33,6 +31,5 @@ def write_prompts(path, rows):
 
 def all_cells_are_here(study) -> bool:
     "Has every cell that the study asks for been committed?"
-    try: names = importlib.import_module(f'resalign.studies.{study}').cells()
+    try: return not lacking(study)
     except UserError: return False # nothing was chosen yet
-    return all((Path(__file__).parents[1]/'results'/'runs'/study/name).is_dir() for name in names)

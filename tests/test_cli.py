@@ -649,6 +649,11 @@ BAD = [  # spoil, command line, words of the message: field and file
         lambda w: finetune(w, '--config', w / 'c.yaml', '--set', 'optimizer=adamm'),
         'error: settings of finetune: optimizer: ', # no fault of the file's
     ),
+    (
+        lambda w: (w / 'c.yaml').write_text('lr: 1.0e-3'),
+        lambda w: unlearn(w, '--config', w / 'c.yaml', '--set', 'pool={algorithm: [lorra]}'),
+        'error: unlearn.resalign: pool.algorithm.0: ',
+    ),
     (lambda w: shutil.rmtree(w / 'base'), unlearn, 'base: no such folder'),
     (lambda w: shutil.rmtree(w / 'base/unet'), unlearn, "component 'unet'"),
     (pickled, unlearn, "component 'unet' has no .safetensors"),

@@ -211,17 +211,20 @@ def test_seeds_and_prior_pictures_reach_a_training(given, tmp_path):
     def weights(name):
         unet = load_pipeline(tmp_path/name).unet
         return torch.cat([p.flatten() for n, p in unet.named_parameters() if '.to_q.' in n])
-    def distinct(job, *rest, **cases): # of a run for each case
-        for name, asked in cases.items(): job(tmp_path/'base', *(tmp_path/r for r in rest), tmp_path/name, **asked)
-        return [weights(name) for name in cases]
-    ga = dict(method='ga', settings=dict(steps=1))
-    zero, one, again = distinct(resalign.unlearn, 'unsafe', 'retain', **{f'u{k}': ga | dict(seed=s) for k, s in enumerate((0, 1, 1))})
+    def trained(job, folders, cases, **common): # the weights of each case
+        given, outs = [tmp_path/name for name in ('base', *folders)], []
+        for k, case in enumerate(cases):
+            outs.append(f'{job.__name__}-{len(case)}-{k}-{next(iter(case))}')
+            job(*given, tmp_path/outs[-1], **common, **case)
+        return [weights(out) for out in outs]
+    seeds = [dict(seed=s) for s in (0, 1, 1)]
+    zero, one, again = trained(resalign.unlearn, ['unsafe', 'retain'], seeds, method='ga', settings=dict(steps=1))
     assert torch.equal(one, again) and not torch.equal(zero, one)
-    lora = dict(settings=dict(steps=2, lr=1e-2, algorithm='full'))
-    zero, one, again = distinct(resalign.finetune, 'varied', **{f'f{k}': lora | dict(seed=s) for k, s in enumerate((0, 1, 1))})
+    full = dict(steps=2, lr=1e-2, algorithm='full')
+    zero, one, again = trained(resalign.finetune, ['varied'], seeds, settings=full)
     assert torch.equal(one, again) and not torch.equal(zero, one)
-    prior = {name: dict(lora['settings'], prior_weight=1.) for name in ('retain', 'subjects', 'varied')}
-    a, b, c = distinct(resalign.finetune, 'varied', **{f'p-{name}': dict(settings=s, prior=tmp_path/name) for name, s in prior.items()})
+    priors = [dict(prior=tmp_path/name) for name in ('retain', 'subjects', 'varied')]
+    a, b, c = trained(resalign.finetune, ['varied'], priors, settings=full | dict(prior_weight=1.))
     assert not torch.equal(a, b) and not torch.equal(a, c)
 
 

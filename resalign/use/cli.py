@@ -95,9 +95,9 @@ def check_options(**given):
 # %% ../../nbs/8_use/30_cli.ipynb #ad638b2a
 def is_of_config(message:str, config=None, set=None, **others) -> bool:
     "A mistake among settings that stands in --config, and not in --set"
-    place, _, wrong = message.partition(': ')
-    here = [pair.partition('=')[0] for pair in set or ()]
-    return bool(config) and place.startswith(('settings of', 'unlearn.')) and wrong.partition(': ')[0] not in here
+    place, field = [*message.split(': '), ''][:2]
+    here = any(f'{field}.'.startswith(f"{pair.partition('=')[0]}.") for pair in set or ()) # a.b, of a pair for a
+    return bool(config) and place.startswith(('settings of', 'unlearn.')) and not here
 
 # %% ../../nbs/8_use/30_cli.ipynb #0fc0nf1g
 def at_home(func):

@@ -158,7 +158,8 @@ def test_which_attacks_can_run(asked, given, said):
 
 # ------------------------------------------------------------------ what each attack hands to the sampler
 
-ROWS = [dict(prompt=UNSAFE[k], seed=k, guidance=g, negative_prompt=n) for k, (g, n) in enumerate([(1., ''), (3., 'a'), (5., '')])]
+OWN = [(1., ''), (3., 'a'), (5., '')] # guidance and negative prompt of each row
+ROWS = [dict(prompt=UNSAFE[k], seed=k, guidance=g, negative_prompt=n) for k, (g, n) in enumerate(OWN)]
 
 
 def attacked(pipe=None, original=None, **settings):
@@ -176,9 +177,12 @@ def test_each_row_has_its_own_guidance_and_negative_prompt(monkeypatch):
     x = attacked()
     images = x.draw()
     assert [int(i[0, 0, 0]) for i in images] == [0, 1, 2] # in the order of the rows
-    assert sorted(calls, key=lambda c: c[1]) == [([UNSAFE[k]], [k], STEPS, g, [n]) for k, (g, n) in enumerate([(1., ''), (3., 'a'), (5., '')])]
+    assert sorted(calls, key=lambda c: c[1]) == [([UNSAFE[k]], [k], STEPS, g, [n]) for k, (g, n) in enumerate(OWN)]
     parts = []
-    monkeypatch.setattr(A, 'denoise', lambda model, z, text, empty, scale, *a, **kw: parts.append((scale.flatten().tolist(), len(text))) or z)
+    def denoise(model, z, text, empty, scale, *args, **kw):
+        parts.append((scale.flatten().tolist(), len(text)))
+        return z
+    monkeypatch.setattr(A, 'denoise', denoise)
     monkeypatch.setattr(A, 'decode', lambda pipe, z: z.numpy())
     A.denoised(x, torch.zeros(3, 1), torch.zeros(3, 1), torch.zeros(3, 1), None, 2, {})
     assert parts == [([1., 3.], 2), ([5.], 1)]
@@ -186,13 +190,15 @@ def test_each_row_has_its_own_guidance_and_negative_prompt(monkeypatch):
 
 def test_controls_differ_from_their_attacks(monkeypatch):
     "Other seeds from the second set on; a random prefix makes no step of the search"
-    x, seeds, asked = attacked(noise=[(.5, 1.)]*3), [], []
+    x, asked = attacked(noise=[(.5, 1.)]*3), []
     monkeypatch.setattr(x, 'draw', lambda prompts=None, embeds=None, seeds=None: seeds)
     sets = A.attack_redraw(x).sets
     assert sets[0] == [0, 1, 2] and len({tuple(s) for s in sets}) == 3
     monkeypatch.setattr(x, 'bank', lambda name: name)
-    monkeypatch.setattr(A, 'prefix_embeddings', lambda pipe, prompts, bank, config, *a: asked.append((bank, config.attack_steps)))
-    A.attack_random(x), A.attack_prefix(x)
+    def prefix_embeddings(pipe, prompts, bank, config, *args): asked.append((bank, config.attack_steps))
+    monkeypatch.setattr(A, 'prefix_embeddings', prefix_embeddings)
+    A.attack_random(x)
+    A.attack_prefix(x)
     assert asked == [('unsafe', 0), ('unsafe', x.config.attack_steps)] and x.config.attack_steps > 0
 
 
@@ -201,7 +207,8 @@ def test_the_known_part_is_what_the_mask_leaves(monkeypatch):
     monkeypatch.setattr(A, 'context', lambda x: torch.zeros(3, CHANNELS, 4, 4))
     monkeypatch.setattr(A, 'noised', lambda model, z, t, gen: z)
     monkeypatch.setattr(A, 'start_of', lambda x: None)
-    monkeypatch.setattr(x, 'sample', lambda z, *names, keep, **kw: seen.update(out=keep(slice(3))(torch.ones(3, CHANNELS, 4, 4), None)))
+    def sample(z, *names, keep): seen.update(out=keep(slice(3))(torch.ones(3, CHANNELS, 4, 4), None))
+    monkeypatch.setattr(x, 'sample', sample)
     A.attack_inpaint(x)
     assert seen['out'][..., 1:3, 1:3].eq(1).all() and seen['out'].sum() == 3*CHANNELS*4
 
@@ -209,7 +216,8 @@ def test_the_known_part_is_what_the_mask_leaves(monkeypatch):
 def test_a_completion_goes_on_where_the_original_stopped(monkeypatch):
     "With the model as its own original the path in two parts is the path; without one it starts from a noised picture"
     pipe = pipeline()
-    x, z = attacked(pipe, original=pipe, completed=[.4]), torch.randn(3, CHANNELS, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    x = attacked(pipe, original=pipe, completed=[.4])
+    z = torch.randn(3, CHANNELS, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(A, 'start_of', lambda x: z)
     monkeypatch.setattr(A, 'embed', lambda _, texts: torch.stack([said(pipe, t) for t in texts])) # models alone differ
     monkeypatch.setattr(A, 'batch_of', lambda pipe: 2)
@@ -245,13 +253,15 @@ def test_each_phase_attacks_its_own_pipeline(monkeypatch, tmp_path):
     monkeypatch.setattr(A, 'Attacked', lambda pipe, given: pipe)
     monkeypatch.setattr(A, 'run_cell', lambda x, attack, evaluators, folder: seen.append((folder.name, x)))
     asked = A.Asked('mine', 'prompts', 'evaluators')
-    for phase, pipe in (('before', 'mine'), ('after', 'tuned')): A.run_phase(phase, pipe, asked, [], {}, ['none'], tmp_path)
+    for phase, pipe in (('before', 'mine'), ('after', 'tuned')):
+        A.run_phase(phase, pipe, asked, [], {}, ['none'], tmp_path)
     assert seen == [('before-none', 'mine'), ('after-none', 'tuned')]
 
 
 def test_all_sets_of_an_attack_are_scored(monkeypatch, tmp_path):
     monkeypatch.setattr(A, 'ATTACKS', dict(noise=lambda x: A.Drawn([[.1, .8], [.7, .2]])))
-    monkeypatch.setattr(A, 'score_images', lambda images, rows, evaluators: pd.DataFrame(dict(score=images, image_hash=['a', 'b'])))
+    score = lambda images, rows, evaluators: pd.DataFrame(dict(score=images, image_hash=['a', 'b']))
+    monkeypatch.setattr(A, 'score_images', score)
     monkeypatch.setattr(A, 'strip', lambda *args: A.Image.new('L', (1, 1)))
     A.run_cell(attacked(), 'noise', {}, tmp_path/'cell')
     found = pd.read_csv(tmp_path/'cell/scores.csv')

@@ -1,4 +1,4 @@
-"What the studies' cells ask for and hand on: split, concept, settings, seeds, phases, folders. Nothing is trained here."
+"What studies' cells ask for and hand on: split, concept, settings, seeds, phases, folders. Nothing is trained here."
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,11 +22,13 @@ WANTED = {tuning: TUNING, phenomenon: REPORTED, table: REPORTED, fronts: REPORTE
 def test_choices_see_the_tuning_concept_alone():
     asked = {(study.__name__, name): ((c['look']['split'], c['concept']), want)
              for study, want in WANTED.items() for name, c in study.cells().items()}
-    asked |= {('remedies', name): ((c['look']['split'], c['concept']), REPORTED if name.startswith('reported-') else TUNING)
+    asked |= {('remedies', name): ((c['look']['split'], c['concept']),
+                                   REPORTED if name.startswith('reported-') else TUNING)
               for name, c in remedies.cells().items()}
     asked |= {('unlearning', name): ((c['look']['split'], c['concept']), TUNING)
               for name, c in hypergradients.unlearning_cells().items()}
-    assert len(asked) > 500 and {kind.rpartition('.')[2] for kind, _ in asked} >= {'tuning', 'table', 'remedies', 'unlearning'}
+    kinds = {kind.rpartition('.')[2] for kind, _ in asked}
+    assert len(asked) > 500 and kinds >= {'tuning', 'table', 'remedies', 'unlearning'}
     assert not {key: got for key, (got, want) in asked.items() if got != want}
     assert {c['concept'] for c in hypergradients.cells().values()} == {'weapon'}
     assert {c['concept'] for c in attack.cells().values()} == {'vice'}
@@ -83,8 +85,8 @@ def test_a_look_has_a_key_of_its_own(monkeypatch):
     "Whatever it asks for changes what is kept"
     monkeypatch.setattr(M, 'look_inputs', lambda look: {})
     look = dict(concept='vice', split='test', prompts=dict(explicit=3), subjects=2, steps=10, guidance=3.)
-    others = [look | own for own in (dict(prompts=dict(explicit=4)), dict(subjects=3), dict(steps=9), dict(guidance=2.))]
-    assert len({M.look_key(SimpleNamespace(key='a'), each) for each in (look, *others)}) == 5
+    changes = dict(prompts=dict(explicit=4)), dict(subjects=3), dict(steps=9), dict(guidance=2.)
+    assert len({M.look_key(SimpleNamespace(key='a'), look | own) for own in ({}, *changes)}) == 5
 
 
 # ------------------------------------------------------------------ what is looked at
@@ -101,26 +103,31 @@ class Toy:
         return np.stack([images[:, 0, 0, 0], self.score*np.arange(len(images))], 1).astype(float)
 
 
-ROWS = [dict(prompt=f'{kind} {k}', kind=kind, seed=k, subject='fox', object='') for kind in ('explicit', 'implicit', 'benign')
-        for k in range(3)]
+KINDS = 'explicit', 'implicit', 'benign'
+ROWS = [dict(prompt=f'{kind} {k}', kind=kind, seed=k, subject='fox', object='') for kind in KINDS for k in range(3)]
+
+
+def marked(numbers):
+    "Pictures that can be told by their number"
+    return np.array(numbers, np.uint8)[:, None, None, None] + np.zeros((len(numbers), 2, 2, 3), np.uint8)
 
 
 @pytest.fixture
 def looking(monkeypatch):
     "`PictureTest` without a model: the picture of row k is k, that of a real scene 100 + k"
-    seen, toys = {}, {name: Toy(score) for name, score in (('detector-vice', .9), ('safety-vice', .1), ('clip-score', .3),
-                                                         ('aesthetics', 5.), ('reader', .8))}
+    scores = {'detector-vice': .9, 'safety-vice': .1, 'clip-score': .3, 'aesthetics': 5., 'reader': .8}
+    seen, toys = {}, {name: Toy(score) for name, score in scores.items()}
     def read_prompts(path): return seen.setdefault('prompts', path) and ROWS
     def read_images(folder):
         seen['reference'] = folder
-        return 100 + np.arange(4, dtype=np.uint8)[:, None, None, None] + np.zeros((4, 2, 2, 3), np.uint8), ['a']*4
+        return marked(range(100, 104)), ['a']*4
     def generate(pipe, prompts, seeds, **kw):
         seen['sampling'] = kw
-        return np.arange(len(prompts), dtype=np.uint8)[:, None, None, None] + np.zeros((len(prompts), 2, 2, 3), np.uint8)
-    for name, stub in dict(drawn_data=lambda: Path('data'), load_trained=lambda folder: toys, read_prompts=read_prompts,
-                           read_images=read_images, generate=generate, subject_rows=lambda n: [],
-                           kid=lambda real, fake: M.Stat(real.sum(), 0, 0, 1),
-                           cmmd=lambda real, fake: M.Stat(fake.sum(), 0, 0, 1)).items(): monkeypatch.setattr(M, name, stub)
+        return marked(range(len(prompts)))
+    stubs = dict(drawn_data=lambda: Path('data'), load_trained=lambda folder: toys, read_prompts=read_prompts,
+                 read_images=read_images, generate=generate, subject_rows=lambda n: [],
+                 kid=lambda real, fake: M.Stat(real.sum(), 0, 0, 1), cmmd=lambda real, fake: M.Stat(fake.sum(), 0, 0, 1))
+    for name, stub in stubs.items(): monkeypatch.setattr(M, name, stub)
     return seen, toys
 
 
@@ -146,14 +153,17 @@ def test_an_attacker_has_test_prompts_and_the_original(looking, monkeypatch):
     monkeypatch.setattr(attack, 'Attacked', lambda pipe, given: (pipe, given))
     pipe, given = attack.attacked('mine', 'vice', dict(prompts=2, settings={}))
     assert (pipe, given.original, given.unsafe) == ('mine', attack.BASE, Path('data/unsafe-vice'))
-    assert seen['prompts'] == Path('data/test-vice.csv') and [r['kind'] for r in given.rows] == ['explicit']*2 + ['implicit']*2
+    assert seen['prompts'] == Path('data/test-vice.csv')
+    assert [r['kind'] for r in given.rows] == ['explicit']*2 + ['implicit']*2
 
 
 def test_an_attack_counts_each_prompt_s_best_picture(monkeypatch):
     x = SimpleNamespace(given=SimpleNamespace(rows=ROWS[:2], prompts=['a', 'b']))
     monkeypatch.setattr(attack, 'attacked', lambda *args: x)
-    monkeypatch.setattr(attack, 'load_trained', lambda folder: {'detector-vice': lambda images, prompts: np.array(images)})
-    monkeypatch.setattr(attack, 'ATTACKS', {a: lambda x: SimpleNamespace(sets=[[.2, .9], [.6, .1]]) for a in ('none', 'noise', 'redraw')})
+    see = lambda images, prompts: np.array(images)
+    two_sets = lambda x: SimpleNamespace(sets=[[.2, .9], [.6, .1]])
+    monkeypatch.setattr(attack, 'load_trained', lambda folder: {'detector-vice': see})
+    monkeypatch.setattr(attack, 'ATTACKS', dict.fromkeys(['none', 'noise', 'redraw'], two_sets))
     found = attack.attack_scores('pipe', 'vice', dict(attacks=['noise']))
     assert list(found.attack) == ['none']*2 + ['noise']*2 + ['redraw']*2 and list(found.score) == [.6, .9]*3
 
@@ -164,13 +174,12 @@ def test_an_attack_counts_each_prompt_s_best_picture(monkeypatch):
 def handed(monkeypatch):
     "What `run` functions hand on; a model is its phase"
     notes = {}
+    stubs = dict(load_pipeline=lambda f: f, drawn_data=lambda: Path('data'), read_look=lambda found: found,
+                 looked=lambda model, look: (model.made(), look),
+                 write_csv=lambda path, table, **kw: notes.update({path.name: table}),
+                 write_cell=lambda folder, found: notes.update(cell=found))
     for study in (attack, remedies, courses, hypergradients):
-        if hasattr(study, 'load_pipeline'): monkeypatch.setattr(study, 'load_pipeline', lambda f: f)
-        if hasattr(study, 'write_csv'): monkeypatch.setattr(study, 'write_csv', lambda path, t, **kw: notes.update({path.name: t}))
-        if hasattr(study, 'drawn_data'): monkeypatch.setattr(study, 'drawn_data', lambda: Path('data'))
-        if hasattr(study, 'write_cell'): monkeypatch.setattr(study, 'write_cell', lambda folder, found: notes.update(cell=found))
-        if hasattr(study, 'looked'): monkeypatch.setattr(study, 'looked', lambda model, look: (model.made(), look))
-        if hasattr(study, 'read_look'): monkeypatch.setattr(study, 'read_look', lambda found: found)
+        for name in stubs.keys() & vars(study).keys(): monkeypatch.setattr(study, name, stubs[name])
     monkeypatch.setattr(M.Unlearned, 'made', lambda self: 'before')
     monkeypatch.setattr(M.Finetuned, 'made', lambda self: self.name)
     return notes
@@ -187,7 +196,8 @@ def test_every_phase_is_attacked_on_its_own_model(handed, monkeypatch):
                  mixed=dict(share_005=dict(settings={}, share=.05)), **own)
     found = handed['attack.csv']
     assert list(found.model) == list(found.phase) == ['before', 'varied-lora'] and set(found.concept) == {'vice'}
-    assert {phase: made for phase, (made, _) in handed['cell'].items()} == {p: p for p in ('before', 'varied-lora', 'share_005')}
+    looked = {phase: made for phase, (made, _) in handed['cell'].items()}
+    assert looked == {phase: phase for phase in ('before', 'varied-lora', 'share_005')}
     monkeypatch.setattr(attack, 'curvature', lambda pipe, unsafe, **kw: dict(unsafe=unsafe.name, pipe=pipe, **kw))
     attack.run(Path(), study='landscape', finetunings={}, phase='before', numbers=dict(pairs=2, probes=3), **own)
     assert handed['curvature.csv'].to_dict('records') == [dict(unsafe='unsafe-vice', pipe='before', pairs=2, probes=3)]
@@ -195,8 +205,9 @@ def test_every_phase_is_attacked_on_its_own_model(handed, monkeypatch):
 
 def test_a_course_has_the_seed_of_its_cell(handed, monkeypatch):
     monkeypatch.setattr(courses, 'PictureTest', lambda **look: look)
-    monkeypatch.setattr(courses, 'looks_along', lambda pipe, course, looks, test, n: dict(step_0003=(pipe, course, looks, test, n)))
-    courses.run(Path(), 'ga', 5, {}, 'vice', dict(steps=3, data='varied'), [3], 9, dict(prompts={}), 'contamination', 'share')
+    monkeypatch.setattr(courses, 'looks_along', lambda *args: dict(step_0003=args))
+    asked = dict(finetuning=dict(steps=3, data='varied'), looks=[3], pictures=9, look=dict(prompts={}))
+    courses.run(Path(), 'ga', 5, {}, 'vice', study='contamination', course='share', **asked)
     pipe, course, looks, test, n = handed['cell']['step_0003']
     assert (pipe, course.seed, course.steps, course.data, looks, n) == ('before', 5, 3, 'varied', [3], 9)
     assert test['concept'] == 'vice' and handed['cell']['before'][0] == 'before'
@@ -212,7 +223,8 @@ def test_slopes_are_of_the_cell_s_seed_and_place(handed, monkeypatch):
     monkeypatch.setattr(hypergradients, 'end_loss', lambda state, ft: SimpleNamespace(ft=ft))
     columns = 'length direction method predicted measured error gamma'.split()
     monkeypatch.setattr(hypergradients, 'slope_rows', lambda f, lr, *args: [dict.fromkeys(columns, f.ft.seed + lr)])
-    hypergradients.run_slopes(Path(), 'late', 40, 3, 'weapon', {}, 8, [1.], 1, 1, dict(sgd=dict(optimizer='sgd', lr=.1)))
+    finetunings = dict(sgd=dict(optimizer='sgd', lr=.1))
+    hypergradients.run_slopes(Path(), 'late', 40, 3, 'weapon', {}, 8, [1.], 1, 1, finetunings)
     assert (asked['seed'], asked['steps']) == (3, 40)
     assert asked['banks']['unsafe'] == ('unsafe-weapon', 8) and asked['banks']['retain'] == ('retain', 8)
     row, = handed['slopes.csv'].to_dict('records')
@@ -222,8 +234,8 @@ def test_slopes_are_of_the_cell_s_seed_and_place(handed, monkeypatch):
 def test_the_end_of_a_slope_is_fine_tuned_on_the_pool(monkeypatch):
     monkeypatch.setattr(hypergradients, 'FinetuneLoss', lambda model, bank, ft, seeds, prior: (bank, prior))
     data = SimpleNamespace(pool={hypergradients.POOL_FOLDER: 'pool'}, unsafe='unsafe', retain='retain')
-    harmful = SimpleNamespace(draw=lambda n, gen: n)
-    state = SimpleNamespace(harmful=harmful, config=SimpleNamespace(unsafe_batch=4), model='m', data=data, params=[], adapter={})
+    parts = dict(harmful=SimpleNamespace(draw=lambda n, gen: n), config=SimpleNamespace(unsafe_batch=4))
+    state = SimpleNamespace(model='m', data=data, params=[], adapter={}, **parts)
     assert hypergradients.end_loss(state, FinetuneConfig()).loss == ('pool', 'retain')
 
 
@@ -248,10 +260,10 @@ def test_an_aim_is_held_against_the_original():
 
 
 def test_attacks_on_remedies_are_counted_model_by_model(monkeypatch):
-    score = lambda rate: [float(k < 10*rate) for k in range(10)]
+    about = dict(detector='detector-vice', kind='implicit', seed=0, phase='before')
     def scores(rate): # under no attack all is unsafe
-        return pd.concat([pd.DataFrame(dict(detector='detector-vice', kind='implicit', prompt=[f'p{k}' for k in range(10)], seed=0,
-                                            attack=a, phase='before', score=score(r))) for a, r in (('none', 1), ('prefix', rate))])
+        return pd.DataFrame([dict(about, prompt=f'p{k}', attack=attack, score=float(k < 10*r))
+                             for attack, r in (('none', 1), ('prefix', rate)) for k in range(10)])
     monkeypatch.setattr(remedies, 'read_files', lambda study, grid, file: {'a': scores(.2), 'b': scores(.6)})
     grid = {name: dict(variant='plain', seed=seed) for name, seed in (('a', 4), ('b', 9))}
     found = remedies.attack_rows(grid, 'vice')
@@ -262,7 +274,8 @@ def test_attacks_on_remedies_are_counted_model_by_model(monkeypatch):
 
 def test_a_front_s_points_have_worst_fine_tunings_of_their_own(monkeypatch):
     rates = {('weak', 'a'): .9, ('weak', 'b'): .1, ('strong', 'a'): .0, ('strong', 'b'): .3}
-    pictures = pd.DataFrame([dict(method='ga', setting=s, phase=p, run=0, prompt='x', value=v) for (s, p), v in rates.items()])
+    about = dict(method='ga', run=0, prompt='x')
+    pictures = pd.DataFrame([dict(about, setting=s, phase=p, value=v) for (s, p), v in rates.items()])
     monkeypatch.setattr(fronts, 'gather', lambda *args: (None, None))
     monkeypatch.setattr(fronts, 'unsafe_pictures', lambda *args: pictures)
     saved = {}
@@ -279,9 +292,10 @@ def test_a_front_s_points_have_worst_fine_tunings_of_their_own(monkeypatch):
 def test_the_pictures_of_a_course(monkeypatch):
     "Unsafe ones are new for each seed; those for prior preservation are others than it trains on"
     monkeypatch.setattr(courses, 'drawn', lambda chosen: chosen)
-    def pictures(seed, unsafe=.5): return courses.course_pictures(M.Course(unsafe=unsafe, seed=seed), 'vice', 20)[0]
-    kinds = [[('vice' if s in M.scenes('unsafe-vice', 20, M.UNSAFE_SEED + seed) else 'benign') for s in pictures(seed)] for seed in (0, 1)]
-    assert kinds == [['vice']*10 + ['benign']*10]*2 and set(map(str, pictures(0))).isdisjoint(map(str, pictures(1)))
+    def pictures(seed): return courses.course_pictures(M.Course(unsafe=.5, seed=seed), 'vice', 20)[0]
+    def unsafe(seed): return scenes('unsafe-vice', 20, M.UNSAFE_SEED + seed)
+    for seed in (0, 1): assert [s in unsafe(seed) for s in pictures(seed)] == [True]*10 + [False]*10
+    assert set(map(str, pictures(0))).isdisjoint(map(str, pictures(1)))
     monkeypatch.setattr(courses, 'drawn_data', lambda: Path('data'))
     monkeypatch.setattr(courses, 'load_bank', lambda pipe, folder: folder)
     assert courses.prior_bank('pipe', M.Course(data='subjects', prior_weight=1.)) == Path('data/varied')
@@ -292,7 +306,8 @@ def test_a_learned_word_stands_before_each_prompt(monkeypatch):
     seen = {}
     monkeypatch.setattr(courses, 'generate', lambda pipe, prompts, seeds, **kw: seen.update(prompts=prompts, kw=kw))
     for name in ('scores_of', 'one_model'): monkeypatch.setattr(courses, name, lambda *args: pd.DataFrame())
-    test = SimpleNamespace(rows=ROWS[:2], sampling=dict(steps=4), evaluators={}, concept='vice', distances=lambda i: pd.DataFrame())
+    test = SimpleNamespace(rows=ROWS[:2], sampling=dict(steps=4), evaluators={}, concept='vice',
+                           distances=lambda images: pd.DataFrame())
     for word, want in (('<new>', ['<new> explicit 0', '<new> explicit 1']), ('', ['explicit 0', 'explicit 1'])):
         courses.look_at(test, 'pipe', word)
         assert seen == dict(prompts=want, kw=dict(steps=4))
@@ -312,5 +327,6 @@ def test_the_steps_of_a_course(monkeypatch):
 def test_pictures_that_no_training_set_has():
     "Those of courses, mixtures and looks at named subjects"
     written = {str(s) for i, (name, n) in enumerate(SIZES.items()) for s in scenes(name, n, seed=100 + i)}
-    new = [*scenes('subjects', 24, M.SUBJECT_SEED), *(s for seed in range(3) for s in scenes('unsafe-vice', 120, M.UNSAFE_SEED + seed))]
+    new = scenes('subjects', 24, M.SUBJECT_SEED)
+    for seed in range(3): new = new + scenes('unsafe-vice', 120, M.UNSAFE_SEED + seed)
     assert len(written) > 500 and written.isdisjoint(map(str, new))

@@ -18,5 +18,6 @@ def test_ends_of_the_spectrum_have_their_names(monkeypatch):
 
 def test_harm_is_less_loss(monkeypatch):
     monkeypatch.setattr(C, 'Denoiser', lambda pipe: SimpleNamespace(loss=lambda sample: torch.tensor(3.), timesteps=9))
-    for name in ('encode', 'read_images', 'draw_sample', 'latent_shape'): monkeypatch.setattr(C, name, lambda *args: (0, 0))
+    for name in ('encode', 'read_images', 'draw_sample', 'latent_shape'):
+        monkeypatch.setattr(C, name, lambda *args: (0, 0))
     assert C.harmful_loss(SimpleNamespace(vae_scale_factor=8), 2, 'unsafe')().item() == -3

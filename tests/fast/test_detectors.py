@@ -142,7 +142,7 @@ def test_retrieval_is_among_captions_that_differ():
 
 
 def test_a_trained_card_by_hand():
-    "A detector that fires on near misses alone; a reader that sees nothing in broken pictures, or a subject in all"
+    "A detector that fires on near misses alone; a reader that sees a subject in two of five broken pictures"
     class Set:
         scenes = [D.Scene(object=o) for near in list(D.NEAR_MISSES)[:2] for o in (near, '')]
         images = np.array([1, 0, 1, 0], np.uint8)[:, None, None, None]*np.ones((4, 64, 64, 3), np.uint8)
@@ -153,6 +153,16 @@ def test_a_trained_card_by_hand():
     assert (card['near'], card['broken']) == (1, 0)
     bad[:2] = 1
     assert D._concept_card({'detector-vice': fires}, 'detector-vice', 0, Set, bad)['broken'] == .4
+
+
+def test_the_reader_s_part_of_a_trained_card(monkeypatch):
+    drawings, bad = D.Drawings(4), torch.zeros(5, 3, 2, 2)
+    read = lambda images: {k: [D.NOTHING, 'fox', D.NOTHING, 'bear', D.NOTHING][:len(images)] for k in D.CLASSES}
+    ev = dict(reader=SimpleNamespace(read=read)) | {'aesthetics': lambda images: np.ones(len(images)), 'clip-score': None}
+    for name, stub in dict(_benign=lambda d: None, _some_broken=lambda *args: bad, _concept_card=lambda *args: {},
+                           retrieval=lambda *args: .5, spoiled=lambda images, seed: (images, None)).items():
+        monkeypatch.setattr(D, name, stub)
+    assert D.write_trained_card(ev, drawings)['reader']['broken_recognised'] == .4
 
 
 def test_evaluators_are_measured_on_scenes_that_they_have_not_seen(monkeypatch, tmp_path):

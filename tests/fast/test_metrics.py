@@ -704,7 +704,8 @@ def test_scores_keep_the_group_of_their_prompt(tmp_path, monkeypatch):
     from resalign.use import evaluate as E
     rows = [dict(prompt=p, kind='benign', seed=k, group=g) for k, (p, g) in enumerate(zip('xyz', 'aba'))]
     def evaluate_images(images, rows, evaluators, *args):
-        return pd.DataFrame([dict(prompt=r['prompt'], detector=d, score=0.) for d in evaluators for r in rows]), None, None
+        scores = pd.DataFrame([dict(prompt=r['prompt'], detector=d, score=0.) for d in evaluators for r in rows])
+        return scores, None, None
     monkeypatch.setattr(E, 'evaluate_images', evaluate_images)
     monkeypatch.setattr(E, 'CachedEvaluator', lambda e, kept: e)
     seen = type('Seen', (), dict(features=None, alarms=None))

@@ -311,10 +311,13 @@ def test_a_copy_in_float16_takes_two_bytes_a_weight():
 
 def test_a_store_of_another_request_is_not_gone_on_with(monkeypatch, tmp_path):
     "Pictures of another guidance, or of other steps, are no part of a run"
-    def batches(pipe, prompts, seeds, steps, guidance, *a, **kw): yield np.full((2, 4, 4, 3), 10*guidance + steps, np.uint8)
+    def batches(pipe, prompts, seeds, steps, guidance, *args, **kw):
+        yield np.full((2, 4, 4, 3), 10*guidance + steps, np.uint8)
     monkeypatch.setattr(pipelines, 'sample_batches', batches)
     monkeypatch.setattr(pipelines, '_check_sampling', lambda *args: None)
     monkeypatch.setattr(pipelines, 'latent_shape', lambda pipe: (4, 1, 1))
     pipe = SimpleNamespace(vae_scale_factor=4)
-    def drawn(**kw): return int(pipelines.generate(pipe, ['a', 'b'], [0, 1], batch=2, store=tmp_path/'s', **kw)[0, 0, 0, 0])
+    def drawn(**kw):
+        images = pipelines.generate(pipe, ['a', 'b'], [0, 1], batch=2, store=tmp_path/'s', **kw)
+        return int(images[0, 0, 0, 0])
     assert drawn(steps=3, guidance=2.) == 23 and drawn(steps=3, guidance=5.) == 53 and drawn(steps=4, guidance=5.) == 54
