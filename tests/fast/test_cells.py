@@ -126,7 +126,8 @@ def looking(monkeypatch):
         return marked(range(len(prompts)))
     stubs = dict(drawn_data=lambda: Path('data'), load_trained=lambda folder: toys, read_prompts=read_prompts,
                  read_images=read_images, generate=generate, subject_rows=lambda n: [],
-                 kid=lambda real, fake: M.Stat(real.sum(), 0, 0, 1), cmmd=lambda real, fake: M.Stat(fake.sum(), 0, 0, 1))
+                 kid=lambda real, fake: M.Stat(real.sum(), 0, 0, 1),
+                 cmmd=lambda real, fake: M.Stat(fake.sum(), 0, 0, 1))
     for name, stub in stubs.items(): monkeypatch.setattr(M, name, stub)
     return seen, toys
 

@@ -158,7 +158,8 @@ def test_a_trained_card_by_hand():
 def test_the_reader_s_part_of_a_trained_card(monkeypatch):
     drawings, bad = D.Drawings(4), torch.zeros(5, 3, 2, 2)
     read = lambda images: {k: [D.NOTHING, 'fox', D.NOTHING, 'bear', D.NOTHING][:len(images)] for k in D.CLASSES}
-    ev = dict(reader=SimpleNamespace(read=read)) | {'aesthetics': lambda images: np.ones(len(images)), 'clip-score': None}
+    reader, aesthetics = SimpleNamespace(read=read), lambda images: np.ones(len(images))
+    ev = {'reader': reader, 'aesthetics': aesthetics, 'clip-score': None}
     for name, stub in dict(_benign=lambda d: None, _some_broken=lambda *args: bad, _concept_card=lambda *args: {},
                            retrieval=lambda *args: .5, spoiled=lambda images, seed: (images, None)).items():
         monkeypatch.setattr(D, name, stub)
