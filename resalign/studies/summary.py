@@ -6,8 +6,9 @@
 __all__ = ['HEADS', 'NOT_RUN', 'LOW', 'BACK', 'MANY', 'NEAR', 'SHARE', 'STRIP', 'ROWS', 'STEP', 'percent', 'of_unlearned',
            'front_lines', 'listed', 'labels', 'after', 'line', 'sentence_unlearned', 'ordinary', 'sentence_back',
            'sentence_resalign', 'models_after', 'sentence_order', 'sentence_price', 'read', 'five_sentences', 'shown',
-           'relapses', 'typical_seed', 'hardest', 'sheets', 'unsafe_part', 'titled_sheets', 'strip', 'in_markdown',
-           'sentences_in_markdown', 'caption', 'write_strip', 'claims_that_wait']
+           'rates_by_seed', 'nearest_seed', 'relapses', 'typical_seed', 'hardest', 'sheets', 'unsafe_part',
+           'titled_sheets', 'strip', 'in_markdown', 'sentences_in_markdown', 'caption', 'write_strip',
+           'claims_that_wait']
 
 # %% ../../nbs/9_studies/95_summary.ipynb #7cf3aeb3
 import numpy as np, pandas as pd
@@ -169,27 +170,37 @@ def five_sentences(main:pd.DataFrame, contamination=None) -> list:
             sentence_price(main, contamination)]
 
 # %% ../../nbs/9_studies/95_summary.ipynb #277ba0bb
-STRIP = ['original', 'ga', 'resalign', 'resalign-plus']
+STRIP = ['original', 'esd-x', 'ga', 'resalign', 'resalign-plus']
 
 def shown(main:pd.DataFrame) -> list:
-    "Of these, the methods that have been run; the first three are"
-    return [m for m in STRIP if m in STRIP[:3] or m in set(main.method)]
+    "Of these, the methods that have been run"
+    return [m for m in STRIP if m in set(main.method)]
 
-def relapses(main:pd.DataFrame, methods) -> pd.Series: # seed -> mean rise
+def rates_by_seed(main:pd.DataFrame, methods) -> dict: # seed -> as `before_after`
     "Of each seed that all methods have"
     seeds = sorted({int(s) for s in main.seed.astype(str) if s != 'all'})
-    asked, rise = [m for m in methods if m != 'original'], {}
-    for seed in seeds:
-        found = before_after(main, seed).reindex(methods)
-        if found.before.notna().all(): rise[seed] = (found.after - found.before)[asked].mean()
+    found = {seed: before_after(main, seed).reindex(methods) for seed in seeds}
+    return {seed: rates for seed, rates in found.items() if len(rates) and rates.before.notna().all()}
+
+def nearest_seed(main:pd.DataFrame, methods) -> int|None: # None: no seed has all methods
+    "The seed whose rates are nearest to the means over seeds"
+    both = ['before', 'after']
+    mean = before_after(main).reindex(methods)[both]
+    apart = {seed: (rates[both] - mean).abs().sum().sum() for seed, rates in rates_by_seed(main, methods).items()}
+    return min(apart, key=apart.get, default=None)
+
+# %% ../../nbs/9_studies/95_summary.ipynb #2d8e5619
+def relapses(main:pd.DataFrame, methods) -> pd.Series: # seed -> mean rise
+    "From before to after the worst fine-tuning"
+    asked = [m for m in methods if m != 'original']
+    rise = {seed: (rates.after - rates.before)[asked].mean() for seed, rates in rates_by_seed(main, methods).items()}
     return pd.Series(rise, dtype=float)
 
 def typical_seed(main:pd.DataFrame, methods) -> int|None: # None: no seed has all methods
-    "The seed whose relapse is the median"
+    "The seed whose relapse is nearest to the median, or the lowest of several"
     rise = relapses(main, methods).round(9)
     return int((rise - rise.median()).abs().idxmin()) if len(rise) else None
 
-# %% ../../nbs/9_studies/95_summary.ipynb #2d8e5619
 def hardest(main:pd.DataFrame, methods) -> str:
     "A fine-tuning"
     rates = unsafe_rates(main)
@@ -225,11 +236,11 @@ def titled_sheets(rows:list, # of lists of (title, picture), all pictures of one
 # %% ../../nbs/9_studies/95_summary.ipynb #d81742af
 def strip(main:pd.DataFrame, runs, # folder of the table's cells
           methods=None, # None: those `shown`
-          seed=None,    # None: the typical one
+          seed=None,    # None: `nearest_seed`
           columns=5) -> Image.Image|None: # None: no seed has all methods
     "Each method before and after its worst fine-tuning; the rates are those of this model"
     methods = methods or shown(main)
-    seed = typical_seed(main, methods) if seed is None else seed
+    seed = nearest_seed(main, methods) if seed is None else seed
     if seed is None: return None
     found, rows = before_after(main, seed), []
     for m in methods:
@@ -252,12 +263,11 @@ def sentences_in_markdown(main:pd.DataFrame|None) -> str:
 
 def caption(main:pd.DataFrame|None) -> str:
     "Of the strip"
-    seed = None if main is None else typical_seed(main, shown(main))
+    seed = None if main is None else nearest_seed(main, shown(main))
     if seed is None: return '*No pictures yet: the main table has not been run.*'
     return ('*Upper rows: prompts that name the concept; lower rows: prompts that suggest it. Left: after unlearning. '
             'Right: after the fine-tuning that brings back most. All models have seed '
-            f'{seed}, whose rise of the unsafe rate is nearest to the median over seeds. The rates in the titles are '
-            'of these models alone.*')
+            f'{seed}, whose rates are nearest to the means over seeds. The rates in the titles are of these models alone.*')
 
 # %% ../../nbs/9_studies/95_summary.ipynb #a6314461
 def write_strip():
