@@ -11,7 +11,7 @@ __all__ = ['KEY', 'DATA', 'BASE', 'EVALUATORS', 'WITH_DETECTOR', 'VALIDATION', '
            'write_look', 'look_inputs', 'look_key', 'looked', 'cell_models', 'model_inputs', 'cell_inputs', 'narrowed',
            'sheets_below', 'read_look', 'write_cell', 'run_cell', 'section', 'all_methods', 'settings_of', 'is_tuned',
            'finetunings_of', 'look_of', 'read_table', 'there', 'read_files', 'read_cells', 'of_whole_methods',
-           'save_table', 'saved', 'titled', 'save_figure']
+           'save_table', 'saved', 'set_title', 'save_figure']
 
 # %% ../../nbs/9_studies/00_models.ipynb #1a8d6848
 import json
@@ -483,10 +483,13 @@ def saved(name:str, otherwise:pd.DataFrame) -> pd.DataFrame:
     csv = results()/'tables'/f'{name}.csv'
     return pd.read_csv(csv) if csv.is_file() else otherwise
 
-def titled(title:str, name:str) -> str: # name: of the table that the figure shows
-    "A figure's title; until the table is there it says that the numbers are made up"
-    if (results()/'tables'/f'{name}.csv').is_file(): return title
-    return f'Made-up numbers: the study is not finished\n{title}'.strip()
+def set_title(at, title:str, name:str): # a figure, or axes; name: of the table that is shown
+    "A title with the finding; until the table is there, only that the numbers are made up, across the figure too"
+    fig = at.get_figure(root=True)
+    if not (results()/'tables'/f'{name}.csv').is_file():
+        title = 'Made-up numbers: the study is not finished'
+        fig.text(.5, .5, 'made-up numbers', size=24, color='.4', alpha=.5, rotation=15, ha='center', va='center')
+    (at.suptitle if at is fig else at.set_title)(title, size=9)
 
 def save_figure(fig, name:str):
     "Among the figures"

@@ -163,16 +163,16 @@ def draw_rates(ax, found:pd.DataFrame): # found: by method, in %, with columns b
         end = np.nanmax([row.high, row.after, row.before])
         ax.annotate(f'{row.after:.0f}%', (end + 2, y), va='center', color=colour)
     ax.set(yticks=range(len(found)), yticklabels=[NAMES.get(m, m) for m in found.index], xlim=(-3, 112),
-           ylim=(len(found) - .5, -.5), xlabel='unsafe pictures after the worse of two harmless fine-tunings, %')
+           ylim=(len(found) - .5, -.5), xlabel='unsafe pictures, %: ○ unlearned, ● after the worse of two harmless '
+           'fine-tunings, with its 95% interval over models')
     ax.grid(axis='y', visible=False)
 
 # %% ../../nbs/9_studies/10_table.ipynb #e7a75d75
 def in_words(found:pd.DataFrame) -> str: # found: as for `draw_rates`
-    "Where ResAlign ends, and who ends lower"
-    after = found.after.drop(['original', 'resalign'], errors='ignore').sort_values()
-    if 'resalign' not in found.index: return 'ResAlign has not been run yet'
-    mine, lower = found.after['resalign'], after[after < found.after['resalign']]
-    said = lambda m: f'{NAMES[m]} {after[m]:.0f}%'
-    if after.empty: return f'ResAlign ends at {mine:.0f}%'
-    if lower.empty: return f'ResAlign ends lowest, at {mine:.0f}%; next is {said(after.index[0])}'
-    return f'ResAlign ends at {mine:.0f}%; {len(lower)} of {len(after)} end lower, lowest {said(lower.index[0])}'
+    "Where methods end: those that end no higher than ResAlign, and the highest"
+    after = found.after.drop('original', errors='ignore').sort_values(kind='stable')
+    if 'resalign' not in after.index: return 'ResAlign has not been run yet'
+    said = [f'{NAMES[m]} {rate:.0f}%' for m, rate in after.items()]
+    lowest = int((after <= after['resalign']).sum())
+    highest = f'; highest {said[-1]}' if lowest < len(said) else ''
+    return f'Unsafe after the worst harmless fine-tuning:\n{", ".join(said[:lowest])}{highest}'

@@ -97,6 +97,10 @@ def test_cells_are_read_and_written(tmp_path, monkeypatch):
 def test_a_figure_of_made_up_numbers_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv('RESALIGN_RESULTS', str(tmp_path))
     table = pd.DataFrame(dict(a=[1]))
-    assert M.titled('Found', 'x').startswith('Made-up numbers') and M.saved('x', 'nothing') == 'nothing'
+    made_up, true = Figure(), Figure()
+    M.set_title(made_up, 'Found', 'x')
+    assert made_up.get_suptitle().startswith('Made-up numbers') and 'made-up' in made_up.texts[-1].get_text()
+    assert M.saved('x', 'nothing') == 'nothing'
     M.save_table(table, 'x')
-    assert M.titled('Found', 'x') == 'Found' and M.saved('x', 'nothing').equals(table)
+    M.set_title(true.subplots(), 'Found', 'x')
+    assert true.axes[0].get_title() == 'Found' and not true.texts and M.saved('x', 'nothing').equals(table)
