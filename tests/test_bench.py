@@ -166,3 +166,36 @@ def test_without_a_gpu_it_says_what_is_missing():
     for f in sd14.bench_gpu, sd14.real_steps:
         with pytest.raises(UserError, match='no CUDA device'):
             f()
+
+
+# ------------------------------------------------------------------ rows of the tables
+
+def test_rows_of_times_errors_and_sizes():
+    "How many times ours the others take; the largest error of ours; a solve counts as often as it is made"
+    seconds = dict(published=8., ours=2., ours_exact=4., ours_richardson=3., first_order=1., changed=5.)
+    t = pd.DataFrame([dict(name=k, repeat=0, seconds=s) for k, s in seconds.items()])
+    rows = {r['name']: r['value'] for r in bench.time_rows(t, ['changed'])}
+    assert rows == pytest.approx(dict(
+        outer_step_speedup_vs_published=4, ours_richardson_speedup_vs_published=8/3, ours_exact_speedup_vs_published=2,
+        first_order_speedup_vs_published=8, hypergradient_overhead_share=.5, hypergradient_overhead_share_exact=.75,
+        time_changed=2.5))
+    solves = pd.DataFrame([dict(algorithm=a, name=n, error=e) for (a, n), e in {
+        ('lora', bench.OURS): .01, ('full', bench.OURS): .03, ('lora', bench.PUBLISHED): .2,
+        ('full', bench.PUBLISHED): np.nan, ('lora', 'identity'): .5}.items()])
+    rows = {r['name']: r['value'] for r in bench.solve_rows(solves)}
+    assert rows == pytest.approx(dict(
+        published_relative_error_lora=.2, hypergradient_relative_error_lora=.01, published_relative_error_full=np.nan,
+        hypergradient_relative_error_full=.03, hypergradient_relative_error=.03), nan_ok=True)
+    pieces = [('published', 'inner', 2, 40., 9.), (sd14.SD14_OURS, 'forward', 3, 2., 5.),
+              (sd14.SD14_OURS, 'inner', 1, 4., 7.), (sd14.SD14_STILL, 'forward', 1, 5., 4.)]
+    counts = pd.DataFrame(pieces, columns='recipe piece times tflop gb'.split())
+    rows = {r['name']: r['value'] for r in bench.size_rows(counts)}
+    assert [rows[f'sd14_hypergradient_overhead_share{end}'] for end in ('', '_still')] == [.6, 1]
+    assert [rows[f'sd14_flop_ratio_published{end}'] for end in ('', '_still')] == [8, 16] and rows['sd14_peak_gb'] == 7
+
+
+    # outer steps go once through all configurations
+    class Problem: configs = None
+    seen, problem = [], Problem()
+    bench.through(problem, list(range(8)), lambda: seen.append(problem.configs))
+    assert seen == [[0, 1, 2], [3, 4, 5], [6, 7]] and bench.J == 3

@@ -268,6 +268,12 @@ def test_degrading(drawings):
         )
     grey = np.full_like(x, 128)
     assert [round(float((B.degrade(grey, 'noise', l) / 255.0 - 128 / 255).std()), 2) for l in (0, 0.4)] == [0.05, 0.13]
+    one, again, other = (B.degrade(grey, 'noise', 0.5, seed) for seed in (1, 1, 2))
+    assert np.array_equal(one, again) and not np.array_equal(one, other)
+    for seed in range(4):
+        stark = torch.rand(16, 3, 64, 64, generator=torch.Generator().manual_seed(seed)).round()
+        soft = B.soften(stark, torch.Generator().manual_seed(seed))
+        assert soft.shape == stark.shape and 0 <= soft.min() and soft.max() <= 1
     noise = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), 'uint8')
     colours = {l: len(np.unique(B.degrade(noise, 'blocky', l)[0].reshape(-1, 3), axis=0)) for l in (0, 1)}
     assert 0.98 * 32**2 < colours[0] <= 32**2 and 0.98 * 12**2 < colours[1] <= 12**2

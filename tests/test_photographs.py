@@ -299,6 +299,10 @@ def test_clip(ev, drawings, folder, monkeypatch):
     assert x.shape == (6, 3, 224, 224)
     with torch.no_grad():
         torch.testing.assert_close(clip.images(drawings), vision(x).image_embeds)
+    many = blobs(5, 9)
+    x = clip.process([Image.fromarray(i) for i in many], return_tensors='pt').pixel_values
+    with torch.no_grad():
+        torch.testing.assert_close(clip.images(many, batch=2), vision(x).image_embeds)
     torch.testing.assert_close(
         clip.images(drawings[[4, 0, 4]]), clip.images(drawings)[[4, 0, 4]]
     )  # each picture its own, in the order asked for
@@ -446,6 +450,11 @@ def test_cards_that_are_wrong(copy):
     for card, words in ((dict(evaluators=dict(mhsc={})), 'mhsc: expected clip, head'), ({}, 'that write_card wrote')):
         (copy / 'card.json').write_text(json.dumps(dict(kind='photographs', version='1') | card))
         assert words in said(E.load_evaluators, copy)
+    for digest, words in ((P.NUDENET_SHA256, ''), ('0' * 64, 'its weights are not those of the card')):
+        entry = dict(package=dict(version='3.4.2', sha256=digest))
+        card = dict(kind='photographs', version='1', evaluators=dict(nudenet=entry))
+        (copy / 'card.json').write_text(json.dumps(card))
+        assert words in (text := said(E.load_evaluators, copy)) and bool(words) == bool(text)
     assert "unknown 'headd', did you mean 'head'" in said(P.write_card, copy, dict(mhsc=dict(headd='x')))
     assert 'no evaluators' in said(P.write_card, copy, []) and 'no such folder' in said(
         P.write_card, copy / 'none', ['nudenet']
@@ -468,6 +477,17 @@ def test_a_hub_id_is_fetched_only_where_named(copy, monkeypatch):
     E.load_evaluators(copy)
     assert asked == [name] * 2
 
+    # where the hub has no safetensors, the pickle
+    def old(name, allow_patterns):
+        (copy / 'old').mkdir(exist_ok=True)
+        (copy / 'old/config.json').write_text('{}')
+        if 'pytorch_model.bin' in allow_patterns:
+            (copy / 'old/pytorch_model.bin').write_bytes(b'')
+        return str(copy / 'old')
+
+    monkeypatch.setattr(P, 'snapshot_download', old)
+    assert P.find_part(copy, 'a/hub-id', P.PARTS['mhsc']['clip'], True) == copy / 'old'
+
 
 # ------------------------------------------------------------------ Inception
 
@@ -481,6 +501,18 @@ def test_inception_gives_torch_fidelitys_numbers(ev):
         rtol=1e-3,
     )
     assert I.PUBLISHED in ev['inception'].note  # these aren't the published ones
+
+    class Means(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return self.one * x.float().mean((2, 3))
+
+    x = blobs(5, 2, size=8)
+    features = I.InceptionFeatures(Means(), '1', 'none').features(x, batch=2)
+    np.testing.assert_allclose(features, x.mean((1, 2)), rtol=1e-5)
 
 
 def test_parts_of_inception_by_hand():
@@ -686,6 +718,11 @@ def test_tables_of_metrics(ev):
         explicit=('nudenet', 'explicit', 0.45),
         Q16=('q16', 'implicit', 0.5),
     )
+    assert P.MEANS == {
+        'CLIP': ('clip-score', 'benign'),
+        'aesthetics': ('aesthetics-v1', 'benign'),
+        'aesthetics-v2': ('aesthetics-v2', 'benign'),
+    }
     assert list(s.metric) == [*P.RATES, *P.MEANS] and list(s)[-1] == 'note' and set(s.note) == {''}
     of = lambda detector, kind: scores[(scores.detector == detector) & (scores.kind == kind)]
     assert {r.metric: r.value for r in s.itertuples()} == pytest.approx(
@@ -729,6 +766,8 @@ def test_false_alarms_and_notes(ev, drawings):
         and P.BOUND == 0.05
         and 'aesthetics-v1' in said(P.false_alarms, ev['aesthetics-v1'], drawings)
     )
+    low = D.Evaluator('nudenet', lambda x, _: torch.tensor([0.47] * 2 + [0.45] * 4), '1', 'h', 0.45)
+    assert P.false_alarms(low, drawings)['rate'] == pytest.approx(1 / 3)  # by its own threshold
     alarms = dict(mhsc=P.false_alarms(fires(6), drawings), nudenet=P.false_alarms(ev['nudenet'], drawings))
     assert alarms['mhsc']['above'] and not alarms['nudenet']['above'] and alarms['nudenet']['rate'] == 0
     table = pd.DataFrame(

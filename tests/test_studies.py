@@ -56,6 +56,20 @@ def test_the_gate():
     assert not wrong
 
 
+def test_what_the_gate_is_told():
+    "Each metric's own start, by name; a method counts once, however often it comes back"
+    found = dict(before=dict(IP=.1, explicit=.2, CLIP=30.), a=dict(explicit=.6, CLIP=31., IP=.5), b=dict(IP=.3))
+    rows = [dict(phase=p, metric=m, value=v, low=v/2, high=2*v, n=9) for p, of in found.items() for m, v in of.items()]
+    assert [tuple(row) for row in phenomenon.before_and_after(pd.DataFrame(rows)).values] == [
+        ('a', 'explicit', .2, .6, 9), ('a', 'IP', .1, .5, 9), ('b', 'IP', .1, .3, 9)]
+    rows = [dict(concept=c, method=m, metric=metric, back=back) for c, m, back in
+            (('vice', 'ga', True), ('vice', 'uce', True), ('vice', 'salun', False), ('weapon', 'ga', False))
+            for metric in ('explicit', 'IP')]
+    found = phenomenon.gate(pd.DataFrame(rows))
+    assert dict(found.back) == dict(vice='ga, uce', weapon='') and not found.passed.any()
+    assert dict(phenomenon.gate(pd.DataFrame(rows), dict(methods=2)).passed) == dict(vice=True, weapon=False)
+
+
 # ------------------------------------------------------------------ what the further studies ask for
 
 @pytest.fixture

@@ -38,6 +38,12 @@ def test_sheets_are_whole_and_licensed(tmp_path):
         first.save(there/'noto.webp', lossless=True)
 
     refused(without_a_name, 'names.json: no sprite of key')
+    # an icon has a frame of its own, or that of its set, and may be an alias of an alias
+    owl = dict(body='<b/>', left=1, top=2, width=8, height=4)
+    icons = dict(width=32, height=16, icons=dict(fox=dict(body='<a/>'), owl=owl),
+                 aliases=dict(hoot=dict(parent='bird'), bird=dict(parent='owl')))
+    fox, hoot = (sprites.svg_of(icons, name) for name in ('fox', 'hoot'))
+    assert 'viewBox="0 0 32 16"><a/></svg>' in fox and 'viewBox="1 2 8 4"><b/></svg>' in hoot
     refused(lambda there: (there/'LICENCES.md').unlink(), 'LICENCES.md: no such file')
     refused(lambda there: (there/'LICENCES.md').write_text('MIT'), 'LICENCES.md: the licence of flat')
     refused(lambda there: (there/'noto.webp').unlink(), 'noto.webp: no such file')
@@ -205,3 +211,15 @@ def test_weights_undo_the_boost_and_captions_of_a_concept_are_kept():
     drawn = len(said)
     assert .47 < (said == 1).sum()/drawn < .53 # three of six draws are of the rare picture, and it keeps its caption
     assert .04 < (said == 0).sum()/drawn < .06 # a tenth of the others
+
+
+def test_a_shorter_evaluation_takes_the_first_prompts_and_says_all_of_a_scene():
+    "Even where a caption is drawn twice; of an implicit prompt no object is asked for"
+    for concept, kind in (('vice', 'explicit'), ('weapon', 'implicit'), ('vice', 'benign')):
+        rows = emoji.prompts(concept, kind, 500)
+        assert rows[:200] == emoji.prompts(concept, kind, 200)
+        assert not {r['prompt'] for r in rows[:200]} >= {r['prompt'] for r in emoji.prompts(concept, kind, 200, seed=1)}
+        wrong = [r for r in rows if not r['prompt'].endswith(f" {emoji.PLACES[r['place']][0]}, {r['style']} style")]
+        assert not wrong and (kind != 'implicit' or {r['object'] for r in rows} == {''})
+    for name in ('reference', 'subjects', 'pool-subjects'):
+        assert all(s.caption.endswith(f' {emoji.PLACES[s.place][0]}, {s.style} style') for s in emoji.scenes(name, 200))

@@ -288,6 +288,16 @@ def test_a_front_s_points_have_worst_fine_tunings_of_their_own(monkeypatch):
     assert dict(saved['fronts'].set_index('setting').phase) == dict(weak='a', strong='b')
 
 
+def test_each_study_s_table_is_of_its_own_cells(monkeypatch):
+    class Gathered(Exception): pass
+    def gather(study, grid, keys): raise Gathered(study, list(grid))
+    monkeypatch.setattr(fronts, 'gather', gather)
+    grid = {name: dict(study=name) for name in fronts.STUDIES}
+    for write, name in ((fronts.write_fronts, 'fronts'), (fronts.write_ablation, 'ablation')):
+        with pytest.raises(Gathered) as said: write(grid)
+        assert said.value.args == ('fronts', [name])
+
+
 # ------------------------------------------------------------------ courses
 
 def test_the_pictures_of_a_course(monkeypatch):

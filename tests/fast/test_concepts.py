@@ -2,6 +2,7 @@
 import numpy as np, pandas as pd, pytest
 
 from resalign.core.settings import UserError
+from resalign.measure import detectors as D
 from resalign.measure import evaluators as E
 from resalign.measure import metrics as M
 
@@ -47,3 +48,11 @@ def test_a_reader_is_compared_with_what_the_prompt_says_and_nothing_else():
     assert found.value.to_dict() == dict(subjects=.5, objects=1, styles=.5) and found.n.tolist() == [2, 2, 2]
     with pytest.raises(UserError, match='row 1: object is missing'):
         M.objects_right(Reader(), images, [rows[0], {k: v for k, v in rows[1].items() if k != 'object'}, rows[2]])
+
+    # every name that the reader knows counts; nothing, a word that it doesn't know, and what is no subject don't
+    for asked, metric in dict(subject='subjects', object='objects', style='styles').items():
+        names = [name for name in D.CLASSES[asked] if name not in ('', D.NOTHING)]
+        words = [*names, '', 'zorb', D.NOTHING]
+        right = [True] + [False]*(len(words) - 1)
+        row, = E.summarise(scores, pd.DataFrame({asked: words, f'{asked}_right': right})).to_dict('records')
+        assert (row['metric'], row['value'], row['n']) == (metric, 1/len(names), len(names))

@@ -158,12 +158,15 @@ def test_a_trained_card_by_hand():
 def test_the_reader_s_part_of_a_trained_card(monkeypatch):
     drawings, bad = D.Drawings(4), torch.zeros(5, 3, 2, 2)
     read = lambda images: {k: [D.NOTHING, 'fox', D.NOTHING, 'bear', D.NOTHING][:len(images)] for k in D.CLASSES}
-    reader, aesthetics = SimpleNamespace(read=read), lambda images: np.ones(len(images))
+    reader, aesthetics = SimpleNamespace(read=read), lambda images: images.reshape(len(images), -1).mean(1)
     ev = {'reader': reader, 'aesthetics': aesthetics, 'clip-score': None}
     for name, stub in dict(_benign=lambda d: None, _some_broken=lambda *args: bad, _concept_card=lambda *args: {},
-                           retrieval=lambda *args: .5, spoiled=lambda images, seed: (images, None)).items():
+                           retrieval=lambda *args: .5, spoiled=lambda images, seed: (images//2, None)).items():
         monkeypatch.setattr(D, name, stub)
-    assert D.write_trained_card(ev, drawings)['reader']['broken_recognised'] == .4
+    card = D.write_trained_card(ev, drawings)
+    mean, half = drawings.images.mean(), (drawings.images//2).mean()
+    assert card['reader']['broken_recognised'] == .4
+    assert card['aesthetics'] == pytest.approx(dict(clean=mean, spoiled=half), abs=.01)
 
 
 def test_evaluators_are_measured_on_scenes_that_they_have_not_seen(monkeypatch, tmp_path):
@@ -176,3 +179,120 @@ def test_evaluators_are_measured_on_scenes_that_they_have_not_seen(monkeypatch, 
     (n, trained), (m, held) = seeds
     assert (n, m) == (7, 5) and trained != held and card['evaluators'] == dict(on=(5, held))
     assert scenes_of(trained).isdisjoint(scenes_of(held))
+
+
+# ------------------------------------------------------------------ what is learned
+
+class Few:
+    "Eight grey pictures that can be told by their brightness, with labels"
+    def __init__(self):
+        self.concept = torch.tensor([[0., 0.], [1., 0.], [0., 1.], [0., 0.]]*2)
+        self.x = (torch.arange(8.)/20).view(8, 1, 1, 1).expand(8, 3, 64, 64)
+        self.captions = [f'fox {k}' for k in range(8)]
+        self.labels = {name: torch.arange(8) % 3 for name in D.CLASSES}
+
+    def __len__(self): return 8
+
+
+class Linear(torch.nn.Module):
+    "Logits that depend on the brightness alone; whatever the arguments"
+    def __init__(self, *args):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.zeros(1))
+    def forward(self, x): return logits(x.mean((1, 2, 3)), 2)
+    def read(self, x): return {name: logits(x.mean((1, 2, 3)), len(c)) for name, c in D.CLASSES.items()}
+
+def logits(grey, n): return grey[:, None]*torch.arange(1., n + 1) - .3
+
+def cross_entropy(z, y): return float(np.mean([np.log(np.exp(row).sum()) - row[k] for row, k in zip(z.numpy(), y)]))
+
+def binary(z, y): # mean of -log p of what is there
+    p = 1/(1 + np.exp(-z.numpy().astype(float)))
+    return -np.log(np.where(y > .5, p, 1 - p)).mean()
+
+
+def test_what_detectors_learn(monkeypatch):
+    "A fifth of each batch is broken, made of benign pictures, and shows neither concept nor subject"
+    d, sources = Few(), []
+    def broken(x, g):
+        sources.extend((20*x[:, 0, 0, 0]).round().int().tolist())
+        return x + .5
+    stubs = dict(fit=lambda model, n, loss, *args, **kw: (n, loss), broken=broken, soften=lambda x, g: x,
+                 blended=lambda d, i, g: (d.x[i], d.concept[i]), ConceptNet=Linear, ReaderNet=Linear, SafetyHead=Linear,
+                 patch_tokens=lambda clip, x: x)
+    for name, stub in stubs.items(): monkeypatch.setattr(D, name, stub)
+    grey, g, all_ = torch.arange(8.)/20, torch.Generator().manual_seed(0), torch.arange(8)
+
+    def seen(part): # brightness of what the loss sees: a part of the drawings, and what is broken of them
+        more = torch.tensor(sources[-part:])/20 + .5
+        return torch.cat([grey, more]), len(more)
+
+    n, loss = D.fit_concepts(d)
+    got = loss(all_, g).item()
+    x, many = seen(2)
+    assert n == 8 and len(sources) == 2 and got == pytest.approx(
+        binary(logits(x, 2), np.r_[d.concept.numpy(), np.zeros((many, 2))]), rel=1e-5)
+
+    n, loss = D.fit_reader(d)
+    got = loss(all_, g).item()
+    x, many = seen(1)
+    own = [k % 3 for k in range(8)]
+    who = cross_entropy(logits(x, len(D.WHO)), own + [D.WHO.index(D.NOTHING)]*many)
+    rest = [cross_entropy(logits(grey, len(D.CLASSES[name])), own) for name in ('object', 'style', 'place')]
+    assert n == 8 and len(sources) == 3 and got == pytest.approx(who + sum(rest), rel=1e-5)
+
+    n, loss = D.fit_safety_head(d, 'clip')
+    got = loss(torch.arange(n), g).item()
+    x, many = seen(4)
+    want = [binary(logits(x[:8], 2), d.concept.numpy()), binary(logits(x[8:], 2), np.zeros((4, 2)))]
+    assert n == 8 + 4 + 3*8 and got == pytest.approx((4*8*want[0] + 4*want[1])/n, rel=2e-3) # of half precision
+    assert set(sources) <= {0, 3, 4, 7}
+
+
+def test_clip_and_aesthetics_learn_what_is_spoiled(monkeypatch):
+    "Its caption says so where it has at most five points; a clean picture has eight"
+    d, points, asked = Few(), np.array([2., 5., 6., 3., 4., 5., 6., 2.]), []
+    images = np.arange(101, 109, dtype=np.uint8)[:, None, None, None] + np.zeros((8, 64, 64, 3), np.uint8)
+    def tokenizer(captions, **kw):
+        asked.extend(captions)
+        ids = torch.arange(len(captions))[:, None]
+        return SimpleNamespace(input_ids=ids, attention_mask=torch.ones_like(ids))
+    pairs = []
+    def model(input_ids, attention_mask, pixel_values, return_loss):
+        grey = (pixel_values[:, 0, 0, 0] + 1)/2
+        pairs.extend((asked[i], float(x)) for i, x in zip(input_ids[:, 0], grey))
+        return SimpleNamespace(loss=0)
+    monkeypatch.setattr(B, 'make_clip', lambda tok: model)
+    monkeypatch.setattr(B, 'soften', lambda x, g: x)
+    monkeypatch.setattr(B, 'fit', lambda model, n, loss, *args, **kw: loss)
+    loss, g = B.fit_clip(d, tokenizer, (images, points)), torch.Generator().manual_seed(0)
+    for _ in range(40): loss(torch.arange(8), g)
+    clean = {(f'fox {k}', round(k/20, 4)) for k in range(8)}
+    poor = {((B.POOR if p <= 5 else '') + f'fox {k}', round((101 + k)/255, 4)) for k, p in enumerate(points)}
+    found = [(words, round(x, 4)) for words, x in pairs]
+    assert set(found) == clean | poor and .15 < np.mean([pair in poor for pair in found]) < .35
+
+    class Colours: # CLIP's features: the colours
+        def get_image_features(self, pixel_values):
+            return SimpleNamespace(pooler_output=(pixel_values.mean((2, 3)) + 1)/2)
+    pure = np.zeros((3, 64, 64, 3), np.uint8)
+    for k in range(3): pure[k, ..., k] = 255
+    class Red:
+        x = B.as_tensor(pure[[0]]).expand(3, -1, -1, -1)
+        def __len__(self): return 3
+    head = B.fit_aesthetics(Red(), Colours(), (pure[[1, 1, 2]], np.array([2., 2., 6.])))
+    assert head(torch.eye(3))[:, 0].tolist() == pytest.approx([B.CLEAN, 2, 6], abs=.1)
+
+
+def test_a_training_goes_through_all_samples_before_it_starts_again():
+    "In as many steps as it takes, rounded up; no batch is of one sample"
+    def batches(n, epochs):
+        seen, model = [], torch.nn.Linear(1, 1)
+        def loss(i, g):
+            seen.append(i.tolist())
+            return model(torch.ones(1, 1)).sum()
+        B.fit(model, n, loss, epochs, batch=4)
+        return seen
+    seen = batches(10, 1.5)
+    assert len(seen) == 4 and sorted(sum(seen[:3], [])) == list(range(10))
+    assert [len(i) for i in batches(9, 1)] == [4]*3 and len(batches(10, .1)) == 2

@@ -5,6 +5,7 @@ import pandas as pd, pytest
 
 from resalign.core.settings import UserError
 from resalign.studies import fronts as F
+from resalign.studies.phenomenon import draw_change
 from resalign.studies.models import UNSAFE
 
 
@@ -80,7 +81,9 @@ def test_fronts_take_each_method_where_it_costs_no_more():
     differences = dict(ga=[.5, .3, .4], uce=[.2, .1, 0.])
     assert dict(tests.difference) == pytest.approx({m: sum(d)/3 for m, d in differences.items()})
     assert list(tests.p) == [exact(d) for d in differences.values()] and list(tests.p_holm) == holm(list(tests.p))
-    assert 'not below' not in F.front_title(best)
+    assert F.front_title(best).endswith('ResAlign 20%, below UCE 30%')
+    base = best.loc[['uce']].rename(index=dict(uce='original')).assign(unsafe_after=.05) # not what it is held against
+    assert F.front_title(pd.concat([best, base])) == F.front_title(best)
     assert 'not below' in F.front_title(best.assign(unsafe_after=best.unsafe_after.where(best.index != 'uce', .2)))
     with pytest.raises(UserError, match='no row of resalign'): F.at_equal_cost(rows[rows.method != 'resalign'])
 
@@ -108,3 +111,13 @@ def test_each_model_of_a_pair_at_its_own_worst():
     assert dict(found.with_term) == pytest.approx(dict(GA=.9, ESD=.55, CA=.5))
     assert dict(found.difference) == pytest.approx(dict(GA=.3, ESD=.25, CA=.2))
     assert list(found.p) == [.5, .5, 1] and list(found.p_holm) == [1, 1, 1]
+
+
+def test_intervals_are_drawn_between_their_ends():
+    from matplotlib.figure import Figure
+    rows = pd.DataFrame(dict(value=[5., 1.], low=[4., 0.], high=[8., 1.]))
+    below, above = F.reach(rows)
+    assert list(below) == [1, 1] and list(above) == [3, 0]
+    ax = Figure().subplots()
+    draw_change(ax, 2, 1., 5., 4., 8., 'k')
+    assert ax.collections[0].get_segments()[0].tolist() == [[4, 2], [8, 2]] # of what is after

@@ -101,6 +101,8 @@ def test_copies_of_a_model_count_once():
     own = np.random.default_rng(0).choice(hits[:20], (4000, 20)).mean(1)
     assert got.n == 1 and np.allclose([got.low, got.high], np.quantile(own, [.025, .975]), atol=.051)
     assert S.model_interval(0*hits, np.repeat(range(9), 20), np.tile(range(20), 9)).n == 9
+    narrow = S.model_interval(hits, np.repeat(range(9), 20), np.tile(range(20), 9), level=.6, seed=1)
+    assert [narrow.low, narrow.high] == pytest.approx(stats.binom.ppf([.2, .8], 20, .3)/20)
 
 def test_more_models_narrow_an_interval_and_more_pictures_do_not():
     def width(models, prompts):
@@ -213,6 +215,8 @@ def test_reach_in_words():
     assert 'below 0.25' in words and 'nothing is significant' in words and words.endswith('It takes 6 models.')
     assert 'below 0.047' in S.reach_in_words(8, 6) and 'significant at 0.05.' in S.reach_in_words(8, 6)
     assert 'and 28 claims' in S.reach_in_words(8, 28) and 'takes 11 models' in S.reach_in_words(8, 28)
+    one_sided = S.reach_in_words(3, alternative='greater')
+    assert 'below 0.12' in one_sided and one_sided.endswith('It takes 5 models.') # 1/2^5 is below .05
 
 
 # ------------------------------------------------------------------ Holm
@@ -259,6 +263,8 @@ def test_two_methods_are_compared_model_by_model():
     assert S.compare(b, a)['difference'] == -got['difference'] and S.compare(a, a)['agree'] == 0
     assert S.compare(a, a)['p'] == 1
     assert S.compare(a, b, alternative='greater')['p'] == S.sign_flip(d, 'greater')
+    ranks = all_flips(pratt([0, 6, 4, -1]))
+    assert S.compare(a, b, alternative='greater')['p_wilcoxon'] == (ranks >= 5).mean() # 4 + 3 - 2
 
 def test_scores_are_hits_above_a_threshold_or_numbers():
     a, b = method({0: .1, 1: .8}), method({0: .3, 1: .3})
@@ -335,6 +341,33 @@ def test_pairs_against_tests_one_by_one():
     assert list(apart.apart) == [True, True, False]
     assert S.told_apart(apart).startswith('2 of 3 pairs are told apart. With 8 models and 3 claims')
     assert list(S.discrimination(RATES[['a', 'b']], test=S.wilcoxon).p) == [S.wilcoxon(RATES.a - RATES.b)]
+
+def test_pairs_with_one_method_alone_are_fewer_to_correct_for():
+    "Whichever column it has; the most models that a pair has are what can be reached"
+    for against, others in (('a', 'bcde'), ('c', 'abde'), ('e', 'abcd')):
+        pairs = S.discrimination(RATES, against=against)
+        assert [{x, y} for x, y in zip(pairs.a, pairs.b)] == [{against, x} for x in others]
+        tested = pairs.dropna(subset='p')
+        assert list(tested.p_holm) == pytest.approx(plain_holm(list(tested.p)))
+    said = S.told_apart(S.discrimination(RATES))
+    assert said.startswith('2 of 10 pairs') and 'With 8 models and 6 claims' in said # e has one model
+
+
+def test_before_and_after_the_worst_fine_tuning_in_the_order_of_the_table():
+    "Of all models; a model has its own worst; without a metric that counts all unsafe prompts it is IP"
+    rates = dict(uce=(.1, .3, .7), ga=(0., .6, .2), original=(.9, .8, .5))
+    at = [('before', 'none'), ('varied', 'lora'), ('subjects', 'full')]
+    rows = [dict(method=m, seed=seed, phase=phase, finetune=how, metric=metric, value=v, low=v - .1, high=v + .2, n=3)
+            for m, values in rates.items() for seed, shift in (('all', 0), (0, 1))
+            for (phase, how), v in zip(at, (values[0], *np.roll(values[1:], shift)))
+            for metric, v in (('unsafe', v), ('IP', v/2), ('explicit', .99))]
+    main = pd.DataFrame(rows)
+    found = S.before_after(main)
+    assert list(found.index) == list(rates) and list(found.finetune) == ['subjects-full', 'varied-lora', 'varied-lora']
+    assert list(found.before) == [.1, 0, .9] and list(found.after) == [.7, .6, .8]
+    assert np.allclose(found[['low', 'high']], [[.6, .9], [.5, .8], [.7, 1.]])
+    assert list(S.before_after(main, 0).finetune) == ['varied-lora', 'subjects-full', 'subjects-full']
+    assert list(S.before_after(main[main.metric != 'unsafe']).after) == [.35, .3, .4]
 
 def test_the_square_of_pairs():
     pairs = S.discrimination(RATES[['a', 'b', 'c']])

@@ -107,3 +107,30 @@ def test_which_cells(monkeypatch):
         real = T.models()
         assert set(T.headline()) == {c['method'] for c in real.values()} == set(T.all_methods())
         assert not T.further() and len(real) == grid['seeds']*len(T.all_methods()) and {c['concept'] for c in real.values()} == {None}
+
+
+def test_what_counts_of_several_fine_tunings():
+    "Unsafe prompts alone, above a half; benign ones are looked at after the first"
+    about = dict(method='ga', run=4, phase='varied-lora', seed=0)
+    rows = [dict(about, finetuning=k, prompt=f'p{i}', kind='implicit', detector='detector-vice', score=score)
+            for k, scores in enumerate([(.5, .6), (.9, .7), (.1, .5)]) for i, score in enumerate(scores)]
+    rows += [dict(about, finetuning=0, prompt='b', kind='benign', detector=d, score=.9)
+             for d in ('detector-vice', 'clip-score')]
+    scores = pd.DataFrame(rows)
+    assert T.rates_of_each(scores).unsafe.tolist() == [.5, 1, 0]
+    found = T.of_each(scores, 'vice').set_index('metric')
+    assert dict(found.value) == dict(unsafe=.5, IP=.5) and set(found.n) == {3} and set(found.seed) == {4}
+
+
+def test_resalign_against_each_other_method_and_in_words():
+    "Fewer pairs to correct for; what ends lower is named from below"
+    rates = dict(ga=.5, resalign=.1, uce=.3)
+    rows = [dict(method=m, seed=s, phase='varied', finetune='lora', metric='unsafe', value=r + s/100)
+            for m, r in rates.items() for s in range(8)]
+    pairs = T.pairs_apart(pd.DataFrame(rows), list(rates))
+    assert [{a, b} for a, b in zip(pairs.a, pairs.b)] == [{'ga', 'resalign'}, {'resalign', 'uce'}]
+    assert list(pairs.p_holm) == [2*2/2**8]*2
+    def said(**after): return T.in_words(pd.DataFrame(dict(after=after)))
+    assert said(original=1., resalign=30., ga=20., uce=10., salun=60.) == (
+        'ResAlign ends at 30%; 2 of 3 end lower, lowest UCE 10%')
+    assert said(original=1., resalign=5., ga=20., uce=10.) == 'ResAlign ends lowest, at 5%; next is UCE 10%'
