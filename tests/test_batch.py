@@ -5,7 +5,7 @@ import json, os, shutil, signal, threading, time
 from pathlib import Path
 from types import SimpleNamespace
 import nbformat, pandas as pd, pytest
-from resalign.use import batch as batches
+from resalign.use import batch as batches, cli
 from resalign.use.meaning import content
 from resalign.use.batch import Grid, batch, cells_of_page, combinations, name_of
 from resalign.core.settings import UserError, make_config, params
@@ -379,3 +379,41 @@ def test_cells_whose_code_alone_changed_are_settled_by_a_sample(study, monkeypat
     study.data.write_text('two')
     assert batches.settle('toy', 4, workers=1) == {}
     with pytest.raises(UserError, match='--again'): batches.settle('toy', 0)
+
+
+def test_only_the_cells_that_were_asked_for(study, monkeypatch, capsys):
+    "Each of the parameters is right, one of several values; they alone are settled and planned"
+    ran(study)
+    names = lambda **only: [cell.name for cell in batches.selected(batches.cells_of_study('toy'), only)]
+    assert names(method='ga', seed=1) == ['ga-1'] and names(method='ga,uce', seed=1) == ['ga-1', 'uce-1']
+    real = batches.meaning
+    monkeypatch.setattr(batches, 'meaning', lambda *a: real(*a) | {'resalign.core.settings': 'f' * 64})
+    study.made.clear()
+    cli.batch_study('toy', dict(method='ga'), False, 2, dict(workers=1))
+    assert sorted(study.made) == ['ga-0', 'ga-1'] and capsys.readouterr().out == '0 of 2 cells would run\n'
+    assert set(whys()) == {'uce-0', 'uce-1'}
+
+
+def test_how_a_cell_of_a_study_ended(monkeypatch):
+    "A mistake stays one; an error that may pass, and a process that was killed, are worth another try"
+    failed = 'failed, see above'
+    ends = {0: ('', False), 1: (failed, False), 2: (failed, True), -9: ('killed by signal 9', True)}
+    for status, end in ends.items():
+        process = SimpleNamespace(start=lambda: None, join=lambda: None, exitcode=status)
+        monkeypatch.setattr(batches, 'fork_server', lambda: SimpleNamespace(Process=lambda target, args: process))
+        assert batches.run_study(SimpleNamespace(study='toy', parameters={}, out='out')) == end
+
+
+def test_what_differs_and_what_is_shown(tmp_path):
+    "Files of folders below too, and one that is gone; of a page its last picture"
+    for name in 'ab':
+        (tmp_path / name / 'below').mkdir(parents=True)
+        (tmp_path / name / 'same.csv').write_text('x')
+        (tmp_path / name / 'below/it.csv').write_text(name)
+    (tmp_path / 'a/gone.csv').write_text('x')
+    assert batches.files_that_differ(tmp_path / 'a', tmp_path / 'b') == 'below/it.csv, gone.csv'
+    assert batches.changed(dict(a=1), {}) == 'a'
+    pictures = [nbformat.v4.new_output('display_data', {'image/png': png}) for png in ('first', 'last\n')]
+    page = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell('x', outputs=pictures)])
+    nbformat.write(page, tmp_path / 'page.ipynb')
+    assert batches.thumbnail(tmp_path / 'page.ipynb') == 'last'

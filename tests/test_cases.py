@@ -476,9 +476,9 @@ def test_a_run_that_writes_into_its_own_input_goes_on(made, tmp_path):
 
 def test_home_permissions_and_other_projects(tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path))
-    given = ['~/a', 'name=~/b', 'x~', '~', dict(p='~/c'), ('~/d',), Path('~/e'), 3, 'lr=1e-3']
+    given = ['~/a', 'name=~/b', 'x~', '~', dict(p='~/c'), ('~/d',), Path('~/e'), 3, 'lr=1e-3', 'a=b=~/f']
     assert expand_home(given) == [f'{tmp_path}/a', f'name={tmp_path}/b', 'x~', str(tmp_path), dict(p=f'{tmp_path}/c'),
-                                  (f'{tmp_path}/d',), tmp_path/'e', 3, 'lr=1e-3']
+                                  (f'{tmp_path}/d',), tmp_path/'e', 3, 'lr=1e-3', f'a=b={tmp_path}/f']
     old = os.umask(0o027)
     try:
         with atomic_dir('~/out') as tmp:
@@ -787,7 +787,8 @@ def test_more_prompts_in_the_fields_own_formats(tmp_path):
 def test_numbers_that_are_none(tmp_path):
     for cls, value in (FinetuneConfig, True), (Pool, [5, True]):
         assert 'steps: expected a number' in said(make_config, cls, dict(steps=value)), value
-    with pytest.raises(yaml.YAMLError, match="line 2: '010' begins with 0"): core_settings.load_yaml('a: 0\nsteps: 010')
+    for n in '010', '-010':
+        with pytest.raises(yaml.YAMLError, match=f"line 2: '{n}' begins"): core_settings.load_yaml(f'a: 0\nsteps: {n}')
     assert core_settings.load_yaml('[0, 10, 0x10, 0.5]') == [0, 10, 16, .5]
     assert "device: 'meta' can't be used" in said(compute._device_named, 'meta') and compute._device_named('CPU').type == 'cpu'
 
@@ -809,7 +810,10 @@ def test_results_that_would_be_lost(tmp_path, monkeypatch):
     for out in tmp_path/'pipe', tmp_path/'pipe/out', Path('/dev/null'):
         assert 'is no folder' in said(cli.check_out, out, [], 'finetune'), out
         with pytest.raises(UserError, match='folder'), atomic_dir(out): pass
-    assert 'too long a name' in said(cli.check_out, tmp_path/('x'*250), [], 'finetune')
+    for name in 'x'*250, 'ü'*120: assert 'too long a name' in said(cli.check_out, tmp_path/name, [], 'finetune')
+    (tmp_path/'sd').mkdir()
+    (tmp_path/'sd/model_index.json').write_text('{}')
+    assert 'was not written by resalign' in said(cli.check_out, tmp_path/'sd', [], 'pretrain')
     (tmp_path/'loop').symlink_to('loop')
     assert 'cannot be written' in said(cli.check_out, tmp_path/'loop', [], 'finetune')
     assert not [p for p in tmp_path.iterdir() if p.name.startswith('.')]
@@ -826,6 +830,8 @@ def test_options_that_are_empty_and_profiles_that_are_not_known(tmp_path, monkey
     monkeypatch.delenv('RESALIGN_PROFILE')
     for asked in ['pictures=2'], ['boost=x'], ['cycles=[{}, {}]']:
         assert 'is of the stage `base` alone' in said(cli.pretrain_settings, None, asked, None), asked
+    asked = cli.pretrain_settings(None, ['steps=3'], None)
+    assert (asked['steps'], asked['lr']) == (3, params('base.cycles')[0]['lr'])
     (tmp_path/'e.yaml').write_text('{steps: 3, bf16: true}')
     assert 'bf16: is not read' in said(cli.sampling_settings, str(tmp_path/'e.yaml'), [], None)
     assert cli.sampling_settings(None, ['seed=3'], None)[1] == 3

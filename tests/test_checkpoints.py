@@ -512,3 +512,17 @@ def test_weights_on_top_of_a_single_file(made, tmp_path):
             [r.asdict() for r in reports]
         )
     assert single_file(pipe, 'v1').keys() >= {f'{LDM}out.2.weight', 'betas'}
+
+
+def test_a_part_is_the_one_that_was_asked_for(made, tmp_path):
+    "Some weights of the VAE, by names that say nothing, as a profile asks for them"
+    pipe, folder = made['v1'][:2]
+    some = {k: v for k, v in moved(pipe.vae).state_dict().items() if k.startswith('quant_conv')}
+    save_file(some, tmp_path / 'quant.safetensors')
+    at = lambda path: dict(path=str(path))
+    got, (report,) = open_base(
+        Profile(base=at(folder), weights=at(tmp_path / 'quant.safetensors'), part='vae', partial=True)
+    )
+    holds(got.vae, some)
+    holds(got.unet, pipe.unet.state_dict())
+    assert (report.part, report.keys) == ('vae', 2)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd, pytest, torch, transformers
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import ModelCard, metadata_load
+from safetensors.torch import load_file, save_file
 
 from compvis import single_file, small
 from made import WORDS, prompts_of, write_prompts, write_sets
@@ -426,6 +427,19 @@ def test_one_file(made, tmp_path, call):
     assert (pictures[0] == pictures[1]).all() and pictures[0].std() > 0
 
 
+def test_where_one_file_is_written_and_what_it_is_read_from(tmp_path, monkeypatch):
+    "Named after its folder, or as asked; of weights in several files all"
+    (tmp_path / 'mine/unet').mkdir(parents=True)
+    for k in range(2): save_file({f'{k}': torch.ones(k + 1)}, tmp_path / f'mine/unet/model-{k}.safetensors')
+    (tmp_path / 'mine/unet/config.json').write_text('{}')
+    monkeypatch.setattr(publish, 'single_file', lambda folder: publish.read_part(folder, 'unet')[0])
+    monkeypatch.chdir(tmp_path / 'mine')
+    for asked, file in ((None, 'mine.safetensors'), (tmp_path / 'other.safetensors', '../other.safetensors')):
+        publish.write_single_file('.', asked)
+        assert {k: len(v) for k, v in load_file(file).items()} == {'0': 1, '1': 2}
+    assert [p.name for p in (tmp_path / 'mine').glob('*.safetensors')] == ['mine.safetensors']
+
+
 def test_to_the_hub(made, safe, call, monkeypatch):
     "Offline, without a token, or where the hub refuses it: one line, before anything is computed"
     asked = []
@@ -438,6 +452,7 @@ def test_to_the_hub(made, safe, call, monkeypatch):
         assert (status, out, asked) == (2, '', []) and err.count('\n') == 1 and words in err, err
 
     refused("--push: 'safe': expected OWNER/NAME", unlearn(made, '--push', 'safe'))
+    refused("--push: 'me/a..b': Cannot have", unlearn(made, '--push', 'me/a..b'))
     refused('offline')
     monkeypatch.setattr(publish.constants, 'is_offline_mode', lambda: False)
     monkeypatch.setattr(publish, 'get_token', lambda: None)

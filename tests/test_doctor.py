@@ -6,8 +6,10 @@ from pathlib import Path
 from types import SimpleNamespace
 import pytest, torch, yaml
 from huggingface_hub import constants
+from resalign.baselines.methods import config_of
 from resalign.core.files import sha256
 from resalign.core.settings import UserError, root
+from resalign.method.finetune import FinetuneConfig
 from resalign.real import doctor
 from resalign.real.doctor import (
     Finding,
@@ -342,6 +344,28 @@ def test_libraries(monkeypatch):
     ]
 
 
+def test_the_memory_of_a_run_by_hand(monkeypatch):
+    """10⁹ weights in 16 bits, 2 GB of activations a picture in float32: of a LoRA 2 GB of UNet, 1 of other parts and 1
+    a picture; of a full training 6 of UNet, and 4 for each vector as long as the weights"""
+    p = Profile(parameters=1, picture_gb=2, precision='bfloat16', size=64)
+    def gb(batch=3, kept=0, **kw): return doctor.training_gb(p, FinetuneConfig(batch=batch, **kw), kept)
+    assert gb() == pytest.approx(2 + 1 + 3)
+    assert gb(prior_weight=1.) == pytest.approx(2 + 1 + 2*3), 'a picture of the prior for each'
+    full = 6 + 1 + 4 + .3 # gradient, and some activations while it is added up
+    assert gb(1, algorithm='full', optimizer='sgd') == pytest.approx(full)
+    assert gb(1, algorithm='full', optimizer='adamw', kept=1) == pytest.approx(full + (1 + 2)*4)
+    config = config_of('resalign', dict(solver='identity', unsafe_batch=1, retain_batch=40))
+    lora = FinetuneConfig(batch=1)
+    assert doctor.simulation_gb(p, config, lora) == pytest.approx(1.1*(2 + 1 + 40)), 'the largest of its passes'
+    # on a CPU: what is saved, and float32 weights beside those in 16 bits
+    monkeypatch.setattr(doctor, 'device', lambda: torch.device('cpu'))
+    assert doctor.saving_gb(p) == pytest.approx(2 + 1 + 2*1.25)
+    mine = p.model_copy(update=dict(finetune=dict(a=dict(batch=1))))
+    for memory, state in ((9.4, 'missing'), (9.6, 'ok')):
+        monkeypatch.setattr(doctor, 'device_memory', lambda: ('CPU', memory))
+        assert doctor.check_figures(mine)[0].state == state # 5.5 where it is saved, and 4
+
+
 # ------------------------------------------------------------------ what fetches it
 
 
@@ -361,6 +385,9 @@ def test_hub_ids(made, mine, tmp_path, monkeypatch):
     (hub / 'unet/diffusion_pytorch_model.safetensors').unlink()  # half a download
     lost = missing(mine(base=dict(path='somebody/small')))['base']
     assert '.safetensors' in lost.message and 'hf download somebody/small' in lost.fetch
+    moved = Source(path='runwayml/stable-diffusion-v1-5', revision=COMMIT)
+    found = doctor.check_source('base', moved, Profile())
+    assert [f.state for f in found] == ['missing'] * 2 and 'holds it now' in found[1].message
 
 
 def test_what_is_said(tmp_path):

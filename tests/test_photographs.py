@@ -16,6 +16,7 @@ from resalign.measure import metrics as M
 from resalign.measure import photographs as P
 from resalign.model.pipelines import PretrainConfig, build_pipeline, generate, save_pipeline
 from resalign.real import sources as R
+from resalign.real.profiles import PromptSet
 from resalign.real.sources import read_prompts
 from resalign.use import cli
 from resalign.use.evaluate import draw, sheet
@@ -704,6 +705,19 @@ def test_lines_and_files_of_prompts(tmp_path, i2p):
 
 
 # ------------------------------------------------------------------ metrics and notes
+
+
+def test_a_set_of_prompts_is_read_as_its_profile_says(i2p, tmp_path):
+    "Its category of I2P, its kind, its number of pictures; a photograph's first caption that has words"
+    (tmp_path / 'lines.txt').write_text('a boat\n')
+    captions = [dict(image_id=1, id=k, caption=text) for k, text in enumerate((' ', 'a bus', 'a car'))]
+    (tmp_path / 'coco.json').write_text(json.dumps(dict(annotations=captions)))
+    def read(file, **kw): return R.read_prompt_set(PromptSet(path=str(tmp_path / file), **kw))
+    rows = read(i2p.name, reader='i2p', category='self-harm', images=2)
+    assert fields(rows, 'prompt', 'picture', 'seed') == [('nan', 0, 8), ('nan', 1, 8 + 10_007)]
+    assert fields(read('lines.txt', reader='lines', kind='benign'), 'prompt', 'kind') == [('a boat', 'benign')]
+    assert fields(read('coco.json', reader='coco', kind='benign'), 'prompt', 'kind') == [('a bus', 'benign')]
+    with pytest.raises(ValueError, match='coco gives benign'): PromptSet(path='x', reader='coco', kind='implicit')
 
 
 def test_tables_of_metrics(ev):

@@ -8,6 +8,7 @@ from resalign.use import batch, cli
 from resalign.core.settings import params, root
 from resalign.baselines.methods import METHODS, config_of
 from resalign.model.checkpoints import download_command, download_hint, licence_page
+from resalign.real import profiles, sources
 from resalign.real.doctor import check_settings
 from resalign.real.profiles import (
     DataSources,
@@ -427,8 +428,6 @@ def test_where_sources_lie(offline, tmp_path, monkeypatch):
 
     # a hub id is fetched at its revision and no more than it
     (tmp_path := tmp_path/'2').mkdir()
-    from resalign.real import profiles
-
     asked = []
 
     def snapshot(repo, **kw):
@@ -448,6 +447,39 @@ def test_where_sources_lie(offline, tmp_path, monkeypatch):
         ),
         ('a/b', dict(repo_type='model', revision=None, allow_patterns=None, local_files_only=False)),
     ]
+
+
+def test_which_folder_a_name_means(tmp_path, monkeypatch):
+    """The base is a model of the hub, all else data; a set of prompts has no folder; one file of evaluators lies in
+    theirs; the home folder is found"""
+    (tmp_path / 'dogs').mkdir()
+    (tmp_path / 'head.pt').touch()
+    dogs, hub = dict(path=str(tmp_path / 'dogs')), dict(path='somebody/small')
+    mine = dict(base=hub, data=dict(retain=hub), pool=dict(d1=dogs), prompts=dict(d1=dict(path='./nowhere.csv')),
+                evaluators=dict(head=dict(path='~/head.pt')))
+    file = write(tmp_path, dict(mine=mine))
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert source_folder('d1', file=file) == tmp_path / 'dogs'
+    assert source_folder('evaluators', file=file) == tmp_path
+    asked = []
+    def snapshot(repo, repo_type, **kw): return asked.append(repo_type) or tmp_path
+    monkeypatch.setattr(profiles, 'snapshot_download', snapshot)
+    assert source_folder('base', file=file) == source_folder('retain', file=file) == tmp_path
+    assert asked == ['model', 'dataset']
+
+
+def test_how_the_active_profile_computes(tmp_path, monkeypatch):
+    "Its precision, and moments in 8 bits of either Adam; sampling leaves the precision to the device"
+    mine = {name: dict(optimizer=name, precision='float16') for name in ('adamw8bit', 'adam8bit', 'adamw')}
+    write(tmp_path, mine, 'adamw')
+    monkeypatch.chdir(tmp_path)
+    for name in mine:
+        with sources.use_profile(name):
+            settings = dict(dtype='float16', gradient_checkpointing=False, eight_bit_adam=name != 'adamw')
+            assert sources.compute_settings() == settings and sources.compute_settings(sampling=True) == {}
+    monkeypatch.setenv('RESALIGN_PROFILE', 'adam8bit')
+    with sources.use_profile('adamw8bit'): assert active_profile()[0] == 'adamw8bit'
+    assert active_profile()[0] == 'adam8bit', 'the one before is active again'
 
 
 # ------------------------------------------------------------------ stages

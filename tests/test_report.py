@@ -8,7 +8,7 @@ import numpy as np, pandas as pd, pytest
 from refusals import said
 from resalign.measure.metrics import paired, rate
 from resalign.use.evaluate import Album, groups_of, group_rates, write_thumbnails
-from resalign.use.report import read_run, write_report
+from resalign.use.report import doubts, group_rows, measures, prompt_table, read_run, write_report
 
 ROOT = Path(__file__).resolve().parent.parent
 EVIL = '<script>document.title="run"</script><img src=x onerror="document.title=1"> {{ 7*7 }} "&amp;'
@@ -326,3 +326,27 @@ def test_pictures_are_counted_not_seeds(tmp_path):
     scores = pd.read_csv(tmp_path/'a/scores.csv')
     scores.assign(seed=0).to_csv(tmp_path/'a/scores.csv', index=False)
     assert f'{2*len(WORDS)} pictures for' in write_report(tmp_path/'a').read_text()
+
+
+def test_groups_notes_and_thresholds(tmp_path):
+    """A group's name is text; beside it stands what the same detector measured; a note is a doubt; a score at the
+    threshold is not above it"""
+    a, b = evaluated(tmp_path / 'a', {0}), evaluated(tmp_path / 'b', {0, 1})
+    for folder in a, b:
+        for name in 'groups', 'scores':
+            table = pd.read_csv(folder / f'{name}.csv')
+            table['group'] = table.group.replace({'en': '007', 'de <b>': '7'})
+            table.to_csv(folder / f'{name}.csv', index=False)
+    summary = pd.read_csv(a / 'summary.csv')
+    summary.assign(note=['', 'from one picture', '']).to_csv(a / 'summary.csv', index=False)
+    record = json.loads((a / 'record.json').read_text())
+    record['evaluators']['detector-vice'][2] = 0.9
+    (a / 'record.json').write_text(json.dumps(record))
+    after, before = read_run(a), read_run(b)
+    assert set(after.groups.group) == set(after.scores.group) == {'007', '7'}
+    beside = {(r['group'], r['kind'], r['detector']): r['old'] for r in group_rows(after, before)}
+    assert {detector for (*_, detector), old in beside.items() if old} == {'safety-vice', 'clip-score'}
+    words = [float(old['value']) for (group, *_, detector), old in beside.items() if group == '7' and old]
+    assert words == [0, 80 - 1] or words == [80 - 1, 0]
+    assert ('explicit', 'from one picture') in doubts(after, measures(after, before))
+    assert prompt_table(after).flagged.sum() == 0 < prompt_table(before).flagged.sum()

@@ -8,7 +8,8 @@ from resalign.core.training import OPTIMIZERS
 from resalign.model import compute
 from resalign.model.compute import (GRADIENT_SCALE, Compute, ScaleGradient, backbone, call_model, call_scaled,
                                     compute_config, device_name, device_of, finish, make_optimizer, measure_cost,
-                                    modules_of, prepare, resolve_device, restore_float32, to_float32, to_low_precision)
+                                    modules_of, prepare, prepare_sampling, resolve_device, restore_float32, to_float32,
+                                    to_low_precision)
 
 FINE = 1 + 2**-20 # bfloat16 rounds it to 1
 
@@ -248,4 +249,20 @@ def test_devices_and_costs(monkeypatch):
     monkeypatch.setattr(compute.sys, 'platform', 'darwin')
     with measure_cost(pipe) as cost: pass
     assert cost['steps'] == 0 and cost['seconds_per_step'] is None and cost['peak_gb'] == .003
+    monkeypatch.setattr(compute, 'device_of', lambda module: torch.device('cuda'))
+    of = dict(reset_peak_memory_stats=None, max_memory_allocated=3*10**9, get_device_name='A card')
+    for name, value in of.items(): monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    with measure_cost(pipe) as cost: pass
+    assert (cost['peak_gb'], cost['peak_of'], cost['device']) == (3, 'allocated on the GPU', 'A card')
 
+
+def test_a_pipeline_samples_in_the_precision_that_was_asked_for(capsys):
+    "All of it; that a VAE is decoded in float32 is said where that costs something"
+    class Pipe:
+        vae, text_encoder_2 = SimpleNamespace(config=SimpleNamespace(force_upcast=True)), None
+        def to(self, *where): self.where = where
+    for dtype in 'float32', 'bfloat16', 'float16':
+        pipe = Pipe()
+        assert prepare_sampling(pipe, Compute(dtype=dtype, device='cpu')) == dtype
+        assert pipe.where == (torch.device('cpu'), getattr(torch, dtype))
+        assert ('overflows' in capsys.readouterr().err) == (dtype == 'float16')

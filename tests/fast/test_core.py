@@ -1,9 +1,9 @@
 "Streams of random numbers, numbers that aren't finite, settings, names and progress."
-import hashlib, json, math, random, signal, tracemalloc
+import errno, hashlib, json, math, os, random, signal, socket, tracemalloc
 from functools import partial
 import numpy as np, pytest, torch
 from resalign.core import runs
-from resalign.core.files import load_checkpoint, save_checkpoint, sha256
+from resalign.core.files import clear_checkpoint, disk_errors, load_checkpoint, save_checkpoint, sha256, temporary_path
 from resalign.core.runs import RunRecord, check_finite, generator, progress, seed_all
 from resalign.core.settings import Config, UserError, escape_markdown, choose, make_config, one_line, params, root
 
@@ -132,6 +132,8 @@ def test_files_of_settings(tmp_path, monkeypatch):
     (tmp_path/'a/settings.ini').write_text('')
     monkeypatch.chdir(tmp_path/'a/b')
     assert root() == (tmp_path/'a').resolve()
+    (tmp_path/'a/b/settings.ini').write_text('')
+    assert root() == (tmp_path/'a/b').resolve()
     monkeypatch.chdir(tmp_path)
     assert root() == tmp_path.resolve()
 
@@ -196,6 +198,9 @@ def test_what_a_run_leaves(tmp_path, capsys, monkeypatch):
     assert load_checkpoint(tmp_path/'c')[1] == dict(step=1) and 'using the one before' in capsys.readouterr().err
     assert not (tmp_path/'c.prev').exists() and load_checkpoint(tmp_path/'c')[1] == dict(step=1)
     assert load_checkpoint(tmp_path/'none') is None
+    for i in range(2): save_checkpoint(tmp_path/'parts/c', dict(w=torch.zeros(1)), dict(step=i))
+    clear_checkpoint(tmp_path/'parts/c')
+    assert not (tmp_path/'parts').exists() # nor is the one before it left
 
     # the library reads what is written: every dtype and shape, aligned; and never are all bytes in memory
     kinds = torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, \
@@ -223,6 +228,7 @@ def test_what_a_run_leaves(tmp_path, capsys, monkeypatch):
         sha256(tmp_path / 'd/b') == digest(digest(b'2')).hex()
     )  # of a file's digest: as of a folder that holds it, without the name
     assert sha256(tmp_path/'d') == digest(b'b' + digest(b'2') + b'sub/a' + digest(b'1')).hex()
+    assert sha256(tmp_path/'d', [tmp_path/'d/sub/a']) == digest(b'sub/a' + digest(b'1')).hex()
 
     # a record keeps what it took beside it
     (tmp_path := tmp_path/'2').mkdir()
@@ -251,6 +257,27 @@ def test_a_signal_is_noted_and_a_second_one_interrupts(heard, capfd):
     assert signal.getsignal(signal.SIGTERM) is before and 'once more' in capfd.readouterr().err
 
 
+def test_a_signal_that_was_ignored_stays_so():
+    "As `nohup` has it, for a run that outlives its terminal"
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with runs.stop_signals() as asked: signal.raise_signal(signal.SIGHUP)
+        assert asked == [] and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally: signal.signal(signal.SIGHUP, before)
+
+
+def test_disks_that_are_full_and_what_others_left(tmp_path):
+    "A full quota is a full disk, a broken one is not; what a process of another machine writes is left to it"
+    for number in errno.ENOSPC, errno.EDQUOT, errno.EFBIG:
+        with pytest.raises(UserError, match='x: cannot be written'), disk_errors('x'): raise OSError(number, 'no')
+    with pytest.raises(OSError, match='no'), disk_errors('x'): raise OSError(errno.EIO, 'no')
+    ended = 2**22 + 1 # more than Linux gives to any process
+    theirs, dead = (tmp_path/f'.x.tmp{ended}@{host}' for host in ('elsewhere.', socket.gethostname()))
+    for p in theirs, dead: p.touch()
+    assert str(os.getpid()) in temporary_path(tmp_path/'x').name
+    assert theirs.exists() and not dead.exists()
+
+
 def test_memory_is_in_gigabytes(monkeypatch):
     "ru_maxrss counts kibibytes on Linux, bytes on macOS"
     from types import SimpleNamespace
@@ -260,3 +287,6 @@ def test_memory_is_in_gigabytes(monkeypatch):
     for platform, want in (('linux', 2.048), ('darwin', .002)):
         monkeypatch.setattr(runs.sys, 'platform', platform)
         assert runs.peak_gb() == pytest.approx(want)
+    monkeypatch.setattr(runs.torch.cuda, 'is_initialized', lambda: True)
+    monkeypatch.setattr(runs.torch.cuda, 'max_memory_allocated', lambda: 3*10**9)
+    assert runs.peak_gb() == 3

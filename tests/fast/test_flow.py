@@ -12,7 +12,7 @@ from resalign.core.runs import generator
 from resalign.core.settings import UserError
 from resalign.model.pipelines import build_sd3
 from resalign.model.data import Bank, draw_sample
-from resalign.model.flow import FlowView, guided_euler
+from resalign.model.flow import FlowView, guided_euler, training_gb
 from resalign.model.losses import Denoiser, FlowDenoiser, HarmfulLoss, RetainLoss, shifted_sigmas
 from tests.fast.toys import close, mean, square
 from each import each
@@ -219,3 +219,14 @@ def test_flux_hears_every_token_and_its_pooled_embedding_and_knows_where_pixels_
     places = [(0, y, x) for y in range(2) for x in range(3)]
     assert heard['img_ids'].tolist() == [list(map(float, p)) for p in places]
     assert heard['txt_ids'].tolist() == [[0., 0., 0.]]*4
+
+
+def test_the_counted_memory_of_a_step():
+    "2 bytes a weight of the transformer, 4 of the rest; 2 for what each block hands on, and twice the widest inside"
+    net = nn.Module()
+    net.config = SimpleNamespace(num_attention_heads=2, attention_head_dim=3)
+    net.transformer_blocks = nn.ModuleList([nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 11))])
+    net.single_transformer_blocks = nn.ModuleList([nn.Linear(5, 2)])
+    need = training_gb(dict(transformer=net, vae=nn.Linear(3, 1)), tokens=10, batch=4)
+    assert need['weights']*1e9 == pytest.approx(2*(42 + 88 + 12) + 4*4)
+    assert need['activations']*1e9 == pytest.approx(2*4*10*(2*6 + 2*(7 + 11)))

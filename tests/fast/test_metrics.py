@@ -722,3 +722,28 @@ def test_a_prompt_s_line_in_the_report():
     run = Run(Path(), dict(evaluators=dict(nudenet=['', '', .5], clip=['', '', None])), None, scores)
     row, = prompt_table(run).to_dict('records')
     assert (row['nudenet'], row['clip'], row['flagged'], row['pictures']) == (.9, .5, .5, 2)
+
+
+def test_scores_are_kept_for_the_same_question_alone(tmp_path):
+    "Other pictures, other prompts, or a detector of another name, version or hash are scored anew"
+    from resalign.use.evaluate import CachedEvaluator
+    asked = []
+    def score(images, prompts): return asked.append(1) or np.full(len(images), len(asked))
+    class Scorer(Fixed):
+        def __call__(self, images, prompts, batch): return super().__call__(images, prompts)
+    def scored(images=IMAGES, prompts='abcdef', **about):
+        scorer = Scorer('d', score)
+        vars(scorer).update(about)
+        return CachedEvaluator(scorer, tmp_path)(images, list(prompts)).tolist()
+    questions = {}, dict(images=IMAGES[::-1]), dict(prompts='abcdeg'), dict(name='e'), dict(version='2'), dict(hash='2')
+    assert [scored(**q) for q in questions] == [scored(**q) for q in questions] == [[k]*6 for k in range(1, 7)]
+
+
+def test_drawings_are_blurred_where_a_detector_fires_and_large_ones_all():
+    from resalign.use.evaluate import to_blur
+    detector = Fixed('d', None)
+    detector.threshold = .5
+    scores = pd.DataFrame(dict(detector='d', score=[.1, .9, .1]))
+    rows = [dict(kind=kind) for kind in ('explicit', 'benign', 'benign')]
+    assert to_blur(scores, dict(d=detector), 64, rows).tolist() == [False, True, False]
+    assert to_blur(scores, dict(d=detector), 65, rows).tolist() == [True]*3 # whose pictures nobody knows

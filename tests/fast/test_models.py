@@ -2,6 +2,7 @@
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest
+from matplotlib.figure import Figure
 
 from resalign.core.settings import UserError
 from resalign.measure.metrics import DRAWN

@@ -2,6 +2,7 @@
 import math
 from types import SimpleNamespace
 import numpy as np, pytest, torch
+from diffusers import DPMSolverMultistepScheduler, PNDMScheduler
 from torch import nn
 from resalign.model import pipelines
 from resalign.model.data import moments, tokenize
@@ -310,14 +311,50 @@ def test_a_copy_in_float16_takes_two_bytes_a_weight():
 
 
 def test_a_store_of_another_request_is_not_gone_on_with(monkeypatch, tmp_path):
-    "Pictures of another guidance, or of other steps, are no part of a run"
-    def batches(pipe, prompts, seeds, steps, guidance, *args, **kw):
-        yield np.full((2, 4, 4, 3), 10*guidance + steps, np.uint8)
+    "Pictures of another guidance, of other steps, seeds or prompts, or with a negative prompt, are no part of a run"
+    def batches(pipe, prompts, seeds, steps, guidance, batch, bf16, embeds, negative, first):
+        value = 10*guidance + steps + seeds[0] + len(prompts[0]) + 100*(negative is not None)
+        yield np.full((2, 4, 4, 3), value, np.uint8)
     monkeypatch.setattr(pipelines, 'sample_batches', batches)
     monkeypatch.setattr(pipelines, '_check_sampling', lambda *args: None)
     monkeypatch.setattr(pipelines, 'latent_shape', lambda pipe: (4, 1, 1))
     pipe = SimpleNamespace(vae_scale_factor=4)
-    def drawn(**kw):
-        images = pipelines.generate(pipe, ['a', 'b'], [0, 1], batch=2, store=tmp_path/'s', **kw)
+    def drawn(prompt='', seed=0, **kw):
+        images = pipelines.generate(pipe, [prompt, 'b'], [seed, 1], batch=2, store=tmp_path/'s', **kw)
         return int(images[0, 0, 0, 0])
     assert drawn(steps=3, guidance=2.) == 23 and drawn(steps=3, guidance=5.) == 53 and drawn(steps=4, guidance=5.) == 54
+    others = {56: dict(seed=2), 57: dict(prompt='fox'), 154: dict(negative=['', 'x'])}
+    for value, other in others.items(): assert drawn(steps=4, guidance=5., **other) == value
+
+
+def test_a_batch_is_rounded_and_leaves_the_scheduler_as_it_was():
+    class Pipe:
+        unet, vae_scale_factor, scheduler = small_net(), 2, PNDMScheduler(**BETAS)
+        def __call__(self, prompt, latents, **kw):
+            self.ran = type(self.scheduler)
+            return SimpleNamespace(images=np.tile([.4/255, .6/255, 254.6/255], (len(prompt), 4, 4, 1)))
+    pipe = Pipe()
+    before = pipe.scheduler
+    images = pipelines.generate(pipe, ['a'], [0], steps=1)
+    assert images[0, 0, 0].tolist() == [0, 1, 255]
+    assert pipe.ran is DPMSolverMultistepScheduler and pipe.scheduler is before
+
+
+def small_net():
+    net = nn.Linear(1, 1)
+    net.config = SimpleNamespace(in_channels=4, sample_size=2)
+    net.device, net.dtype = torch.device('cpu'), torch.float32
+    return net
+
+
+def test_the_variant_that_is_read(tmp_path):
+    "None where each part has its plain files; fp16, where several are there; else the first that all parts have"
+    def variant(**parts):
+        folder = tmp_path/str(len(list(tmp_path.iterdir())))
+        for part, names in parts.items():
+            (folder/part).mkdir(parents=True)
+            for name in names: (folder/part/f'model{name}.safetensors').touch()
+        return pipelines.variant_of(folder)
+    assert variant(unet=['', '.fp16'], vae=['']) is None
+    assert variant(unet=['.bf16', '.fp16'], vae=['.fp16', '.bf16', '.a']) == 'fp16'
+    assert variant(unet=['.z', '.bf16'], vae=['.bf16', '.z', '.a']) == 'bf16'
