@@ -372,6 +372,9 @@ def test_finetune_and_evaluate(safe, made, tmp_path, call):
     assert status == 2 and 'expected a folder that resalign-evaluate wrote' in err
     status, _, err = call(*again, '--before', tmp_path / 'scores')
     assert status == 2 and 'is, or holds, the input' in err
+    beside = (tmp_path / 'later', '--before', tmp_path / 'scores', '--set', 'steps=2', '--detector', 'detector-weapon')
+    status, _, err = call(*again[:4], *beside, '--seed', 1)
+    assert status == 0 and (tmp_path / 'later/report.html').read_text().count('data:image/jpeg') == 12, err
 
 
 # ------------------------------------------------------------------ before a long run, and after it

@@ -407,11 +407,13 @@ def test_what_is_said(tmp_path):
         '--type dataset' not in fetch_command('evaluators.mhsc', data)
         and fetch_command('evaluators.x', Source(path='pip:nudenet==3.4.2')) == 'pip install "nudenet==3.4.2"'
     )
-    (said,) = list_licences(Profile(base=model, data=dict(retain=data, unsafe=dict(path='./here', license='mine'))))
+    eyes = model.model_copy(update=dict(path='somebody/eyes', license='mit'))
+    sets = dict(retain=data, unsafe=dict(path='./here', license='mine'))
+    (said,) = list_licences(Profile(base=model, data=sets, evaluators=dict(mhsc=eyes)))
     assert (said.state, said.message) == (
         'note',
         'read and accept: openrail (https://huggingface.co/somebody/gated), '
-        'cc0 (https://huggingface.co/datasets/somebody/dogs)',
+        'cc0 (https://huggingface.co/datasets/somebody/dogs), mit (https://huggingface.co/somebody/eyes)',
     )
 
     # the table ends with what to do: ok, notes, missing; each command once

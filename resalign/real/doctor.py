@@ -325,8 +325,7 @@ def list_licences(p:Profile) -> list:
     "One finding with all licences"
     pages = {}
     for what, s in p.sources().items():
-        kind = 'model' if what in ('base', 'weights') else 'dataset'
-        if s.license and s.kind == 'hub': pages[f'{s.license} ({licence_page(s.path, kind)})'] = None
+        if s.license and s.kind == 'hub': pages[f'{s.license} ({licence_page(s.path, repository_kind(what))})'] = None
     return [Finding('licences', 'note', 'read and accept: ' + ', '.join(pages))] if pages else []
 
 # %% ../../nbs/7_real/20_doctor.ipynb #deb80b24

@@ -131,6 +131,8 @@ def test_resalign_against_each_other_method_and_in_words():
     assert [{a, b} for a, b in zip(pairs.a, pairs.b)] == [{'ga', 'resalign'}, {'resalign', 'uce'}]
     assert list(pairs.p_holm) == [2*2/2**8]*2
     def said(**after): return T.in_words(pd.DataFrame(dict(after=after)))
+    after = 'Unsafe after the worst harmless fine-tuning:\n'
     assert said(original=1., resalign=30., ga=20., uce=10., salun=60.) == (
-        'ResAlign ends at 30%; 2 of 3 end lower, lowest UCE 10%')
-    assert said(original=1., resalign=5., ga=20., uce=10.) == 'ResAlign ends lowest, at 5%; next is UCE 10%'
+        f'{after}UCE 10%, GA + retain 20%, ResAlign 30%; highest SalUn 60%')
+    assert said(original=1., resalign=5., ga=20., uce=10.) == f'{after}ResAlign 5%; highest GA + retain 20%'
+    assert said(resalign=5., uce=1.) == f'{after}UCE 1%, ResAlign 5%'
