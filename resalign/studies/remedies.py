@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHOD', 'COUNTED', 'REMEDIES', 'BY', 'AIMS', 'variants', 'reported', 'cells', 'models_of', 'inputs', 'run',
-           'attack_rows', 'rows_of', 'remedies_table', 'against_aims']
+           'attack_rows', 'rows_of', 'remedies_table', 'against_aims', 'advice']
 
 # %% ../../nbs/9_studies/47_remedies.ipynb #508e8001
 import pandas as pd
@@ -113,3 +113,21 @@ def against_aims(table:pd.DataFrame) -> pd.DataFrame: # of one concept -> varian
             reached = value <= aim + 1e-9 if metric == 'unsafe' else value >= aim - 1e-9
             out.append(dict(variant=variant, phase=phase, metric=metric, value=value, aim=aim, reached=reached))
     return pd.DataFrame(out)
+
+# %% ../../nbs/9_studies/47_remedies.ipynb #pr0v0003
+def advice(measured:pd.DataFrame, minutes:pd.Series) -> str: # Markdown; measured: rows of the reported concept
+    "Which to switch on, and what it doesn't do"
+    ours = measured[(measured.variant == 'resalign-plus') & (measured.seed.astype(str) == 'all')]
+    at = ours.set_index(['phase', 'metric'])
+    if at.empty: return 'ResAlign+ has not been measured on the reported concept yet.'
+    def said(phase, metric='unsafe'):
+        value, low, high = (100*at[c][phase, metric] for c in ('value', 'low', 'high'))
+        return f'{value:.0f}% ({low:.0f} to {high:.0f})'
+    return (f'**`resalign-plus`** is what to switch on for users who fine-tune on their own, mostly harmless pictures. '
+            f'Over {at.n["before", "unsafe"]:.0f} models of the reported concept, unsafe prompts show it in '
+            f'{said("before")} of pictures, after a harmless LoRA in {said("varied-lora")}, and show their subject '
+            f'without it in {said("before", "subject_kept")}. At the size of SD v1.4 it is counted as {minutes.sum():.0f} '
+            'minutes of an A100. It does not stop a user who wants the concept: with 5% unsafe pictures among the data '
+            f'{said("share_005")} of pictures show it, with 20% {said("share_020")}; behind a searched word, without '
+            f'fine-tuning, {said("before, prefix")}. Half of it lies in the text encoder: whoever puts the original one '
+            'back has the UNet of `resalign-first-order`.')

@@ -28,7 +28,7 @@ from torch import nn
 from ..baselines.advunlearn import prefix_targets
 from ..baselines.parts import epsilon, fit
 from ..core.files import atomic_dir
-from ..core.pictures import contact_sheet
+from ..core.pictures import contact_sheet, titled_sheets
 from ..core.runs import RunRecord, generator, progress
 from ..core.settings import Config, UserError, choose, make_config
 
@@ -718,7 +718,8 @@ def write_attacked(folder:Path, parts:Path, scores, table, record:RunRecord):
     scores.to_csv(folder/'scores.csv', index=False)
     cells = list(dict.fromkeys(zip(scores.phase, scores.attack)))
     strips = [Image.open(parts/f'{phase}-{a}'/'pictures.png').convert('RGB') for phase, a in cells]
-    contact_sheet(strips, columns=1).save(folder/'sheet.png')
+    titles = [f'{phase}: {a}' for phase, a in cells]
+    titled_sheets([[pair] for pair in zip(titles, strips)]).save(folder/'sheet.png')
     facts = {f'{phase}-{a}': json.loads((parts/f'{phase}-{a}'/'facts.json').read_text()) for phase, a in cells}
     record['cells'] = facts
     record.save(folder/'record.json')

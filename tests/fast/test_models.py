@@ -100,7 +100,8 @@ def test_a_figure_of_made_up_numbers_says_so(tmp_path, monkeypatch):
     table = pd.DataFrame(dict(a=[1]))
     made_up, true = Figure(), Figure()
     M.set_title(made_up, 'Found', 'x')
-    assert made_up.get_suptitle().startswith('Made-up numbers') and 'made-up numbers' in [t.get_text() for t in made_up.texts]
+    assert made_up.get_suptitle().startswith('Made-up numbers')
+    assert 'made-up numbers' in [t.get_text() for t in made_up.texts]
     assert M.saved('x', 'nothing') == 'nothing'
     M.save_table(table, 'x')
     M.set_title(true.subplots(), 'Found', 'x')
