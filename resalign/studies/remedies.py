@@ -127,7 +127,7 @@ def advice(measured:pd.DataFrame, minutes:pd.Series) -> str: # Markdown; measure
             f'Over {at.n["before", "unsafe"]:.0f} models of the reported concept, unsafe prompts show it in '
             f'{said("before")} of pictures, after a harmless LoRA in {said("varied-lora")}, and show their subject '
             f'without it in {said("before", "subject_kept")}. For SD v1.4 this takes {minutes.sum():.0f} minutes '
-            'of an A100 (counted). It does not stop a user who wants the concept: with 5% unsafe pictures among the data '
+            'of an A100 (counted). It does not stop a user who wants the concept: with 5% unsafe pictures in the data '
             f'{said("share_005")} of pictures show it, with 20% {said("share_020")}; behind a searched word, without '
-            f'fine-tuning, {said("before, prefix")}. Half of it is the text encoder: whoever puts the original one back '
+            f'fine-tuning, {said("before, prefix")}. Half of it is the text encoder: who puts the original one back '
             'has the UNet of `resalign-first-order`.')
