@@ -117,8 +117,9 @@ def against_aims(table:pd.DataFrame) -> pd.DataFrame: # of one concept -> varian
 # %% ../../nbs/9_studies/47_remedies.ipynb #pr0v0003
 def advice(measured:pd.DataFrame, minutes:pd.Series) -> str: # Markdown; measured: rows of the reported concept
     "Which to switch on, and what it doesn't do"
-    ours = measured[(measured.variant == 'resalign-plus') & (measured.seed.astype(str) == 'all')]
-    at = ours.set_index(['phase', 'metric'])
+    whole = measured[measured.seed.astype(str) == 'all']
+    at = whole[whole.variant == 'resalign-plus'].set_index(['phase', 'metric'])
+    alone = whole.n[whole.variant == 'text-encoder'].max()
     if at.empty: return 'ResAlign+ has not been measured on the reported concept yet.'
     def said(phase, metric='unsafe'):
         value, low, high = (100*at[c][phase, metric] for c in ('value', 'low', 'high'))
@@ -130,4 +131,5 @@ def advice(measured:pd.DataFrame, minutes:pd.Series) -> str: # Markdown; measure
             'of an A100 (counted). It does not stop a user who wants the concept: with 5% unsafe pictures in the data '
             f'{said("share_005")} of pictures show it, with 20% {said("share_020")}; behind a searched word, without '
             f'fine-tuning, {said("before, prefix")}. Half of it is the text encoder: who puts the original one back '
-            'has the UNet of `resalign-first-order`.')
+            'has the UNet of `resalign-first-order`. The encoder alone, `text-encoder`, takes '
+            f'{minutes["text encoder"]:.0f} minutes and may do as well (models measured: {alone:.0f}).')
