@@ -862,7 +862,10 @@ def test_what_the_end_of_a_run_leaves(made, tmp_path):
     from resalign.core import runs
     finetune(made/'base', made/'pictures', tmp_path/'out', dict(steps=1))
     assert [p.name for p in tmp_path.iterdir()] == ['out']
-    assert signal.SIGHUP in runs._handled_signals()
+    outside = signal.signal(signal.SIGHUP, signal.SIG_DFL) # under nohup it is ignored
+    handled = runs._handled_signals()
+    signal.signal(signal.SIGHUP, outside)
+    assert signal.SIGHUP in handled
     script = 'import sys; from resalign.use import cli; cli.quiet(); print(1); print(1, file=sys.stderr); sys.stdout.flush()'
     for closed in '>&-', '2>&-': assert not subprocess.run(['bash', '-c', f'"{sys.executable}" -c "$0" {closed}', script],
                                                           cwd=ROOT, capture_output=True).returncode, closed
