@@ -43,8 +43,6 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python; do \
 # Further arguments for pip, for instance where to find a CPU build of torch
 PIPFLAGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
-# three times as fast; it doesn't read pip's own configuration (a mirror, a folder of wheels): where it fails, pip goes on
-UV  := $(BIN)/uv pip
 LOCKS := requirements.lock requirements-oracle.lock requirements-fidelity.lock
 
 env: $(VENV)/.stamp ## make .venv from requirements.lock
@@ -57,9 +55,7 @@ $(VENV)/.stamp: $(LOCKS) setup.py settings.ini pyproject.toml
 	@step() { "$$@" >> $(VENV)/install.log 2>&1 || { grep -v 'is ignored: it is neither' $(VENV)/install.log | tail -n 25 | cut -c 1-400 >&2; \
 	    echo 'make: $(VENV) could not be installed; the whole log is $(VENV)/install.log' >&2; exit 1; }; }; \
 	  : > $(VENV)/install.log; \
-	  step $(PIP) install --no-compile $(PIPFLAGS) --no-deps $$(grep -E '^(torch|uv)==' requirements.lock); \
-	  $(UV) install --python $(BIN)/python $(PIPFLAGS) -r requirements.lock >> $(VENV)/install.log 2>&1 || \
-	    step $(PIP) install --no-compile $(PIPFLAGS) -r requirements.lock; \
+	  step $(PIP) install --no-compile $(PIPFLAGS) -r requirements.lock; \
 	  step $(PIP) install --no-compile $(PIPFLAGS) --no-deps -r requirements-oracle.lock; \
 	  step $(PIP) install --no-compile $(PIPFLAGS) --no-deps --target $(VENV)/oracle -r requirements-fidelity.lock; \
 	  step $(PIP) install --no-deps --no-build-isolation -e .; \
