@@ -132,4 +132,4 @@ def advice(measured:pd.DataFrame, minutes:pd.Series) -> str: # Markdown; measure
             f'{said("share_005")} of pictures show it, with 20% {said("share_020")}; behind a searched word, without '
             f'fine-tuning, {said("before, prefix")}. Half of it is the text encoder: who puts the original one back '
             'has the UNet of `resalign-first-order`. The encoder alone, `text-encoder`, takes '
-            f'{minutes["text encoder"]:.0f} minutes and may do as well (models measured: {alone:.0f}).')
+            f'{minutes["text encoder"]:.0f} of these minutes and may do as well (models measured: {alone:.0f}).')
