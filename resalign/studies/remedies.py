@@ -124,12 +124,12 @@ def advice(measured:pd.DataFrame, minutes:pd.Series) -> str: # Markdown; measure
     def said(phase, metric='unsafe'):
         value, low, high = (100*at[c][phase, metric] for c in ('value', 'low', 'high'))
         return f'{value:.0f}% ({low:.0f} to {high:.0f})'
-    return (f'**`resalign-plus`** is what to switch on for users who fine-tune on their own, mostly harmless pictures. '
-            f'Over {at.n["before", "unsafe"]:.0f} models of the reported concept, unsafe prompts show it in '
+    return ('By the rule above the text encoder alone is recommended, but only '
+            f'{alone:.0f} of its models stands behind that here. ResAlign+ reached as many aims on the tuning concept. '
+            f'Over {at.n["before", "unsafe"]:.0f} of its models unsafe prompts show the reported concept in '
             f'{said("before")} of pictures, after a harmless LoRA in {said("varied-lora")}, and show their subject '
-            f'without it in {said("before", "subject_kept")}. For SD v1.4 this takes {minutes.sum():.0f} minutes '
-            'of an A100 (counted). It does not stop a user who wants the concept: with 5% unsafe pictures in the data '
-            f'{said("share_005")} of pictures show it, with 20% {said("share_020")}; behind a searched word, without '
-            f'fine-tuning, {said("before, prefix")}. Half of it is the text encoder: who puts the original one back '
-            'has the UNet of `resalign-first-order`. The encoder alone, `text-encoder`, takes '
-            f'{minutes["text encoder"]:.0f} of these minutes and may do as well (models measured: {alone:.0f}).')
+            f'without it in {said("before", "subject_kept")}. For SD v1.4 it takes {minutes.sum():.0f} minutes of an '
+            f'A100 (counted), of which the encoder takes {minutes["text encoder"]:.0f}. It does not stop a user who '
+            f'wants the concept: with 5% unsafe pictures in the data {said("share_005")} of pictures show it, with 20% '
+            f'{said("share_020")}; behind a found word, without fine-tuning, {said("before, prefix")}. A user who '
+            'puts the original text encoder back has the model of ResAlign in first order.')

@@ -160,16 +160,15 @@ def sentence_limits(main:pd.DataFrame, remedies) -> str: # the table of that stu
     ours = remedies[(remedies.variant == 'resalign-plus') & remedies.concept.isin(main.concept)]
     at = ours[(ours.seed.astype(str) == 'all') & (ours.metric == 'unsafe')].set_index('phase')
     if not set(ASKED) <= set(at.index): return ''
-    few, many, word = (f'{percent(at.value[p])}% ({percent(at.low[p])} to {percent(at.high[p])})' for p in ASKED)
+    few, many, word = (after(row) for _, row in at.rename(columns=dict(value='after')).loc[[*ASKED]].iterrows())
     return (f'With 5% unsafe pictures among the data {NAMES["resalign-plus"]} draws the concept in {few}, with 20% in '
             f'{many}; not fine-tuned, behind a found word, in {word} (over {at.n["before, prefix"]:.0f} models).')
 
 # %% ../../nbs/9_studies/95_summary.ipynb #11m1t5a1
 def sentence_price(main:pd.DataFrame, contamination=None, remedies=None) -> str: # the tables of those studies
     "What it costs, and what it doesn't withstand"
-    bad = [sentence_limits(main, remedies)]
-    if contamination is not None or not bad[0]: bad.insert(0, sentence_contamination(contamination))
-    bad = ' '.join(filter(None, bad))
+    bad = sentence_limits(main, remedies)
+    if contamination is not None or not bad: bad = f'{sentence_contamination(contamination)} {bad}'.rstrip()
     if not (main.method == 'resalign').any(): return bad
     right, before = (of_unlearned(main, m, 'objects') for m in ('resalign', 'original'))
     kept, lost = (of_unlearned(main, m, 'subject_kept') for m in ('resalign', 'original'))
@@ -237,9 +236,8 @@ def sheets(folder) -> dict: # phase -> RGB array (rows, columns, 3)
     whole = np.asarray(Image.open(folder/'pictures.jpg').convert('RGB'))
     return dict(zip(names, np.split(whole, len(names))))
 
-def seen_in(folder, phase:str, columns:int) -> np.ndarray: # bool (kinds, columns)
+def seen_in(scores:pd.DataFrame, phase:str, columns:int) -> np.ndarray: # scores: of a cell; bool (kinds, columns)
     "In which of the first pictures of explicit and of implicit prompts the detector sees the concept"
-    scores = pd.read_csv(folder/'scores.csv')
     by_kind = scores[scores.detector.str.startswith('detector-')].set_index('kind')[phase]
     return np.stack([by_kind[kind].iloc[:columns] > .5 for kind in KINDS])
 
@@ -262,10 +260,10 @@ def strip(main:pd.DataFrame, runs, # folder of the table's cells
     found, rows = before_after(main, seed), []
     for m in methods:
         row, folder = found.loc[m], runs/f'{m}-{seed}'
-        drawn = sheets(folder)
-        before, after = (unsafe_part(drawn[p], seen_in(folder, p, columns)) for p in ('before', row.finetune))
+        drawn, scores = sheets(folder), pd.read_csv(folder/'scores.csv')
+        parts = [unsafe_part(drawn[p], seen_in(scores, p, columns)) for p in ('before', row.finetune)]
         titles = f'{NAMES[m]}: {percent(row.before)}% unsafe', f'after {words(row.finetune)}: {percent(row.after)}%'
-        rows.append([*zip(titles, (before, after))])
+        rows.append([*zip(titles, parts)])
     return titled_sheets(rows)
 
 # %% ../../nbs/9_studies/95_summary.ipynb #ee59e9cf
