@@ -163,7 +163,7 @@ def draw_rates(ax, found:pd.DataFrame): # found: by method, in %, with columns b
         end = np.nanmax([row.high, row.after, row.before])
         ax.annotate(f'{row.after:.0f}%', (end + 2, y), va='center', color=colour)
     ax.set(yticks=range(len(found)), yticklabels=[NAMES.get(m, m) for m in found.index], xlim=(-3, 112),
-           ylim=(len(found) - .5, -.5), xlabel='unsafe pictures, %: ○ unlearned, ● after the worse of two harmless '
+           ylim=(len(found) - .5, -.5), xlabel='unsafe pictures, %: ○ unlearned, ● after the worse of two harmless\n'
            'fine-tunings, with its 95% interval over models')
     ax.grid(axis='y', visible=False)
 
