@@ -24,7 +24,7 @@ from . import courses, fronts, table
 from .fronts import more_unsafe, unsafe_pictures
 from .table import over_models
 from .models import (BASE, EVALUATORS, UNSAFE, cell_models, concept_of, drawn_data,
-                                     finetunings_of, look_rows, made, model_inputs, models_folder, one_model,
+                                     finetunings_of, look_rows, made, model_inputs, models_folder, of_whole, one_model,
                                      read_files, section, settings_of)
 from ..measure.curvature import curvature
 from ..use.attacks import (ATTACKS, AttackConfig, Attacked, CONTROLS, Given, concept_direction, nearest_words,

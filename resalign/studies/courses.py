@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STUDIES', 'COUNTED', 'KEYS', 'study_courses', 'asked', 'cells', 'course_pictures', 'prior_bank', 'look_at',
-           'looks_along', 'inputs', 'run', 'course_table', 'before_or_after', 'tidy_study']
+           'looks_along', 'inputs', 'run', 'whole_seeds', 'course_table', 'before_or_after', 'tidy_study']
 
 # %% ../../nbs/9_studies/30_courses.ipynb #31co0002
 import pandas as pd
@@ -13,8 +13,8 @@ from ..method.finetune import finetune
 from ..model.data import encode, read_images
 from ..model.pipelines import generate, load_pipeline
 from .models import (Course, PictureTest, UNSAFE_SEED, Unlearned, concept_of, drawn_data, look_inputs,
-                                     look_of, looked, model_inputs, one_model, read_look, scores_of, section,
-                                     settings_of, write_cell)
+                                     look_of, looked, model_inputs, of_whole, one_model, read_look, scores_of,
+                                     section, settings_of, write_cell)
 from .table import gather, over_models
 from ..use.jobs import LEARN_A_WORD, load_bank
 from ..use.meaning import content
@@ -96,10 +96,13 @@ def run(folder, method, seed, settings, concept, finetuning, looks, pictures, lo
 COUNTED = ['unsafe', 'explicit', 'IP', 'US', 'objects', 'plasticity', 'subject_kept', 'CMMD', 'KID']
 KEYS = ['method', 'course', 'phase']
 
-def course_table(study:str) -> pd.DataFrame: # KEYS, seed, step, metric, value, low, high, n
-    "All cells of a study, and what they come to"
+def whole_seeds(study:str) -> dict: # cell -> parameters
+    "The cells of a study, of the seeds all of whose cells have been run"
+    return of_whole('courses', {name: c for name, c in cells().items() if c['study'] == study}, 'seed')
+
+def course_table(grid:dict) -> pd.DataFrame: # grid: cell -> parameters
+    "Cells of a study, and what they come to: KEYS, seed, step, metric, value, low, high, n"
     concept = concept_of('reported')
-    grid = {name: c for name, c in cells().items() if c['study'] == study}
     summary, scores = gather('courses', grid, ('method', 'course'))
     whole = over_models(summary, scores, concept, KEYS)
     rows = pd.concat([summary, whole], ignore_index=True)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['STUDIES', 'DISTINGUISH', 'inputs', 'run', 'DIFFERENCE', 'FRONT', 'POINT', 'SLACK', 'ABLATION', 'PAIRS',
            'setting_name', 'front_points', 'ablation_points', 'asked', 'cell_name', 'as_full', 'chosen_by_study',
-           'cells', 'unsafe_pictures', 'worst_after', 'rate_over_models', 'more_unsafe', 'front_table', 'at_equal_cost',
-           'front_tests', 'write_fronts', 'reach', 'front_title', 'against_full', 'write_ablation', 'loss_tests',
-           'write_losses']
+           'cells', 'whole_seeds', 'unsafe_pictures', 'worst_after', 'rate_over_models', 'more_unsafe', 'front_table',
+           'at_equal_cost', 'front_tests', 'write_fronts', 'reach', 'front_title', 'against_full', 'write_ablation',
+           'loss_tests', 'write_losses']
 
 # %% ../../nbs/9_studies/12_fronts.ipynb #13fr0002
 import pandas as pd
@@ -16,7 +16,7 @@ from ..core.settings import UserError
 from ..measure.metrics import Stat
 from ..measure.statistics import compare, holm, model_interval
 from . import table
-from .models import (UNSAFE, cell_inputs, concept_of, finetunings_of, look_of, run_cell,
+from .models import (UNSAFE, cell_inputs, concept_of, finetunings_of, look_of, of_whole, run_cell,
                                      save_table, section, settings_of)
 from .table import gather, over_models
 
@@ -73,6 +73,10 @@ def cells() -> dict: # name -> parameters
     return out
 
 inputs, run = cell_inputs, run_cell # a model before and after fine-tunings, and what is seen
+
+def whole_seeds(study:str) -> dict: # cell -> parameters
+    "The cells of a study, of the seeds all of whose cells have been run"
+    return of_whole('fronts', {name: c for name, c in cells().items() if c['study'] == study}, 'seed')
 
 # %% ../../nbs/9_studies/12_fronts.ipynb #13fr000b
 def unsafe_pictures(scores:pd.DataFrame, concept:str) -> pd.DataFrame: # with a column `value`, 0 or 1
@@ -138,9 +142,9 @@ def front_tests(best:pd.DataFrame, after:pd.DataFrame, method='resalign') -> pd.
     return table.assign(p_holm=holm(table.p.astype(float)))
 
 # %% ../../nbs/9_studies/12_fronts.ipynb #13fr0015
-def write_fronts(grid:dict):
+def write_fronts(grid:dict): # cell -> parameters
     "fronts.csv and fronts_tests.csv"
-    summary, scores = gather('fronts', {k: c for k, c in grid.items() if c['study'] == 'fronts'}, POINT)
+    summary, scores = gather('fronts', grid, POINT)
     after = worst_after(unsafe_pictures(scores, concept_of('reported')), POINT)
     fronts = front_table(summary, after)
     save_table(fronts.round(6), 'fronts')
@@ -171,10 +175,10 @@ def against_full(after:pd.DataFrame, full='full') -> pd.DataFrame: # setting, un
     table = pd.DataFrame(rows)
     return table.assign(p_holm=holm(table.p.astype(float).where(table.setting != full)))
 
-def write_ablation(grid:dict):
+def write_ablation(grid:dict): # cell -> parameters
     "ablation.csv and ablation_tests.csv"
     concept = concept_of('reported')
-    summary, scores = gather('fronts', {k: c for k, c in grid.items() if c['study'] == 'ablation'}, POINT)
+    summary, scores = gather('fronts', grid, POINT)
     whole = over_models(summary, scores, concept, (*POINT, 'phase'))
     save_table(pd.concat([summary, whole])[ABLATION].round(6), 'ablation')
     tests = against_full(worst_after(unsafe_pictures(scores, concept), POINT))
@@ -186,18 +190,18 @@ PAIRS = {'GA': ('ga', 'resalign-first-order'), 'ESD': ('esd-retain', 'resalign-e
 
 def loss_tests(pictures:pd.DataFrame) -> pd.DataFrame: # loss, finetune, without_term, with_term, DIFFERENCE, p_holm
     "With the term against without it; pictures: of all methods after fine-tunings"
-    rows = []
+    rows, run_so_far = [], set(pictures.method)
     for loss, (without, with_term) in PAIRS.items():
-        a, b = (pictures[pictures.method == m] for m in (without, with_term))
-        a, b = (worst_after(x, ['method']) for x in (a, b))
+        if not {without, with_term} <= run_so_far: continue
+        a, b = (worst_after(pictures[pictures.method == m], ['method']) for m in (without, with_term))
         rows.append(dict(loss=loss, finetune=b.phase.iloc[0], without_term=a.value.mean(), with_term=b.value.mean(),
                          **more_unsafe(b, a)))
     table = pd.DataFrame(rows)
     return table.assign(p_holm=holm(table.p.astype(float)))
 
 def write_losses():
-    "losses.csv, from the cells of the main table"
+    "losses.csv, from the cells of the main table, of pairs that have been run"
     asked = {m for pair in PAIRS.values() for m in pair}
-    grid = {k: c for k, c in table.models().items() if c['method'] in asked}
+    grid = {k: c for k, c in of_whole('table', table.models(), 'method').items() if c['method'] in asked}
     _, scores = gather('table', grid)
     save_table(loss_tests(unsafe_pictures(scores, concept_of('reported'))).round(6), 'losses')

@@ -23,6 +23,7 @@ from ..core.files import write_csv
 from ..core.runs import generator
 from ..core.settings import results
 from ..core.training import OPTIMIZERS, optimise
+from ..measure.metrics import Stat
 from ..measure.statistics import model_interval
 from ..method.finetune import FinetuneConfig, FinetuneLoss, recorded, simulated
 from ..method.hypergrad import (adjoint, flat, hypergradient, moved, placed, through_optimizer, unflat,
@@ -30,8 +31,9 @@ from ..method.hypergrad import (adjoint, flat, hypergradient, moved, placed, thr
 from ..method.resalign import EndPoint, OuterState, UnlearnData, fitted_gamma, outer_gradient, pull_back
 from ..model.pipelines import load_pipeline
 from .models import (BASE, Finetuned, UNSAFE_SEED, Unlearned, concept_of, drawn_data, look_inputs,
-                                     is_tuned, look_of, looked, made, model_inputs, read_files, read_look, section,
-                                     settings_of, write_cell)
+                                     is_tuned, look_of, looked, made, model_inputs, of_whole, read_files, read_look,
+                                     section, settings_of, write_cell)
+from .fronts import rate_over_models
 from ..use.jobs import load_bank
 from ..use.meaning import content, digest, meaning, short
 from ..world.emoji import SIZES, scenes, sprites_folder, write_set
@@ -314,7 +316,8 @@ def over_seeds(found:pd.DataFrame) -> pd.DataFrame: # finetuning, length, method
     rows = []
     for key, g in found.groupby(GROUP[:3], sort=False):
         logs = np.log10(g.error).groupby(g.seed).mean()
-        stat = model_interval(logs, logs.index, bounds=None)
+        one = Stat(logs.mean(), math.nan, math.nan, 1)
+        stat = model_interval(logs, logs.index, bounds=None) if len(logs) > 1 else one
         error = dict(error=10**stat.value, low=10**stat.low, high=10**stat.high)
         rows.append(dict(zip(GROUP[:3], key)) | error | dict(cosine=g.cosine.mean()))
     return pd.DataFrame(rows)
@@ -333,7 +336,7 @@ def unsafe_rates(grid:dict) -> pd.DataFrame: # variant, phase, value, low, high,
     wide = rates.assign(variant=rates.cell.map(about)).pivot_table('value', ['variant', 'phase', 'cell'], 'metric')
     wide, out = wide.assign(unsafe=wide[['explicit', 'IP']].mean(axis=1)).reset_index(), []
     for (variant, phase), g in wide.groupby(['variant', 'phase'], sort=False):
-        stat = model_interval(g.unsafe, g.cell)
+        stat = rate_over_models(g.assign(value=g.unsafe, run=g.cell, prompt='all'))
         out.append(dict(variant=variant, phase=phase, **stat._asdict(), objects=g.objects.mean()))
     return pd.DataFrame(out)
 

@@ -10,8 +10,8 @@ __all__ = ['KEY', 'DATA', 'BASE', 'EVALUATORS', 'WITH_DETECTOR', 'VALIDATION', '
            'metrics_of', 'values_of', 'one_model', 'many_models', 'PictureTest', 'write_evaluation', 'first_pictures',
            'write_look', 'look_inputs', 'look_key', 'looked', 'cell_models', 'model_inputs', 'cell_inputs', 'narrowed',
            'sheets_below', 'read_look', 'write_cell', 'run_cell', 'section', 'all_methods', 'settings_of', 'is_tuned',
-           'finetunings_of', 'look_of', 'read_table', 'there', 'read_files', 'read_cells', 'of_whole_methods',
-           'save_table', 'saved', 'set_title', 'save_figure']
+           'finetunings_of', 'look_of', 'read_table', 'there', 'read_files', 'read_cells', 'of_whole', 'save_table',
+           'saved', 'of_one_model', 'set_title', 'save_figure']
 
 # %% ../../nbs/9_studies/00_models.ipynb #1a8d6848
 import json
@@ -465,11 +465,11 @@ def read_cells(study:str, names) -> dict: # cell -> (summary, scores)
     return {name: (summaries[name], scores[name]) for name in names}
 
 # %% ../../nbs/9_studies/00_models.ipynb #wh01emet
-def of_whole_methods(study:str, grid:dict) -> dict: # both: cell -> parameters
-    "The cells of methods all of whose cells have been run"
+def of_whole(study:str, grid:dict, by:str) -> dict: # grid: cell -> parameters; by: method, or seed
+    "The cells of those methods, or seeds, all of whose cells have been run"
     run_so_far = there(study, grid)
-    waiting = {c['method'] for name, c in grid.items() if name not in run_so_far}
-    return {name: c for name, c in grid.items() if c['method'] not in waiting}
+    waiting = {c[by] for name, c in grid.items() if name not in run_so_far}
+    return {name: c for name, c in grid.items() if c[by] not in waiting}
 
 # %% ../../nbs/9_studies/00_models.ipynb #ab2c4858
 def save_table(table:pd.DataFrame, name:str, **kw): # as of `write_csv`
@@ -483,10 +483,17 @@ def saved(name:str, otherwise:pd.DataFrame) -> pd.DataFrame:
     csv = results()/'tables'/f'{name}.csv'
     return pd.read_csv(csv) if csv.is_file() else otherwise
 
+def of_one_model(table:pd.DataFrame) -> bool:
+    "Is each rate that of a single model, so that it has no interval?"
+    if 'models' in table: return table.models.max() == 1
+    return 'seed' in table and len({*table.seed.astype(str)} - {'all'}) == 1
+
 def set_title(at, title:str, name:str): # a figure, or axes; name: of the table that is shown
     "A title with the finding; until the table is there, only that the numbers are made up, across the figure too"
-    fig = at.get_figure(root=True)
-    if not (results()/'tables'/f'{name}.csv').is_file():
+    fig, csv = at.get_figure(root=True), results()/'tables'/f'{name}.csv'
+    if csv.is_file():
+        if of_one_model(pd.read_csv(csv)): title += '\n(one model each: no intervals yet)'
+    else:
         title = 'Made-up numbers: the study is not finished'
         fig.text(.5, .5, 'made-up numbers', size=24, color='.4', alpha=.5, rotation=15, ha='center', va='center')
     (at.suptitle if at is fig else at.set_title)(title, size=9)

@@ -14,7 +14,7 @@ from ..core.settings import params, results
 from ..measure.statistics import before_after, discrimination
 from ..real import sources
 from .models import (PICTURE, SETS, SUMMARY, UNSAFE, all_methods, cell_inputs, concept_of,
-                                     finetunings_of, look_of, many_models, of_whole_methods, read_cells, run_cell,
+                                     finetunings_of, look_of, many_models, of_whole, read_cells, run_cell,
                                      save_table, section, settings_of)
 from .phenomenon import draw_change
 
@@ -148,7 +148,7 @@ def pairs_apart(main:pd.DataFrame, methods, metric='unsafe') -> pd.DataFrame: # 
 
 def write_tables():
     "tables/main.csv, pairs.csv and finetunings.csv"
-    grid, more = (of_whole_methods('table', asked) for asked in (models(), further()))
+    grid, more = (of_whole('table', asked, 'method') for asked in (models(), further()))
     main = collect(grid, more)
     save_table(main, 'main')
     save_table(pairs_apart(main, headline()), 'pairs')

@@ -11,7 +11,7 @@ import json
 import pandas as pd
 from ..baselines.methods import config_of
 from ..core.settings import UserError
-from .models import (all_methods, cell_inputs, concept_of, finetunings_of, look_of, of_whole_methods,
+from .models import (all_methods, cell_inputs, concept_of, finetunings_of, look_of, of_whole,
                                      read_cells, run_cell, section)
 
 # %% ../../nbs/9_studies/08_tuning.ipynb #15dfbb4d
@@ -44,7 +44,7 @@ def trial_rows(method:str, trial:int, changes:dict, summary) -> pd.DataFrame: # 
 
 def all_trials() -> pd.DataFrame: # COLUMNS
     "What the trials left, of methods all of whose trials have been run"
-    grid = of_whole_methods('tuning', cells())
+    grid = of_whole('tuning', cells(), 'method')
     found = read_cells('tuning', grid)
     parts = [trial_rows(c['method'], c['trial'], c['changes'], found[name][0]) for name, c in grid.items()]
     return pd.concat(parts, ignore_index=True)
