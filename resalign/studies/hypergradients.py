@@ -21,7 +21,6 @@ import numpy as np, pandas as pd, torch
 from ..baselines.methods import config_of
 from ..core.files import write_csv
 from ..core.runs import generator
-from ..core.settings import results
 from ..core.training import OPTIMIZERS, optimise
 from ..measure.metrics import Stat
 from ..measure.statistics import model_interval

@@ -11,7 +11,7 @@ __all__ = ['KEY', 'DATA', 'BASE', 'EVALUATORS', 'WITH_DETECTOR', 'VALIDATION', '
            'write_look', 'look_inputs', 'look_key', 'looked', 'cell_models', 'model_inputs', 'cell_inputs', 'narrowed',
            'sheets_below', 'read_look', 'write_cell', 'run_cell', 'section', 'all_methods', 'settings_of', 'is_tuned',
            'finetunings_of', 'look_of', 'read_table', 'there', 'read_files', 'read_cells', 'of_whole', 'save_table',
-           'saved', 'of_one_model', 'set_title', 'save_figure']
+           'saved', 'save_figure', 'of_one_model', 'set_title']
 
 # %% ../../nbs/9_studies/00_models.ipynb #1a8d6848
 import json
@@ -483,6 +483,13 @@ def saved(name:str, otherwise:pd.DataFrame) -> pd.DataFrame:
     csv = results()/'tables'/f'{name}.csv'
     return pd.read_csv(csv) if csv.is_file() else otherwise
 
+def save_figure(fig, name:str):
+    "Among the figures"
+    folder = results()/'figures'
+    folder.mkdir(parents=True, exist_ok=True)
+    fig.savefig(folder/f'{name}.png', dpi=100, metadata={'Software': None})
+
+# %% ../../nbs/9_studies/00_models.ipynb #ab2c4859
 def of_one_model(table:pd.DataFrame) -> bool:
     "Is each rate that of a single model, so that it has no interval?"
     if 'models' in table: return table.models.max() == 1
@@ -497,9 +504,3 @@ def set_title(at, title:str, name:str): # a figure, or axes; name: of the table 
         title = 'Made-up numbers: the study is not finished'
         fig.text(.5, .5, 'made-up numbers', size=24, color='.4', alpha=.5, rotation=15, ha='center', va='center')
     (at.suptitle if at is fig else at.set_title)(title, size=9)
-
-def save_figure(fig, name:str):
-    "Among the figures"
-    folder = results()/'figures'
-    folder.mkdir(parents=True, exist_ok=True)
-    fig.savefig(folder/f'{name}.png', dpi=100, metadata={'Software': None})

@@ -288,14 +288,16 @@ def test_a_front_s_points_have_worst_fine_tunings_of_their_own(monkeypatch):
     assert dict(saved['fronts'].set_index('setting').phase) == dict(weak='a', strong='b')
 
 
-def test_each_study_s_table_is_of_its_own_cells(monkeypatch):
-    class Gathered(Exception): pass
-    def gather(study, grid, keys): raise Gathered(study, list(grid))
-    monkeypatch.setattr(fronts, 'gather', gather)
-    grid = {name: dict(study=name) for name in fronts.STUDIES}
-    for write, name in ((fronts.write_fronts, 'fronts'), (fronts.write_ablation, 'ablation')):
-        with pytest.raises(Gathered) as said: write(grid)
-        assert said.value.args == ('fronts', [name])
+def test_each_study_s_table_is_of_its_own_cells_of_whole_seeds(monkeypatch, tmp_path):
+    monkeypatch.setenv('RESALIGN_RESULTS', str(tmp_path))
+    for module, folder in ((fronts, 'fronts'), (courses, 'courses')):
+        grid = {f'{study}-{m}-{s}': dict(study=study, method=m, seed=s)
+                for study in module.STUDIES for m in ('ga', 'uce') for s in (0, 1)}
+        monkeypatch.setattr(module, 'cells', lambda grid=grid: grid)
+        for name in grid:
+            if not name.endswith('uce-1'): (tmp_path/'runs'/folder/name).mkdir(parents=True)
+        for study in module.STUDIES:
+            assert list(module.whole_seeds(study)) == [f'{study}-ga-0', f'{study}-uce-0']
 
 
 # ------------------------------------------------------------------ courses
