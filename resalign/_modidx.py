@@ -2951,6 +2951,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'resalign.use.cli.pretrain_settings': ('8_use/cli.html#pretrain_settings', 'resalign/use/cli.py'),
                                   'resalign.use.cli.quiet': ('8_use/cli.html#quiet', 'resalign/use/cli.py'),
                                   'resalign.use.cli.read_config': ('8_use/cli.html#read_config', 'resalign/use/cli.py'),
+                                  'resalign.use.cli.record_of': ('8_use/cli.html#record_of', 'resalign/use/cli.py'),
                                   'resalign.use.cli.sampling_compute': ('8_use/cli.html#sampling_compute', 'resalign/use/cli.py'),
                                   'resalign.use.cli.sampling_settings': ('8_use/cli.html#sampling_settings', 'resalign/use/cli.py'),
                                   'resalign.use.cli.say_dry': ('8_use/cli.html#say_dry', 'resalign/use/cli.py'),

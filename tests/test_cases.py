@@ -15,6 +15,7 @@ from made import prompts_of, write_prompts
 from refusals import said
 from resalign.core import settings as core_settings
 from resalign.core.files import atomic_dir
+from resalign.core.runs import RunRecord
 from resalign.core.settings import UserError, expand_home, make_config, params
 from resalign.measure.evaluators import evaluate_images, load_evaluators, summarise
 from resalign.method.finetune import FinetuneConfig, check_new_token
@@ -806,6 +807,15 @@ def test_results_that_would_be_lost(tmp_path, monkeypatch):
     assert 'was not written by resalign' in said(cli.check_out, mine, [], 'finetune')
     folder('tuned/scores', job='evaluate')
     assert 'scores: is a result that would be lost' in said(cli.check_out, tuned, [], 'finetune')
+
+    own = tmp_path/'own' # written as a whole, then read by somebody who takes notes
+    with atomic_dir(own) as tmp:
+        (tmp/'unet').mkdir()
+        RunRecord(job='unlearn').save(tmp/'record.json')
+    for name in ('own.safetensors', '.DS_Store'): (own/name).touch()
+    assert cli.check_out(own, [], 'unlearn') == own
+    (own/'notes.txt').write_text('seed 3 looks best')
+    assert 'notes.txt: was not written by resalign and would be lost' in said(cli.check_out, own, [], 'unlearn')
     os.mkfifo(tmp_path/'pipe')
     for out in tmp_path/'pipe', tmp_path/'pipe/out', Path('/dev/null'):
         assert 'is no folder' in said(cli.check_out, out, [], 'finetune'), out

@@ -102,13 +102,14 @@ def versions() -> dict: # library, or python -> version
 COST = ('seconds', 'cost') # fields that differ from run to run
 
 class RunRecord(dict):
-    "A dict that is written as JSON, with versions and device; the fields of `COST` go to cost.json beside it"
+    "A dict that is written as JSON, with versions, device and what lies beside it; `COST` goes to cost.json"
     def __init__(self, **kw):
         super().__init__(**kw, versions=versions(), device=str(device()), threads=torch.get_num_threads())
         self._start = time.monotonic()
 
-    def save(self, path):
+    def save(self, path): # after everything else in its folder
         self['seconds'] = round(time.monotonic() - self._start, 1)
+        self['written'] = sorted({p.name for p in Path(path).parent.iterdir()} | {Path(path).name, 'cost.json'})
         cost = {k: v for k, v in self.items() if k in COST}
         write_json(path, {k: v for k, v in self.items() if k not in cost})
         write_json(Path(path).with_name('cost.json'), cost)

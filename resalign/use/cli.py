@@ -10,9 +10,9 @@ __all__ = ['QUICK_TRIAL', 'WEIGHTS', 'PIPELINE_FILES', 'PRETRAINED', 'LAUNCH', '
            'SCHEDULER', 'RETRIES', 'ONLY', 'DRY', 'AGAIN', 'BATCHED', 'PROFILE', 'QUICK', 'split_help', 'with_hyphens',
            'fail', 'quiet', 'check_here', 'end_with_one_line', 'with_methods', 'check_options', 'is_of_config',
            'at_home', 'command', 'split_section', 'read_config', 'yaml_value', 'set_one', 'set_pairs',
-           'section_settings', 'check_seed', 'settings_for', 'check_given', 'job_of', 'check_place', 'check_earlier',
-           'check_out', 'say_written', 'on_processes', 'many', 'check_publishing', 'is_first', 'say_dry',
-           'unlearn_and_publish', 'folders_of_pool', 'check_concept', 'unlearn', 'finetune', 'say_evaluated',
+           'section_settings', 'check_seed', 'settings_for', 'check_given', 'record_of', 'job_of', 'check_place',
+           'check_earlier', 'check_out', 'say_written', 'on_processes', 'many', 'check_publishing', 'is_first',
+           'say_dry', 'unlearn_and_publish', 'folders_of_pool', 'check_concept', 'unlearn', 'finetune', 'say_evaluated',
            'check_own_guidance', 'check_evaluation', 'sampling_compute', 'evaluate', 'sampling_settings',
            'pretrain_settings', 'pretrain', 'say_plan', 'batch_study', 'batch_page', 'batch', 'doctor']
 
@@ -223,10 +223,14 @@ def check_given(given):
                         f"'{given}').save_pretrained('FOLDER') of diffusers writes one")
 
 # %% ../../nbs/8_use/30_cli.ipynb #3c95c404
+def record_of(folder:Path) -> dict: # empty: none that can be read
+    "What a command left"
+    try: return dict(json.loads((folder/'record.json').read_text(encoding='utf-8')))
+    except (OSError, ValueError, TypeError): return {}
+
 def job_of(folder:Path) -> str: # '': none
     "Which command wrote a folder"
-    try: return str(json.loads((folder/'record.json').read_text(encoding='utf-8'))['job'])
-    except (OSError, ValueError, KeyError, TypeError): pass
+    if job := record_of(folder).get('job'): return str(job)
     return 'pretrain' if all((folder/name).is_file() for name in PRETRAINED) else ''
 
 def check_place(out:Path):
@@ -245,7 +249,7 @@ def check_place(out:Path):
 
 # %% ../../nbs/8_use/30_cli.ipynb #out00001
 def check_earlier(out:Path, job:str):
-    "What is replaced was written by the same command, and no other result lies in it"
+    "What is replaced was written by the same command, and nothing else lies in it"
     from resalign.core.settings import UserError
     found = [p for p in out.iterdir() if not p.name.startswith('.')] if out.is_dir() else []
     if not found: return
@@ -255,6 +259,9 @@ def check_earlier(out:Path, job:str):
         raise UserError(f'{out}: was written by resalign-{earlier}, and would be replaced, expected a new folder')
     inside = next((p for p in sorted(found) if p.is_dir() and job_of(p)), None)
     if inside: raise UserError(f'{inside}: is a result that would be lost with {out}, expected it elsewhere')
+    written = [*record_of(out).get('written', [p.name for p in found]), f'{out.name}.safetensors'] # by --single-file
+    own = next((p for p in sorted(found) if p.name not in written), None)
+    if own: raise UserError(f'{own}: was not written by resalign and would be lost with {out}, expected it elsewhere')
 
 # %% ../../nbs/8_use/30_cli.ipynb #out00002
 def check_out(out, inputs, job:str) -> Path: # job: of the command, as its record has it

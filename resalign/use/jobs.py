@@ -282,8 +282,8 @@ def write_unlearned(folder:Path, pipe, result:dict, record:RunRecord):
     folders = dict.fromkeys([record['unsafe'], record['benign'], *record['pool']])
     record['base'] = origin(record['pipeline'])
     record['data'] = {f: pictures(f) for f in folders}
-    record.save(folder/'record.json')
     (folder/'README.md').write_text(model_card(record), encoding='utf-8')
+    record.save(folder/'record.json')
 
 # %% ../../nbs/8_use/00_jobs.ipynb #81e0365f
 @at_home
