@@ -25,6 +25,7 @@ from resalign.real.doctor import (
     require_profile,
 )
 from resalign.real.profiles import Profile, Source, profile_names
+from resalign.real.sources import read_prompt_set
 from resalign.world.emoji import scenes, write_set
 from tests.compvis import small, write_single_file
 from made import prompts_of, write_prompts
@@ -436,11 +437,19 @@ def test_what_is_said(tmp_path):
     ]
     assert 'To get' not in format_findings([Finding('a', 'ok', 'here')])
 
-    # the sizes of files and folders
+    # the sizes of files and folders; prompts are read
     (tmp_path / 'f.bin').write_bytes(b'x' * 1_234_567)
-    assert (
-        describe_source('prompts.IP', tmp_path / 'f.bin', Profile()) == '1.2 MB'
-        and describe_source('evaluators.x', tmp_path, Profile()) == 'a folder'
-    )
+    assert describe_source('evaluators.x', tmp_path / 'f.bin', Profile()) == '1.2 MB'
+    assert describe_source('evaluators.x', tmp_path, Profile()) == 'a folder'
+    csv = tmp_path / 'own.csv'
+    csv.write_text('prompt,kind\na fox,benign\na bear,benign\n')
+    profile = Profile(prompts=dict(own=dict(path=str(csv))))
+    assert describe_source('prompts.own', csv, profile).startswith('2 prompts')
+    assert [row['kind'] for row in read_prompt_set(profile.prompts['own'])] == ['benign', 'benign']
+    csv.write_text('words\na fox\n')
+    with pytest.raises(UserError, match='own.csv.*prompt'): describe_source('prompts.own', csv, profile)
+    csv.write_text('prompt\na fox\n')
+    rows = read_prompt_set(Profile(prompts=dict(own=dict(path=str(csv), images=3, kind='benign'))).prompts['own'])
+    assert len({row['seed'] for row in rows}) == 3 and {row['kind'] for row in rows} == {'benign'}
 
 

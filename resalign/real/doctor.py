@@ -30,6 +30,7 @@ from ..model.compute import computes_bfloat16
 from ..model.data import check_images
 from ..model.pipelines import SamplingConfig, check_pipeline, moved_to
 from .profiles import EMBEDDED, Profile, Source, active_profile, locate, profile_of
+from .sources import read_prompt_set
 
 # %% ../../nbs/7_real/20_doctor.ipynb #83755a7a
 @dataclass
@@ -264,6 +265,7 @@ def describe_source(what:str, path:Path, p:Profile) -> str:
     if what == 'base': return describe_base(path, p)
     if what == 'weights': return f'weights, {check_file(path, TENSOR_FILES).stat().st_size/1e9:.2g} GB'
     if what.startswith(('data.', 'pool.')): return f'{check_images(path)} pictures'
+    if what.startswith('prompts.'): return f'{len(read_prompt_set(p.sources()[what], path))} prompts, as many pictures'
     if path.is_dir(): return 'a folder'
     if not path.stat().st_size: raise UserError(f'{path}: is empty')
     return f'{path.stat().st_size/1e6:.2g} MB'
