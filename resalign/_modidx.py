@@ -2877,6 +2877,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'resalign.use.batch.check_numbers': ('8_use/batch.html#check_numbers', 'resalign/use/batch.py'),
                                     'resalign.use.batch.check_profile': ('8_use/batch.html#check_profile', 'resalign/use/batch.py'),
                                     'resalign.use.batch.combinations': ('8_use/batch.html#combinations', 'resalign/use/batch.py'),
+                                    'resalign.use.batch.end_with_batch': ('8_use/batch.html#end_with_batch', 'resalign/use/batch.py'),
                                     'resalign.use.batch.files_that_differ': ('8_use/batch.html#files_that_differ', 'resalign/use/batch.py'),
                                     'resalign.use.batch.fork_server': ('8_use/batch.html#fork_server', 'resalign/use/batch.py'),
                                     'resalign.use.batch.has_cells': ('8_use/batch.html#has_cells', 'resalign/use/batch.py'),

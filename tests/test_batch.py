@@ -1,7 +1,7 @@
 """Batches: every cell once, whatever is killed; mistakes before anything runs; nothing of a page's words in the
 index unescaped."""
 
-import json, os, shutil, signal, threading, time
+import json, os, shutil, signal, subprocess, sys, threading, time
 from pathlib import Path
 from types import SimpleNamespace
 import nbformat, pandas as pd, pytest
@@ -417,3 +417,31 @@ def test_what_differs_and_what_is_shown(tmp_path):
     page = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell('x', outputs=pictures)])
     nbformat.write(page, tmp_path / 'page.ipynb')
     assert batches.thumbnail(tmp_path / 'page.ipynb') == 'last'
+
+
+ALONE = """
+import multiprocessing, os, sys, time
+from resalign.use.batch import end_with_batch
+
+def cell(file):
+    end_with_batch()
+    with open(file, 'w') as f: f.write(str(os.getpid()))
+    time.sleep(400)
+
+if __name__ == '__main__':
+    multiprocessing.get_context('forkserver').Process(target=cell, args=(sys.argv[1],)).start()
+    time.sleep(400)
+"""
+
+
+def test_a_cell_ends_with_its_batch(tmp_path):
+    "Also when the batch is killed and can tell nobody"
+    (tmp_path/'alone.py').write_text(ALONE)
+    batch = subprocess.Popen([sys.executable, 'alone.py', 'pid'], cwd=tmp_path)
+    pid, limit = tmp_path/'pid', time.monotonic() + 200
+    while not (pid.is_file() and pid.read_text()) and time.monotonic() < limit: time.sleep(.2)
+    batch.kill()
+    batch.wait()
+    cell = Path('/proc')/pid.read_text()
+    while cell.exists() and 'Z' not in (cell/'stat').read_text().split()[2] and time.monotonic() < limit: time.sleep(.1)
+    assert time.monotonic() < limit

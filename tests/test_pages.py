@@ -7,7 +7,7 @@ import pages
 from pages import ROOT, literate, study
 
 # A page's bound is a minute on a quiet machine; this only stops one that hangs
-LIMIT = int(os.environ.get('PAGE_SECONDS', 300))
+LIMIT = int(os.environ.get('PAGE_SECONDS', 600))
 
 def found(*globs): return sorted(p.relative_to(ROOT).as_posix() for g in globs for p in (ROOT/'nbs').glob(g))
 

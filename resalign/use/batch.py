@@ -7,15 +7,15 @@ __all__ = ['SECTION', 'LONGEST', 'KEYS', 'PASSING', 'ONE_THREAD', 'HOMES', 'COLO
            'ABOUT', 'STYLE', 'Grid', 'section_or_value', 'check_grid', 'combinations', 'Cell', 'name_of', 'notebook',
            'parameters_of', 'page_code', 'cells_of_page', 'study_module', 'runs_of', 'has_cells', 'cells_of_study',
            'kept_of_study', 'keep', 'read_record', 'record_of', 'changed', 'why_stale', 'outputs_of', 'papermill',
-           'run_page', 'call_study', 'fork_server', 'run_study', 'attempts_at', 'run_cell', 'record_for',
-           'run_to_record', 'workers_of', 'tally', 'lost', 'run_cells', 'check_numbers', 'skipped', 'batch',
-           'check_profile', 'selected', 'plan', 'lacking', 'unfinished', 'unfinished_studies', 'run_study_cells',
-           'stale_by_code', 'files_that_differ', 'run_again', 'settle', 'run_page_of_study', 'run_study_and_page',
-           'summary_row', 'summarise', 'thumbnail', 'card', 'as_page']
+           'run_page', 'end_with_batch', 'call_study', 'fork_server', 'run_study', 'attempts_at', 'run_cell',
+           'record_for', 'run_to_record', 'workers_of', 'tally', 'lost', 'run_cells', 'check_numbers', 'skipped',
+           'batch', 'check_profile', 'selected', 'plan', 'lacking', 'unfinished', 'unfinished_studies',
+           'run_study_cells', 'stale_by_code', 'files_that_differ', 'run_again', 'settle', 'run_page_of_study',
+           'run_study_and_page', 'summary_row', 'summarise', 'thumbnail', 'card', 'as_page']
 
 # %% ../../nbs/8_use/25_batch.ipynb #1309a318
 import ast, concurrent.futures, contextlib, hashlib, html, importlib, itertools, json
-import multiprocessing, os, re, subprocess, sys, tempfile, time
+import multiprocessing.connection, os, re, signal, subprocess, sys, tempfile, threading, time
 from dataclasses import dataclass, replace
 from functools import cache
 from math import ceil
@@ -239,8 +239,16 @@ def run_page(cell:Cell, executed:Path) -> tuple: # error, or nothing; may it pas
     return (run.stderr.strip().splitlines() or ['papermill ended without a word'])[-1], True
 
 # %% ../../nbs/8_use/25_batch.ipynb #ad2e6458
+def end_with_batch():
+    "Ask this process to stop (SIGTERM) once the batch that started it is gone: it would keep a model's lock"
+    def wait():
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+    threading.Thread(target=wait, daemon=True).start()
+
 def call_study(study:str, parameters:dict, out:str):
     "In a process of its own: the cell's tables, whole or absent; exit status 1 after an error, 2 if it may pass"
+    end_with_batch()
     try:
         with atomic_dir(out) as tmp: study_module(study).run(tmp, **parameters)
     except BaseException as e:
