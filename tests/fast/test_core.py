@@ -238,7 +238,8 @@ def test_what_a_run_leaves(tmp_path, capsys, monkeypatch):
     now[0] = 12.34
     record.save(tmp_path/'record.json')
     kept, cost = (json.loads((tmp_path/n).read_text()) for n in ('record.json', 'cost.json'))
-    assert set(kept) == {'job', 'versions', 'device', 'threads'} and cost == dict(cost=dict(steps=3), seconds=2.3)
+    assert set(kept) == {'job', 'versions', 'device', 'threads', 'written'} and kept['written'] == ['cost.json', 'record.json']
+    assert cost == dict(cost=dict(steps=3), seconds=2.3)
 
 
 @pytest.fixture
