@@ -1,5 +1,5 @@
 # The names of stages, all in one place. RESTORED are stages whose outputs come out of the committed store; data are drawn by code
-RESTORED := base evaluators
+RESTORED := base evaluators story
 STUDIES  := tuning phenomenon table fronts courses attack hypergradients claims summary
 
 # Tests side by side: one a core, unless told otherwise (make test LANES=1)
@@ -71,7 +71,7 @@ $(VENV)/.stamp: $(LOCKS) setup.py settings.ini pyproject.toml
 no-git: env # a ZIP has no .git, which dvc asks for unless told
 	@test -e .git || $(BIN)/dvc config --quiet --local core.no_scm true
 
-restore: no-git # base model and evaluators from the committed store, nothing else
+restore: no-git # base model, evaluators and the story's adapters from the committed store, nothing else
 	@if test -f dvc.lock; then $(BIN)/dvc pull --quiet $(RESTORED); else echo 'no dvc.lock yet: nothing restored'; fi
 
 reproduce: restore ## six methods, one seed, in a copy of its own, against what is committed (an estimated 12 minutes on 2 cores)

@@ -9,7 +9,7 @@ from resalign.core.settings import UserError
 from resalign.model.data import read_captions
 from resalign.model.pipelines import PretrainConfig, build_pipeline, build_sd3, save_pipeline
 from resalign.use import attacks as A
-from resalign.use.attack import main
+from resalign.use.cli import attack
 from each import each
 from made import WORDS, prompts_of, write_prompts, write_sets
 
@@ -81,7 +81,7 @@ def test_the_command(made, tmp_path, monkeypatch, capsys):
     line = [made/'base', made/'prompts.csv', tmp_path/'out', '--evaluators', EVALUATORS, '--after', made/'base',
             '--set', 'steps=2', '--set', 'noise=[[1.0, 1.1]]', '--seed', 3]
     monkeypatch.setattr(sys, 'argv', ['resalign-attack', *map(str, line)])
-    main()
+    attack()
     said = capsys.readouterr().out
     assert 'left out: attack bell: needs --unsafe and --erase' in said and 'attacks.csv' in said
     table = pd.read_csv(tmp_path/'out/attacks.csv')
@@ -89,7 +89,7 @@ def test_the_command(made, tmp_path, monkeypatch, capsys):
     same = table.pivot(index=['attack', 'metric'], columns='phase', values='value')
     assert (same.before == same.after).all() # the same pipeline
     monkeypatch.setattr(sys, 'argv', ['resalign-attack', *map(str, line), '--attack', 'bell'])
-    with pytest.raises(SystemExit, match='2'): main()
+    with pytest.raises(SystemExit, match='2'): attack()
     assert capsys.readouterr().err == 'resalign-attack: error: attack bell: needs --unsafe and --erase\n'
 
 

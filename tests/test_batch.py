@@ -305,7 +305,7 @@ def study(tmp_path, monkeypatch):
         if steps == 13: raise ValueError('unlucky')
         (folder / 'looks.csv').write_text(f'steps\n{steps}\n')
 
-    module = SimpleNamespace(__name__='resalign.core.files', cells=cells, run=run, inputs=lambda **_: content(data))
+    module = SimpleNamespace(__name__='resalign.studies.tuning', cells=cells, run=run, inputs=lambda **_: content(data))
     monkeypatch.setattr(batches, 'study_module', lambda name: module)
     monkeypatch.setenv('RESALIGN_RESULTS', str(tmp_path / 'results'))
 

@@ -387,14 +387,14 @@ def test_settings_as_their_writer_meant_them(tmp_path):
 
 
 def test_what_an_attack_never_reads(made):
-    from resalign.use.attack import attack_settings, check_read
+    from resalign.use.cli import attack_settings, check_attackers
     given = dict(unsafe='u', benign='b', original='o', erase=['w'])
-    check_read((), **given)
+    check_attackers((), **given)
     for asked, name in ((['noise'], 'unsafe'), (['classifier'], 'original'), (['completion'], 'benign'), (['inpaint'], 'erase')):
         wanted = {k: v for k, v in given.items() if k == name or k == 'unsafe' or asked == ['classifier'] and k == 'benign'}
-        assert f'--{name}: is read by none of the attacks that can run' in said(check_read, asked, **dict.fromkeys(given) | wanted)
-    assert '--benign' in said(check_read, (), **dict.fromkeys(given) | dict(benign='b'))
-    check_read(['bell'], **dict.fromkeys(given) | dict(erase=['w'])) # run_attacks says what it needs
+        assert f'--{name}: is read by none of the attacks that can run' in said(check_attackers, asked, **dict.fromkeys(given) | wanted)
+    assert '--benign' in said(check_attackers, (), **dict.fromkeys(given) | dict(benign='b'))
+    check_attackers(['bell'], **dict.fromkeys(given) | dict(erase=['w'])) # run_attacks says what it needs
     for after in None, made/'base':
         assert 'finetune: nothing is fine-tuned' in said(attack_settings, None, ['finetune.steps=1'], None, after)
     assert attack_settings(None, ['finetune.steps=1'], 3, made/'pictures')[0]['finetune']['steps'] == 1
@@ -592,8 +592,7 @@ from itertools import groupby
 def no(*args, **kw): os._exit(99) # an exception might be caught
 socket.socket.connect = no
 socket.getaddrinfo = no
-from resalign.use import attack, cli
-cli.attack = attack.main
+from resalign.use import cli
 try:
     for between, words in groupby(sys.argv[1:], '+'.__eq__):
         if between: continue

@@ -24,7 +24,7 @@ from resalign.model.pipelines import PretrainConfig, build_pipeline, save_pipeli
 
 ROOT = Path(__file__).resolve().parent.parent
 EVALUATORS = ROOT / 'outs/evaluators'
-COMMANDS = 'unlearn finetune evaluate pretrain batch doctor'.split()
+COMMANDS = 'unlearn finetune evaluate pretrain batch doctor attack'.split()
 PARTS = 'unet vae text_encoder tokenizer scheduler'.split()
 QUICK = ['--set', 'steps=2', '--set', 'retain_bank=16']
 SIZES = [
@@ -108,7 +108,7 @@ def test_the_entry_points(made):
     ini.read(ROOT / 'settings.ini')
     assert set(ini['DEFAULT']['console_scripts'].split()) == {
         f'resalign-{c}=resalign.use.cli:{c}' for c in COMMANDS
-    } | {'resalign-attack=resalign.use.attack:main'}
+    }
     start = 'import sys; from resalign.use import cli; sys.argv[0] = "resalign-unlearn"; cli.unlearn()'
     done = subprocess.run(
         [

@@ -369,7 +369,7 @@ def test_environment():
     assert Path(KernelManager(kernel_name='python3').format_kernel_cmd()[0]).parent == Path(sys.prefix)/'bin'
 
 
-COMMANDS = 'unlearn finetune evaluate pretrain batch doctor'.split()
+COMMANDS = 'unlearn finetune evaluate pretrain batch doctor attack'.split()
 
 
 # ------------------------------------------------------------------ the rules catch what they are for

@@ -75,7 +75,7 @@ def write_words(out, concept:str, prompts:list, candidates:int, rounds:int):
 # %% ../../nbs/9_studies/46_attack.ipynb #47at0009
 def bell_words(concept:str, prompts:list, numbers:dict) -> list: # of prompts
     "Found when they are first asked for, and kept"
-    code = short(meaning('resalign.use.attacks', []))
+    code = short(meaning('resalign.studies.attack', [], ['write_words']))
     read = content(BASE, drawn_data()/f'unsafe-{concept}')
     key = digest(dict(prompts=prompts, numbers=numbers, code=code, read=read))[:12]
     folder = made(models_folder().parent/'evaluated'/f'words-{concept}-{key}', key,

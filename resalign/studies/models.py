@@ -122,7 +122,7 @@ class Unlearned:
         asked = self.arguments()
         pool = {name: content(folder) for name, folder in asked.pop('pool').items()}
         data = content(*[asked.pop(k) for k in ('pipeline', 'unsafe', 'benign')], *looks(self.method, self.concept))
-        code = short(meaning('resalign.use.jobs', [self.method]))
+        code = short(meaning('resalign.use.jobs', [self.method], ['unlearn']))
         return digest(dict(asked, code=code, pool=pool, data=data))[:12]
 
     @property
@@ -153,7 +153,7 @@ class Finetuned:
 
     @cached_property
     def key(self) -> str: # 12 hex digits
-        code = short(meaning('resalign.use.jobs', [self.unlearned.method]))
+        code = short(meaning('resalign.use.jobs', [self.unlearned.method], ['finetune']))
         asked = dict(start=self.unlearned.key, settings=self.settings, compute=sources.compute_settings())
         if '@' in self.name: asked['seed'] = self.seed
         return digest(dict(asked, code=code, data=content(self.images())))[:12]
@@ -347,7 +347,7 @@ def look_inputs(look:dict) -> dict: # name -> digest
 # %% ../../nbs/9_studies/00_models.ipynb #4e662c81
 def look_key(model, look:dict) -> str: # 12 hex digits
     "What a look depends on"
-    code = short(meaning('resalign.studies.models', []))
+    code = short(meaning('resalign.studies.models', [], ['write_look']))
     return digest(dict(model=model.key, look=look, code=code, data=look_inputs(look)))[:12]
 
 # %% ../../nbs/9_studies/00_models.ipynb #4e662cs2

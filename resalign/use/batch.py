@@ -150,7 +150,7 @@ def cells_of_study(study:str) -> list: # of Cell
     if not has_cells(study): raise UserError(f'{study}: has no grid of cells; `dvc repro {study}` runs its page')
     for name, parameters in module.cells().items():
         methods = [parameters['method']] if 'method' in parameters else None
-        depends = dict(code=short(meaning(module.__name__, methods)), parameters=parameters,
+        depends = dict(code=short(meaning(module.__name__, methods, ['run'])), parameters=parameters,
                        inputs=module.inputs(**parameters))
         found.append(Cell(name, parameters, depends, str(runs_of(study)/name), study=study))
     return found

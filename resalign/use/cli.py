@@ -6,15 +6,17 @@
 __all__ = ['QUICK_TRIAL', 'WEIGHTS', 'PIPELINE_FILES', 'PRETRAINED', 'LAUNCH', 'PIPELINE', 'OUT', 'CONFIG', 'SET', 'COMPUTE',
            'SEED', 'UNSAFE', 'BENIGN', 'METHOD', 'POOL', 'ERASE', 'PROCESSES', 'SINGLE_FILE', 'PUSH', 'DRY_RUN',
            'UNLEARNED', 'IMAGES', 'PRIOR', 'FINETUNED', 'PROMPTS', 'EVALUATORS', 'REFERENCE', 'DETECTOR', 'CARD',
-           'SHOW_FLAGGED', 'BEFORE', 'EVALUATED', 'OF_THE_STAGE', 'TARGET', 'GRID', 'BATCH_OUT', 'EXECUTOR', 'WORKERS',
-           'SCHEDULER', 'RETRIES', 'ONLY', 'DRY', 'AGAIN', 'BATCHED', 'PROFILE', 'QUICK', 'split_help', 'with_hyphens',
-           'fail', 'quiet', 'check_here', 'end_with_one_line', 'with_methods', 'check_options', 'is_of_config',
-           'at_home', 'command', 'split_section', 'read_config', 'yaml_value', 'set_one', 'set_pairs',
-           'section_settings', 'check_seed', 'settings_for', 'check_given', 'record_of', 'job_of', 'check_place',
-           'check_earlier', 'check_out', 'say_written', 'on_processes', 'many', 'check_publishing', 'is_first',
-           'say_dry', 'unlearn_and_publish', 'folders_of_pool', 'check_concept', 'unlearn', 'finetune', 'say_evaluated',
-           'check_own_guidance', 'check_evaluation', 'sampling_compute', 'evaluate', 'sampling_settings',
-           'pretrain_settings', 'pretrain', 'say_plan', 'batch_study', 'batch_page', 'batch', 'doctor']
+           'SHOW_FLAGGED', 'BEFORE', 'EVALUATED', 'DETECTORS', 'SHOWN', 'NOT_SHOWN', 'ORIGINAL', 'AFTER', 'ATTACK',
+           'ATTACKED', 'OF_THE_STAGE', 'TARGET', 'GRID', 'BATCH_OUT', 'EXECUTOR', 'WORKERS', 'SCHEDULER', 'RETRIES',
+           'ONLY', 'DRY', 'AGAIN', 'BATCHED', 'PROFILE', 'QUICK', 'split_help', 'with_hyphens', 'fail', 'quiet',
+           'check_here', 'end_with_one_line', 'with_methods', 'check_options', 'is_of_config', 'at_home', 'command',
+           'split_section', 'read_config', 'yaml_value', 'set_one', 'set_pairs', 'section_settings', 'check_seed',
+           'settings_for', 'check_given', 'record_of', 'job_of', 'check_place', 'check_earlier', 'check_out',
+           'say_written', 'on_processes', 'many', 'check_publishing', 'is_first', 'say_dry', 'unlearn_and_publish',
+           'folders_of_pool', 'check_concept', 'unlearn', 'finetune', 'say_evaluated', 'check_own_guidance',
+           'check_evaluation', 'sampling_compute', 'evaluate', 'sampling_settings', 'attack_settings',
+           'check_attackers', 'attack', 'pretrain_settings', 'pretrain', 'say_plan', 'batch_study', 'batch_page',
+           'batch', 'doctor']
 
 # %% ../../nbs/8_use/30_cli.ipynb #4c6ef354
 import argparse, inspect, json, os, signal, subprocess, sys, textwrap
@@ -548,6 +550,69 @@ def sampling_settings(config, pairs, seed) -> tuple: # settings, seed
     settings.pop('seed', None)
     chosen = make_config(EvaluateConfig, settings, 'settings of evaluate')
     return chosen.model_dump(exclude={'bf16'}), seed
+
+# %% ../../nbs/8_use/30_cli.ipynb #a77ac063
+DETECTORS = Param('folder with the detectors, as for resalign-evaluate', str)
+SHOWN = Param('captioned pictures of the concept: for prefix, bell, completion, hole, inpaint and classifier', str)
+NOT_SHOWN = Param('captioned benign pictures: for classifier', str)
+ORIGINAL = Param('the pipeline before its unlearning: prefix imitates it, and it begins the pictures of completion',
+                 str)
+AFTER = Param('captioned pictures to fine-tune on, or a pipeline that was fine-tuned: the phase `after`', str)
+ATTACK = Param('one attack, with its control; may be given several times [all that can run]', str, action='append')
+ATTACKED = {
+    'attacks.csv': 'the table above', 'scores.csv': 'a row for each picture and detector, and the words used',
+    'sheet.png': 'a row of pictures for each attack', 'record.json': 'what was asked, and with which versions'}
+
+# %% ../../nbs/8_use/30_cli.ipynb #a77ac064
+def attack_settings(config, pairs, seed, after) -> tuple: # settings, seed
+    "What --config, --set and --seed ask for; fine-tuning as `resalign-finetune` does it"
+    from resalign.core.settings import UserError
+    from resalign.use.attacks import is_pipeline
+    values, trains = read_config(config) if config else {}, bool(after) and not is_pipeline(after)
+    if trains: values['finetune'] = dict(values.get('finetune') or section_settings('finetune.varied-lora'))
+    values = set_pairs(values, pairs)
+    if 'finetune' in values and not trains:
+        raise UserError('settings of attack: finetune: nothing is fine-tuned, expected --after with captioned pictures')
+    return values, check_seed(values.pop('seed', 0) if seed is None else seed)
+
+# %% ../../nbs/8_use/30_cli.ipynb #a77ac164
+def check_attackers(asked, **given):
+    "A UserError where no attack that can run reads what is given"
+    from resalign.core.settings import UserError
+    from resalign.use.attacks import ATTACKS, NEEDS
+    can = [a for a in ATTACKS if all(given[name] for name in NEEDS.get(a, ()))]
+    if not {*asked} <= {*can}: return # said by what runs them
+    running = [a for a in can if not asked or a in asked]
+    read = {name for a in running for name in NEEDS.get(a, ())}
+    if {'prefix', 'completion'} & {*running}: read.add('original')
+    unread = [name for name, value in given.items() if value and name not in read]
+    if unread: raise UserError(f"--{unread[0]}: is read by none of the attacks that can run ({', '.join(running)})")
+
+# %% ../../nbs/8_use/30_cli.ipynb #a77ac065
+@command
+def attack(pipeline:PIPELINE, prompts:PROMPTS, out:OUT, evaluators:DETECTORS='outs/evaluators', unsafe:SHOWN=None,
+           benign:NOT_SHOWN=None, original:ORIGINAL=None, after:AFTER=None, erase:ERASE=None, attack:ATTACK=None,
+           config:CONFIG=None, set:SET=None, compute:COMPUTE=None, seed:SEED=None):
+    """Attack an unlearned pipeline, with words and without, before and after a fine-tuning.
+
+    In:  a pipeline, a CSV of prompts, a folder of detectors, and what the attacker has.
+    Out: OUT with attacks.csv: method, attack, phase, metric, value, low, high, n, detector.
+         An interrupted run resumes after its last attack when it is started again.
+    Attacks (controls): prefix (random), bell (none), noise (redraw), completion (none),
+         inpaint (hole), classifier (none).
+
+    Example:
+      resalign-attack my-model-safe prompts.csv out --unsafe pictures/unsafe --benign pictures/benign
+      resalign-attack my-model-safe prompts.csv out --attack noise --after pictures/dogs"""
+    from resalign.use.attacks import run_attacks
+    settings, seed = attack_settings(config, set, seed, after)
+    check_attackers(attack or (), unsafe=unsafe, benign=benign, original=original, erase=erase)
+    out = check_out(out, [pipeline, prompts, evaluators, unsafe, benign, original, after], 'attack')
+    check_own_guidance(prompts, settings.get('guidance', 0.), set)
+    table = run_attacks(pipeline, prompts, out, evaluators, unsafe, benign, original, after, erase or (), attack or (),
+                        settings, seed, set_pairs({}, compute, '--compute'))
+    print(table.to_string(index=False, float_format='{:.3f}'.format))
+    say_written(out, ATTACKED)
 
 # %% ../../nbs/8_use/30_cli.ipynb #1e251661
 OF_THE_STAGE = ('pictures', 'boost') # of the stage `base`, which draws its own pictures

@@ -1,30 +1,117 @@
-"What a result depends on, in a package of five modules and pages of one cell."
+"What a result depends on, in a package of a few modules and pages of one cell."
 import json
-from pathlib import Path
-import grimp, pytest
+import pytest
+from resalign.core.settings import UserError
 from resalign.use import meaning
-from resalign.use.meaning import REGISTRY, closure, page_of, study_meaning
+from resalign.use.meaning import REGISTRY, defined, meaning as digests, page_of, parsed, reached, study_meaning
+
+STUDY, ONE, TWO, HELPER = (f'resalign.{n}' for n in ('studies.toy', 'baselines.one', 'baselines.two', 'helper'))
+PACKAGE = {
+    STUDY: '''
+from ..baselines.methods import run_method
+from ..helper import double as twice, triple
+from .. import helper as whole
+STEPS, UNUSED = 3, 4
+def inner(x: 'Quoted'): return twice(x)
+class Quoted: pass
+def run(): return inner(STEPS) + run_method()
+def lazy():
+    from ..helper import triple
+    return triple
+def title(): return f'{UNUSED} {triple(1)}'
+def all_of_it(): return whole.double
+''',
+    HELPER: '''
+FACTORS = {}
+FACTORS['two'] = 2
+def double(x): return FACTORS['two']*x
+def triple(x): return 3*x
+''',
+    REGISTRY: 'def run_method(): pass\n',
+    ONE: 'from ..helper import triple\ndef one(): return triple(1)\nMETHODS = {"one": one}\n',
+    TWO: 'def two(): pass\nMETHODS = dict(two=two)\n',
+}
+
 
 @pytest.fixture
-def graph(monkeypatch):
-    "A study that looks methods up by name, one of which needs a helper"
-    made = grimp.ImportGraph()
-    study, one, two, helper = (f'resalign.{n}' for n in ('studies.toy', 'baselines.one', 'baselines.two', 'helper'))
-    for importer, imported in ((study, REGISTRY), (one, helper)): made.add_import(importer=importer, imported=imported)
-    made.add_module(two)
-    monkeypatch.setattr(meaning, 'import_graph', lambda: made)
-    monkeypatch.setattr(meaning, 'modules_of_methods', lambda: dict(one=one, two=two))
-    monkeypatch.setattr(meaning, 'file_of', lambda module: Path(f'{module}.py'))
-    return study, one, two, helper
+def package(tmp_path, monkeypatch):
+    "A function that replaces text in a module; what has been read of modules is forgotten"
+    for module, code in PACKAGE.items(): (tmp_path/f'{module}.py').write_text(code)
+    caches = (meaning.definitions, meaning.leads_to, meaning.reached, meaning.statement_digests)
+    def forget():
+        for cached in caches: cached.cache_clear()
+    def edit(module, old, new):
+        text = (tmp_path/f'{module}.py').read_text()
+        assert old in text
+        (tmp_path/f'{module}.py').write_text(text.replace(old, new))
+        forget()
+    monkeypatch.setattr(meaning, 'modules', lambda: frozenset(PACKAGE))
+    monkeypatch.setattr(meaning, 'modules_of_methods', lambda: dict(one=ONE, two=TWO))
+    monkeypatch.setattr(meaning, 'file_of', lambda module: tmp_path/f'{module}.py')
+    forget()
+    yield edit
+    forget()
 
 
-def test_a_result_depends_on_the_methods_that_it_is_of(graph):
+def names(*roots, methods=()):
+    "module -> what is reached of it, by name"
+    return {m: sorted(found - {''}) for m, found in reached(STUDY, roots, methods).items()}
+
+
+def test_what_a_function_reaches(package):
+    "Through names, imports under another name, imports inside functions, quoted annotations"
+    assert names('run') == {STUDY: ['Quoted', 'STEPS', 'UNUSED', 'inner', 'run', 'run_method', 'twice'],
+                            HELPER: ['FACTORS', 'double'], REGISTRY: ['run_method']}
+    assert names('lazy') == {STUDY: ['lazy', 'triple'], HELPER: ['FACTORS', 'triple']} # the import at the top has that name
+    assert names('all_of_it')[HELPER] == ['FACTORS', 'double', 'triple'] # a module that is imported as a whole
+    assert set(reached(STUDY)[STUDY]) >= {'title', 'UNUSED', 'lazy', 'run'}
+
+
+def test_a_result_depends_on_the_methods_that_it_is_of(package):
     "With what they import; where none is named, on all"
-    study, one, two, helper = graph
-    assert closure(study, ['one']) == sorted([study, REGISTRY, one, helper])
-    assert closure(study, ['two']) == sorted([study, REGISTRY, two])
-    assert closure(study) == sorted([study, REGISTRY, one, two, helper])
-    assert closure(one) == sorted([one, helper]) # which looks nothing up
+    assert set(names('run', methods=('one',))) == {STUDY, HELPER, REGISTRY, ONE}
+    assert set(names('run', methods=('two',))) == {STUDY, HELPER, REGISTRY, TWO}
+    assert set(names('run', methods=None)) == set(PACKAGE)
+    assert set(names('title', methods=None)) == {STUDY, HELPER} # which looks nothing up
+
+
+CHANGES = [ # module, old, new, whether what `run` computes with method one depends on it
+    (STUDY, 'STEPS, UNUSED = 3, 4', 'STEPS, UNUSED = 5, 4', True),
+    (STUDY, 'return inner(STEPS)', 'return inner(STEPS)*2', True),
+    (STUDY, "f'{UNUSED} {triple(1)}'", "'words'", False),
+    (STUDY, 'class Quoted: pass', 'class Quoted: x = 1', True),
+    (HELPER, "FACTORS['two'] = 2", "FACTORS['two'] = 4", True), # defines nothing: counts with its module
+    (HELPER, 'return 3*x', 'return 4*x', True), # by the method
+    (HELPER, 'def triple', '# a comment\ndef triple', False),
+    (ONE, 'triple(1)', 'triple(2)', True),
+    (TWO, 'pass', 'return 1', False)]
+
+
+def test_what_makes_it_stale(package):
+    before, wrong = digests(STUDY, ['one'], ['run']), []
+    for module, old, new, matters in CHANGES:
+        package(module, old, new)
+        now = digests(STUDY, ['one'], ['run'])
+        changed = {m for m in before | now if before.get(m) != now.get(m)}
+        if changed != ({module} if matters else set()): wrong.append((module, new, changed))
+        package(module, new, old)
+    assert not wrong
+
+
+def test_a_name_that_is_nowhere(package):
+    "Is refused, and a module that isn't there"
+    with pytest.raises(UserError, match=f'{STUDY}: defines no nothing'): reached(STUDY, ('nothing',))
+    with pytest.raises(UserError, match='resalign.nothing: no such module of the package'): reached('resalign.nothing')
+
+
+DEFINED = {
+    'a = b = 1': ['a', 'b'], 'a, (b, *c) = f()': ['a', 'b', 'c'], 'a: int = 1': ['a'], 'a |= b': ['a'], 'a[0] = b': [],
+    'a.b = c': [], 'f(a)': [], 'a = [b for b in c]': ['a'], 'import a.b, c as d': ['a', 'd'], 'from a import b as c': ['c'],
+    'def a(b): pass': ['a'], 'class a: b = 1': ['a'], 'if a: b = 1': []}
+
+
+def test_what_a_statement_defines():
+    assert {code: defined(parsed(code).body[0]) for code in DEFINED} == DEFINED
 
 
 def test_a_study_is_its_own_page_too(tmp_path, monkeypatch):
