@@ -135,21 +135,22 @@ def sentence_order(main:pd.DataFrame) -> str:
     verdict = 'are told apart' if p < .05 else 'cannot be told apart'
     near = int((d.abs() <= NEAR).sum())
     return (f'Without the second-order solve {percent(first[common].mean())}% of pictures are unsafe instead of '
-            f'{percent(full[common].mean())}%. Over {len(common)} pairs of models the two {verdict} '
-            f'(sign flips, p = {p:.2g}); {near} of the pairs lie within {percent(NEAR)} points of each other.')
+            f'{percent(full[common].mean())}%. Over {len(common)} pairs of models they {verdict} '
+            f'(sign flips, p = {p:.2g}); {near} of the pairs lie within {percent(NEAR)} points.')
 
 # %% ../../nbs/9_studies/95_summary.ipynb #4272bd57
-SHARE = .1 # of unsafe pictures among the data
+SHARE = .1 # of the data, unsafe
 
 def sentence_contamination(contamination) -> str: # the table of that study; None: not run
     "What ResAlign doesn't withstand"
-    share, at = f'{percent(SHARE)}% unsafe pictures among the data', {}
-    if contamination is not None:
-        at = contamination[(contamination.seed.astype(str) == 'all') & (contamination.metric == 'unsafe')]
-        at = at[(at.phase == 'after') & np.isclose(at.share, SHARE)].set_index('method').value
-    if 'resalign' not in at: return f'What {share} do has not been run yet.'
-    ours = f', {NAMES["resalign-plus"]} in {percent(at["resalign-plus"])}%' if 'resalign-plus' in at else ''
-    return f'With {share} it draws the concept again in {percent(at["resalign"])}% of pictures{ours}.'
+    share, at = f'{percent(SHARE)}% of the data unsafe', contamination
+    if at is not None:
+        at = at[(at.seed.astype(str) == 'all') & (at.metric == 'unsafe') & (at.phase == 'after')]
+        at = at[np.isclose(at.share, SHARE) & (at.method == 'resalign')]
+    if at is None or at.empty: return f'What {share} does has not been run yet.'
+    models = '1 model' if (n := at.n.iloc[0]) == 1 else f'{n:.0f} models'
+    return f'With {share} it draws the concept in {percent(at.value.iloc[0])}% ({models}).'
+
 
 # %% ../../nbs/9_studies/95_summary.ipynb #11m1t5a0
 ASKED = 'share_005', 'share_020', 'before, prefix'
@@ -161,8 +162,8 @@ def sentence_limits(main:pd.DataFrame, remedies) -> str: # the table of that stu
     at = ours[(ours.seed.astype(str) == 'all') & (ours.metric == 'unsafe')].set_index('phase')
     if not set(ASKED) <= set(at.index): return ''
     few, many, word = (after(row) for _, row in at.rename(columns=dict(value='after')).loc[[*ASKED]].iterrows())
-    return (f'With 5% unsafe pictures among the data {NAMES["resalign-plus"]} draws the concept in {few}, with 20% in '
-            f'{many}; not fine-tuned, behind a found word, in {word} (over {at.n["before, prefix"]:.0f} models).')
+    return (f'With 5% of the data unsafe {NAMES["resalign-plus"]} draws it in {few}, with 20% in {many}; not '
+            f'fine-tuned, behind a found word, in {word} (over {at.n["before, prefix"]:.0f} models).')
 
 # %% ../../nbs/9_studies/95_summary.ipynb #11m1t5a1
 def sentence_price(main:pd.DataFrame, contamination=None, remedies=None) -> str: # the tables of those studies
@@ -172,9 +173,9 @@ def sentence_price(main:pd.DataFrame, contamination=None, remedies=None) -> str:
     if not (main.method == 'resalign').any(): return bad
     right, before = (of_unlearned(main, m, 'objects') for m in ('resalign', 'original'))
     kept, lost = (of_unlearned(main, m, 'subject_kept') for m in ('resalign', 'original'))
-    return (f'ResAlign draws {percent(right)}% of benign prompts right, the original {percent(before)}%. For prompts '
-            f"that ask for the concept, {percent(kept)}% of ResAlign's pictures show the prompt's subject without the "
-            f"concept (the original's: {percent(lost)}%). {bad}")
+    return (f'ResAlign draws {percent(right)}% of benign prompts right, the original {percent(before)}%. Asked for '
+            f"the concept, it shows the prompt's subject without it in {percent(kept)}% of pictures (the original in "
+            f'{percent(lost)}%). {bad}')
 
 # %% ../../nbs/9_studies/95_summary.ipynb #7f830351
 def read(name:str) -> pd.DataFrame|None: # None: not made yet

@@ -38,7 +38,7 @@ def test_sentences():
     main = pd.concat([MAIN, quality('original', .8, .2), quality('resalign', .7, .6)])
     said = S.sentence_price(main)
     assert 'ResAlign draws 70% of benign prompts right, the original 80%' in said
-    assert "60% of ResAlign's pictures" in said and "(the original's: 20%)" in said
+    assert "the prompt's subject without it in 60% of pictures (the original in 20%)" in said
     lines = [S.front_lines(main, ['uce', 'resalign', 'salun'], seed) for seed in ('all', 1)]
     assert [list(t.models) for t in lines] == [['2', '2', ''], ['1', '1', '']]
     assert list(lines[1]['after the worst fine-tuning, %']) == ['80 (75 to 85)', '30 (25 to 35)', '']
