@@ -241,7 +241,8 @@ def mixed_scenes(concept:str, share:float) -> list:
 # %% ../../nbs/9_studies/42_hypergradients.ipynb #hyg00035
 def mixed_folder(concept:str, share:float) -> Path:
     "The same, drawn"
-    code = short(meaning('resalign.world.emoji')) | dict(sprites=[*content(sprites_folder()).values()])
+    drawn = meaning('resalign.studies.hypergradients', [], ['mixed_scenes', 'write_set'])
+    code = short(drawn) | dict(sprites=[*content(sprites_folder()).values()])
     folder = drawn_data().with_name(f'emoji-varied-{concept}-{share:g}')
     made(folder, digest(code)[:12], lambda out: write_set(out/'set', mixed_scenes(concept, share)))
     return folder/'set' # its key stands beside it, not in it: what other code draws alike is no other input

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['WITH_DOCSTRING', 'IMPORTS', 'FUNCTIONS', 'ASSIGNMENTS', 'REGISTRY', 'STUDIES', 'is_text', 'names_all', 'parsed',
            'tree_of', 'import_graph', 'modules', 'file_of', 'one_by_one', 'defined', 'definitions', 'words', 'sources',
-           'leads_to', 'listed_methods', 'modules_of_methods', 'reached', 'statement_digests', 'meaning', 'page_of',
-           'code_cells', 'page_tree', 'digest', 'short', 'stamp', 'content_of', 'content', 'study_meaning', 'studies',
-           'write_meanings']
+           'leads_to', 'listed_methods', 'modules_of_methods', 'reached', 'statement_digests', 'digests_of', 'meaning',
+           'page_of', 'code_cells', 'page_tree', 'digest', 'short', 'stamp', 'content_of', 'content', 'imports_of_page',
+           'study_meaning', 'studies', 'write_meanings']
 
 # %% ../../nbs/8_use/20_meaning.ipynb #5c2e74a5
 import ast, hashlib, importlib.util, json
@@ -151,12 +151,14 @@ def statement_digests(module:str, name:str) -> list: # of 64 hex digits
     "Of what defines a name"
     return [hashlib.sha256(ast.dump(node).encode()).hexdigest() for node in definitions(module)[name]]
 
+def digests_of(found:dict) -> dict: # found: module -> names
+    "A digest of each module's part"
+    parts = {m: [d for name in sorted(names) for d in statement_digests(m, name)] for m, names in sorted(found.items())}
+    return {m: hashlib.sha256(' '.join(digests).encode()).hexdigest() for m, digests in parts.items() if digests}
+
 def meaning(module:str, methods=None, names=None) -> dict: # module -> digest
     "What a result of `module`, computed by the functions `names`, depends on"
-    tuples = [given if given is None else tuple(given) for given in (names, methods)]
-    parts = {m: sorted(d for name in found for d in statement_digests(m, name))
-             for m, found in sorted(reached(module, *tuples).items())}
-    return {m: hashlib.sha256(' '.join(digests).encode()).hexdigest() for m, digests in parts.items() if digests}
+    return digests_of(reached(module, *(given if given is None else tuple(given) for given in (names, methods))))
 
 
 # %% ../../nbs/8_use/20_meaning.ipynb #33953b42
@@ -207,15 +209,23 @@ def content(*paths) -> dict: # path -> 12 hex digits
 # %% ../../nbs/8_use/20_meaning.ipynb #f3ebc74d
 STUDIES = 'resalign.studies'
 
+def imports_of_page(page:Path, module:str) -> set: # of (module, name)
+    "What the code of a study's page imports"
+    trees = [parsed(code) for code in code_cells(page)]
+    return {source for tree in trees for node in ast.walk(tree) for source in sources(node, module)}
+
 def study_meaning(study:str) -> dict: # module or page -> digest
     "What the stage of a study depends on: its module, all methods, and the code of its page"
     module = f'{STUDIES}.{study}'
-    code = page_tree(page_of(module))
-    return meaning(module) | dict(page=hashlib.sha256(code.encode()).hexdigest())
+    page, found = page_of(module), {m: set(names) for m, names in reached(module).items()}
+    for m, name in imports_of_page(page, module) & {(m, n) for m in found for n in definitions(m)}:
+        for other, names in reached(m, (name,)).items(): found.setdefault(other, set()).update(names)
+    return digests_of(found) | dict(page=hashlib.sha256(page_tree(page).encode()).hexdigest())
 
 def studies() -> list: # names
     "All studies"
     return sorted(m.removeprefix(f'{STUDIES}.') for m in import_graph().find_children(STUDIES))
+
 
 # %% ../../nbs/8_use/20_meaning.ipynb #7e272b58
 def write_meanings(folder='outs/code'):

@@ -27,7 +27,8 @@ FACTORS['two'] = 2
 def double(x): return FACTORS['two']*x
 def triple(x): return 3*x
 ''',
-    REGISTRY: 'def run_method(): pass\n',
+    'resalign.other': 'x = 1\n',
+    REGISTRY: 'def run_method(): pass\ndef shown(): return 5\n',
     ONE: 'from ..helper import triple\ndef one(): return triple(1)\nMETHODS = {"one": one}\n',
     TWO: 'def two(): pass\nMETHODS = dict(two=two)\n',
 }
@@ -71,7 +72,7 @@ def test_a_result_depends_on_the_methods_that_it_is_of(package):
     "With what they import; where none is named, on all"
     assert set(names('run', methods=('one',))) == {STUDY, HELPER, REGISTRY, ONE}
     assert set(names('run', methods=('two',))) == {STUDY, HELPER, REGISTRY, TWO}
-    assert set(names('run', methods=None)) == set(PACKAGE)
+    assert set(names('run', methods=None)) == {*PACKAGE} - {'resalign.other'}
     assert set(names('title', methods=None)) == {STUDY, HELPER} # which looks nothing up
 
 
@@ -121,7 +122,9 @@ def test_a_study_is_its_own_page_too(tmp_path, monkeypatch):
         (tmp_path/'nbs').mkdir(exist_ok=True)
         (tmp_path/'nbs'/name).write_text(json.dumps(dict(cells=[cell])))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(meaning, 'meaning', lambda module: {module: 'digest'})
+    monkeypatch.setattr(meaning, 'reached', lambda module: {module: {'f'}})
+    monkeypatch.setattr(meaning, 'definitions', lambda module: {'': [], 'f': []})
+    monkeypatch.setattr(meaning, 'digests_of', lambda found: {m: 'digest' for m in found})
     write('1.ipynb', 'studies.toys', 'x = 1')
     write('2.ipynb', 'studies.toy', 'x = 1')
     assert page_of('resalign.studies.toy').name == '2.ipynb'
@@ -130,3 +133,14 @@ def test_a_study_is_its_own_page_too(tmp_path, monkeypatch):
     assert study_meaning('toy') == first and first['resalign.studies.toy'] == 'digest'
     write('2.ipynb', 'studies.toy', 'x = 2')
     assert study_meaning('toy') != first
+
+
+def test_what_a_page_imports(package, monkeypatch):
+    "Counts for the stage, if its module is reached anyway"
+    monkeypatch.setattr(meaning, 'page_of', lambda module: 'page')
+    monkeypatch.setattr(meaning, 'code_cells', lambda page: [f'from {REGISTRY} import shown', 'from resalign.other import x'])
+    before = study_meaning('toy')
+    package(REGISTRY, 'return 5', 'return 6')
+    now = study_meaning('toy')
+    assert {m for m in before | now if before.get(m) != now.get(m)} == {REGISTRY} and 'resalign.other' not in now
+    assert 'shown' not in reached(STUDY)[REGISTRY]
