@@ -151,6 +151,8 @@ def statement_digests(module:str, name:str) -> list: # of 64 hex digits
     "Of what defines a name"
     return [hashlib.sha256(ast.dump(node).encode()).hexdigest() for node in definitions(module)[name]]
 
+
+# %% ../../nbs/8_use/20_meaning.ipynb #mea0018
 def digests_of(found:dict) -> dict: # found: module -> names
     "A digest of each module's part"
     parts = {m: [d for name in sorted(names) for d in statement_digests(m, name)] for m, names in sorted(found.items())}
@@ -214,6 +216,8 @@ def imports_of_page(page:Path, module:str) -> set: # of (module, name)
     trees = [parsed(code) for code in code_cells(page)]
     return {source for tree in trees for node in ast.walk(tree) for source in sources(node, module)}
 
+
+# %% ../../nbs/8_use/20_meaning.ipynb #mea0019
 def study_meaning(study:str) -> dict: # module or page -> digest
     "What the stage of a study depends on: its module, all methods, and the code of its page"
     module = f'{STUDIES}.{study}'
@@ -222,6 +226,8 @@ def study_meaning(study:str) -> dict: # module or page -> digest
         for other, names in reached(m, (name,)).items(): found.setdefault(other, set()).update(names)
     return digests_of(found) | dict(page=hashlib.sha256(page_tree(page).encode()).hexdigest())
 
+
+# %% ../../nbs/8_use/20_meaning.ipynb #mea0020
 def studies() -> list: # names
     "All studies"
     return sorted(m.removeprefix(f'{STUDIES}.') for m in import_graph().find_children(STUDIES))
