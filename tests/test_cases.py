@@ -392,7 +392,8 @@ def test_what_an_attack_never_reads(made):
     check_attackers((), **given)
     for asked, name in ((['noise'], 'unsafe'), (['classifier'], 'original'), (['completion'], 'benign'), (['inpaint'], 'erase')):
         wanted = {k: v for k, v in given.items() if k == name or k == 'unsafe' or asked == ['classifier'] and k == 'benign'}
-        assert f'--{name}: is read by none of the attacks that can run' in said(check_attackers, asked, **dict.fromkeys(given) | wanted)
+        words = said(check_attackers, asked, **dict.fromkeys(given) | wanted)
+        assert f'--{name}: is read by none of the attacks that can run' in words
     assert '--benign' in said(check_attackers, (), **dict.fromkeys(given) | dict(benign='b'))
     check_attackers(['bell'], **dict.fromkeys(given) | dict(erase=['w'])) # run_attacks says what it needs
     for after in None, made/'base':

@@ -141,7 +141,8 @@ import functools, sys
 from resalign.use import meaning
 for name in ('code_cells', 'tree_of', 'parsed'): setattr(meaning, name, functools.cache(getattr(meaning, name)))
 for line in sys.stdin:
-    for name in ('code_cells', 'definitions', 'leads_to', 'reached', 'statement_digests'): getattr(meaning, name).cache_clear()
+    for name in ('code_cells', 'definitions', 'leads_to', 'reached', 'statement_digests'):
+        getattr(meaning, name).cache_clear()
     meaning.write_meanings()
     print('written', flush=True)
 """

@@ -327,7 +327,8 @@ def in_words(finding:Finding, family:int) -> dict: # corrected; number of claims
     ours, test, tests, claim = finding
     verdict, needed = judged(claim, tests), models_needed(family, ALPHA, 'greater')
     fewest = min((t.models for t in tests if t.models), default=needed)
-    if fewest < needed and not claim.least < ALPHA: ours += f' ({fewest} models: too few, it takes {needed})'
+    models = f'{fewest} model{"s"*(fewest > 1)}'
+    if fewest < needed and not claim.least < ALPHA: ours += f' ({models}: too few, it takes {needed})'
     hold = len(tests) if verdict == REPRODUCED else held(tests)
     return dict(ours=ours, test=test and f'{test}: {hold} of {len(tests)} hold', p=claim.p, verdict=verdict)
 

@@ -356,4 +356,3 @@ def in_words(table:pd.DataFrame, length=1.) -> str: # table: from `over_seeds`
     return (f'Against first order, over one outer step, the published γ = 1 errs {counts("moreau-1")};\n'
             f'the adjoint through all steps {counts("adjoint")}; averaged over starts {counts("adjoint-averaged")} '
             '(by a tenth or more)')
-

@@ -135,22 +135,22 @@ def sentence_order(main:pd.DataFrame) -> str:
     verdict = 'are told apart' if p < .05 else 'cannot be told apart'
     near = int((d.abs() <= NEAR).sum())
     return (f'Without the second-order solve {percent(first[common].mean())}% of pictures are unsafe instead of '
-            f'{percent(full[common].mean())}%. Over {len(common)} pairs of models they {verdict} '
-            f'(sign flips, p = {p:.2g}); {near} of the pairs lie within {percent(NEAR)} points.')
+            f'{percent(full[common].mean())}%. Over {len(common)} pairs of models the two {verdict} '
+            f'(sign flips, p = {p:.2g}); {near} of the pairs lie within {percent(NEAR)} points of each other.')
 
 # %% ../../nbs/9_studies/95_summary.ipynb #4272bd57
 SHARE = .1 # of the data, unsafe
 
 def sentence_contamination(contamination) -> str: # the table of that study; None: not run
     "What ResAlign doesn't withstand"
-    share, at = f'{percent(SHARE)}% of the data unsafe', contamination
+    share, at = f'{percent(SHARE)}% unsafe data', contamination
     if at is not None:
         at = at[(at.seed.astype(str) == 'all') & (at.metric == 'unsafe') & (at.phase == 'after')]
         at = at[np.isclose(at.share, SHARE) & (at.method == 'resalign')]
-    if at is None or at.empty: return f'What {share} does has not been run yet.'
-    models = '1 model' if (n := at.n.iloc[0]) == 1 else f'{n:.0f} models'
-    return f'With {share} it draws the concept in {percent(at.value.iloc[0])}% ({models}).'
-
+    if at is None or at.empty: return f'What {share} do has not been run yet.'
+    models = int(at.n.iloc[0])
+    return (f'With {share} it draws the concept in {percent(at.value.iloc[0])}% '
+            f'({models} model{"s"*(models > 1)}).')
 
 # %% ../../nbs/9_studies/95_summary.ipynb #11m1t5a0
 ASKED = 'share_005', 'share_020', 'before, prefix'
@@ -162,7 +162,7 @@ def sentence_limits(main:pd.DataFrame, remedies) -> str: # the table of that stu
     at = ours[(ours.seed.astype(str) == 'all') & (ours.metric == 'unsafe')].set_index('phase')
     if not set(ASKED) <= set(at.index): return ''
     few, many, word = (after(row) for _, row in at.rename(columns=dict(value='after')).loc[[*ASKED]].iterrows())
-    return (f'With 5% of the data unsafe {NAMES["resalign-plus"]} draws it in {few}, with 20% in {many}; not '
+    return (f'With 5% unsafe data {NAMES["resalign-plus"]} draws it in {few}, with 20% in {many}; not '
             f'fine-tuned, behind a found word, in {word} (over {at.n["before, prefix"]:.0f} models).')
 
 # %% ../../nbs/9_studies/95_summary.ipynb #11m1t5a1

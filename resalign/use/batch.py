@@ -426,7 +426,7 @@ def unfinished_studies() -> str: # Markdown; '': all have been run
     "Studies that lack cells"
     parts = [f'`{study}` {lacks}' for study in studies() if has_cells(study) and (lacks := lacking(study))]
     if not parts: return ''
-    return (f'**Not finished.** Cells (one model or fine-tuning each) that are missing: {"; ".join(parts)}. '
+    return (f'**Not finished.** Missing cells (one model or fine-tuning each): {"; ".join(parts)}. '
             '`resalign-batch STUDY` runs them.')
 
 # %% ../../nbs/8_use/25_batch.ipynb #82ac6eb3

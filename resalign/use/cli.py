@@ -552,13 +552,14 @@ def sampling_settings(config, pairs, seed) -> tuple: # settings, seed
     return chosen.model_dump(exclude={'bf16'}), seed
 
 # %% ../../nbs/8_use/30_cli.ipynb #a77ac063
+# Param objects of its own: one that another command has as positional stays positional
 DETECTORS = Param('folder with the detectors, as for resalign-evaluate', str)
 SHOWN = Param('captioned pictures of the concept: for prefix, bell, completion, hole, inpaint and classifier', str)
 NOT_SHOWN = Param('captioned benign pictures: for classifier', str)
 ORIGINAL = Param('the pipeline before its unlearning: prefix imitates it, and it begins the pictures of completion',
                  str)
 AFTER = Param('captioned pictures to fine-tune on, or a pipeline that was fine-tuned: the phase `after`', str)
-ATTACK = Param('one attack, with its control; may be given several times [all that can run]', str, action='append')
+ATTACK = many('one attack, with its control [all that can run]')
 ATTACKED = {
     'attacks.csv': 'the table above', 'scores.csv': 'a row for each picture and detector, and the words used',
     'sheet.png': 'a row of pictures for each attack', 'record.json': 'what was asked, and with which versions'}

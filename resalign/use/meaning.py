@@ -38,7 +38,6 @@ def tree_of(code:str) -> str:
     "Its syntax tree, without places in the file"
     return ast.dump(parsed(code))
 
-
 # %% ../../nbs/8_use/20_meaning.ipynb #50ac5545
 @cache
 def import_graph() -> grimp.ImportGraph:
@@ -54,7 +53,6 @@ def file_of(module:str) -> Path:
     found = importlib.util.find_spec(module)
     if found is None or not found.origin: raise UserError(f'{module}: no such module, so what it means is unknown')
     return Path(found.origin)
-
 
 # %% ../../nbs/8_use/20_meaning.ipynb #mea0011
 IMPORTS, FUNCTIONS = (ast.Import, ast.ImportFrom), (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
@@ -73,7 +71,6 @@ def defined(node) -> list: # of names; none: it defines nothing
     parts = [n for t in getattr(node, 'targets', None) or [node.target] for n in ast.walk(t)]
     return [n.id for n in parts if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
 
-
 # %% ../../nbs/8_use/20_meaning.ipynb #mea0012
 @cache
 def definitions(module:str) -> dict: # name -> statements that define it; '': those that define nothing
@@ -83,7 +80,6 @@ def definitions(module:str) -> dict: # name -> statements that define it; '': th
         for node in one_by_one(statement):
             for name in defined(node) or ['']: found[name].append(node)
     return dict(found)
-
 
 # %% ../../nbs/8_use/20_meaning.ipynb #mea0014
 def words(node) -> set:
@@ -99,7 +95,6 @@ def sources(node, module:str) -> list: # of (module, name); name None: all of it
     base = importlib.util.resolve_name('.'*node.level + (node.module or ''), module.rpartition('.')[0])
     return [(m, None) if (m := f'{base}.{a.name}') in modules() else (base, a.name) for a in node.names]
 
-
 # %% ../../nbs/8_use/20_meaning.ipynb #mea0015
 @cache
 def leads_to(module:str, name:str) -> set: # of (module, name)
@@ -108,8 +103,7 @@ def leads_to(module:str, name:str) -> set: # of (module, name)
     for node in known[name]:
         found |= {(module, word) for word in words(node) & known.keys()}
         found |= {source for n in ast.walk(node) for source in sources(n, module)}
-    return {(m, n) for m, n in found if m in modules()}
-
+    return {(m, n) for m, n in found if m in modules() - {__name__}}
 
 # %% ../../nbs/8_use/20_meaning.ipynb #b221c241
 REGISTRY = 'resalign.baselines.methods'
@@ -128,10 +122,13 @@ def modules_of_methods() -> dict: # name -> module
 
 # %% ../../nbs/8_use/20_meaning.ipynb #ad84c045
 @cache
-def reached(module:str, names=None, methods=None) -> dict: # module -> set of names
-    "From names of a module (none given: all of them), directly or not; methods that are looked up: these, or all"
+def reached(module:str, names=None, # of the module; None: all of them
+            methods=None,           # of those that are looked up; None: all
+            also=(),                # further starts: (module, name); name None: all of it
+           ) -> dict:               # module -> set of names
+    "What these lead to, directly or not"
     if module not in modules(): raise UserError(f'{module}: no such module of the package')
-    found, todo = defaultdict(set), [(module, name) for name in names or [None]]
+    found, todo = defaultdict(set), [*((module, name) for name in names or [None]), *also]
     while todo:
         m, name = todo.pop()
         if m == REGISTRY and m not in found:
@@ -144,13 +141,11 @@ def reached(module:str, names=None, methods=None) -> dict: # module -> set of na
             todo += leads_to(m, n)
     return dict(found)
 
-
 # %% ../../nbs/8_use/20_meaning.ipynb #cec93551
 @cache
 def statement_digests(module:str, name:str) -> list: # of 64 hex digits
     "Of what defines a name"
     return [hashlib.sha256(ast.dump(node).encode()).hexdigest() for node in definitions(module)[name]]
-
 
 # %% ../../nbs/8_use/20_meaning.ipynb #mea0018
 def digests_of(found:dict) -> dict: # found: module -> names
@@ -161,7 +156,6 @@ def digests_of(found:dict) -> dict: # found: module -> names
 def meaning(module:str, methods=None, names=None) -> dict: # module -> digest
     "What a result of `module`, computed by the functions `names`, depends on"
     return digests_of(reached(module, *(given if given is None else tuple(given) for given in (names, methods))))
-
 
 # %% ../../nbs/8_use/20_meaning.ipynb #33953b42
 def page_of(module:str) -> Path:
@@ -216,22 +210,19 @@ def imports_of_page(page:Path, module:str) -> set: # of (module, name)
     trees = [parsed(code) for code in code_cells(page)]
     return {source for tree in trees for node in ast.walk(tree) for source in sources(node, module)}
 
-
 # %% ../../nbs/8_use/20_meaning.ipynb #mea0019
 def study_meaning(study:str) -> dict: # module or page -> digest
     "What the stage of a study depends on: its module, all methods, and the code of its page"
     module = f'{STUDIES}.{study}'
-    page, found = page_of(module), {m: set(names) for m, names in reached(module).items()}
-    for m, name in imports_of_page(page, module) & {(m, n) for m in found for n in definitions(m)}:
-        for other, names in reached(m, (name,)).items(): found.setdefault(other, set()).update(names)
+    page, alone = page_of(module), reached(module)
+    shown = {(m, n) for m, n in imports_of_page(page, module) if m in alone and n in {None, *definitions(m)}}
+    found = reached(module, also=tuple(shown))
     return digests_of(found) | dict(page=hashlib.sha256(page_tree(page).encode()).hexdigest())
-
 
 # %% ../../nbs/8_use/20_meaning.ipynb #mea0020
 def studies() -> list: # names
     "All studies"
     return sorted(m.removeprefix(f'{STUDIES}.') for m in import_graph().find_children(STUDIES))
-
 
 # %% ../../nbs/8_use/20_meaning.ipynb #7e272b58
 def write_meanings(folder='outs/code'):

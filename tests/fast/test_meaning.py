@@ -63,7 +63,8 @@ def test_what_a_function_reaches(package):
     "Through names, imports under another name, imports inside functions, quoted annotations"
     assert names('run') == {STUDY: ['Quoted', 'STEPS', 'UNUSED', 'inner', 'run', 'run_method', 'twice'],
                             HELPER: ['FACTORS', 'double'], REGISTRY: ['run_method']}
-    assert names('lazy') == {STUDY: ['lazy', 'triple'], HELPER: ['FACTORS', 'triple']} # the import at the top has that name
+    # the import at the top has that name
+    assert names('lazy') == {STUDY: ['lazy', 'triple'], HELPER: ['FACTORS', 'triple']}
     assert names('all_of_it')[HELPER] == ['FACTORS', 'double', 'triple'] # a module that is imported as a whole
     assert set(reached(STUDY)[STUDY]) >= {'title', 'UNUSED', 'lazy', 'run'}
 
@@ -107,7 +108,8 @@ def test_a_name_that_is_nowhere(package):
 
 DEFINED = {
     'a = b = 1': ['a', 'b'], 'a, (b, *c) = f()': ['a', 'b', 'c'], 'a: int = 1': ['a'], 'a |= b': ['a'], 'a[0] = b': [],
-    'a.b = c': [], 'f(a)': [], 'a = [b for b in c]': ['a'], 'import a.b, c as d': ['a', 'd'], 'from a import b as c': ['c'],
+    'a.b = c': [], 'f(a)': [], 'a = [b for b in c]': ['a'], 'import a.b, c as d': ['a', 'd'],
+    'from a import b as c': ['c'],
     'def a(b): pass': ['a'], 'class a: b = 1': ['a'], 'if a: b = 1': []}
 
 
@@ -122,7 +124,7 @@ def test_a_study_is_its_own_page_too(tmp_path, monkeypatch):
         (tmp_path/'nbs').mkdir(exist_ok=True)
         (tmp_path/'nbs'/name).write_text(json.dumps(dict(cells=[cell])))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(meaning, 'reached', lambda module: {module: {'f'}})
+    monkeypatch.setattr(meaning, 'reached', lambda module, also=(): {module: {'f'}})
     monkeypatch.setattr(meaning, 'definitions', lambda module: {'': [], 'f': []})
     monkeypatch.setattr(meaning, 'digests_of', lambda found: {m: 'digest' for m in found})
     write('1.ipynb', 'studies.toys', 'x = 1')
@@ -138,9 +140,18 @@ def test_a_study_is_its_own_page_too(tmp_path, monkeypatch):
 def test_what_a_page_imports(package, monkeypatch):
     "Counts for the stage, if its module is reached anyway"
     monkeypatch.setattr(meaning, 'page_of', lambda module: 'page')
-    monkeypatch.setattr(meaning, 'code_cells', lambda page: [f'from {REGISTRY} import shown', 'from resalign.other import x'])
+    code = [f'from {REGISTRY} import shown', 'from resalign.other import x']
+    monkeypatch.setattr(meaning, 'code_cells', lambda page: code)
     before = study_meaning('toy')
     package(REGISTRY, 'return 5', 'return 6')
     now = study_meaning('toy')
     assert {m for m in before | now if before.get(m) != now.get(m)} == {REGISTRY} and 'resalign.other' not in now
     assert 'shown' not in reached(STUDY)[REGISTRY]
+
+
+def test_how_keys_are_made_is_no_part_of_them():
+    "A study that names what makes keys does not depend on it"
+    study = 'resalign.studies.courses'
+    assert 'content' in reached(study, ('inputs',))[study]
+    assert meaning.__name__ not in digests(study) and 'resalign.core.files' in digests(study)
+    assert meaning.__name__ in digests(meaning.__name__)
