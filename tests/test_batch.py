@@ -386,6 +386,8 @@ def test_only_the_cells_that_were_asked_for(study, monkeypatch, capsys):
     ran(study)
     names = lambda **only: [cell.name for cell in batches.selected(batches.cells_of_study('toy'), only)]
     assert names(method='ga', seed=1) == ['ga-1'] and names(method='ga,uce', seed=1) == ['ga-1', 'uce-1']
+    commas = [SimpleNamespace(name=name, parameters={}) for name in ('ga-1', 'ga-margin=1,alpha=2-0')]
+    assert [c.name for c in batches.selected(commas, dict(cell=commas[1].name))] == [commas[1].name] # as it is printed
     real = batches.meaning
     monkeypatch.setattr(batches, 'meaning', lambda *a: real(*a) | {'resalign.core.settings': 'f' * 64})
     study.made.clear()

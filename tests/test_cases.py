@@ -575,6 +575,13 @@ def test_the_memory_of_every_configuration(monkeypatch):
         assert found and all(f.state == 'missing' and words in f.fetch and 'A card has 24' in f.message for f in found)
     ok, = doctor.check_figures(profile_of('sd14'))
     assert ok.state == 'ok' and doctor.what_fits(paper, 1.) == 'a larger device'
+    monkeypatch.setattr(doctor, 'device_memory', lambda: ('A card', 80.))
+    for name, billions, others in ('sd3', 2.03, 3.6), ('flux', 11.9, 19.9): # all weights with AdamW, by their own size
+        p = profile_of(name)
+        most, found = max(doctor.memory_figures(p).values()), doctor.check_figures(p)
+        assert 1.1*((6 + 3*4)*billions + others) < most < 1.3*((6 + 3*4)*billions + others)
+        assert (found[0].state == 'ok') == (most < 80) and {f.fetch.partition(' (')[0] for f in found} <= {
+            '', 'finetune algorithm: lora'}
     for p, memory in (paper, 24.), (paper, 40.), (profile_of('sdxl'), 24.), (Profile(**full_size.PROFILE), 16.):
         words = doctor.what_fits(p, memory).rpartition(' (')[0].split('; ')
         peaks = [doctor.peak_gb(doctor.with_switches(p, [w for w in words if w != left])) for left in (None, *words)]

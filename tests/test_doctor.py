@@ -352,6 +352,8 @@ def test_the_memory_of_a_run_by_hand(monkeypatch):
     def gb(batch=3, kept=0, **kw): return doctor.training_gb(p, FinetuneConfig(batch=batch, **kw), kept)
     assert gb() == pytest.approx(2 + 1 + 3)
     assert gb(prior_weight=1.) == pytest.approx(2 + 1 + 2*3), 'a picture of the prior for each'
+    large = p.model_copy(update=dict(others_gb=7.)) # text encoders of a known size
+    assert doctor.training_gb(large, FinetuneConfig(batch=3)) == pytest.approx(2 + 7 + 3)
     full = 6 + 1 + 4 + .3 # gradient, and some activations while it is added up
     assert gb(1, algorithm='full', optimizer='sgd') == pytest.approx(full)
     assert gb(1, algorithm='full', optimizer='adamw', kept=1) == pytest.approx(full + (1 + 2)*4)

@@ -16,6 +16,7 @@ from resalign.model.data import draw_sample, embed
 from resalign.model.flow import HEARS, build_flux, flow_belongs, flow_layers, published, training_gb
 from resalign.model.losses import FlowDenoiser, FluxDenoiser, denoiser
 from resalign.model.pipelines import build_sd3, check_pipeline, generate, load_pipeline, save_pipeline
+from resalign.real import doctor
 from resalign.real.profiles import profile_of
 from resalign.use.jobs import load_bank
 from each import each
@@ -190,6 +191,8 @@ def test_the_profiles_name_the_counted_memory():
         trained = sum(p.numel() for p in flow_layers(parts['transformer'], 'cross').values())
         total = sum(need.values()) + (16 - 2)*trained/1e9
         assert total <= profile.memory_gb <= 1.2*total, (name, total)
+        assert doctor.weights_gb(profile, full=False) == pytest.approx(need['weights'], rel=.02)
+        assert doctor.activations_gb(profile, 4, full=False) == pytest.approx(need['activations'], rel=.03)
         assert set(profile.unlearn) <= {m for m in METHODS if m not in methods.NO_FLOW} and profile.size == 1024
 
 

@@ -158,7 +158,7 @@ def reach_in_words(models:int, claims=1, alpha=.05, alternative='two-sided') -> 
     "What so many models can show at best"
     p, needed = smallest_p(models, claims, alternative), models_needed(claims, alpha, alternative)
     among = f' and {claims} claims' if claims > 1 else ''
-    text = f'With {models} models{among}, no sign-flip test can give a p below {p:.2g}'
+    text = f'With {models} model{"s"*(models > 1)}{among}, no sign-flip test can give a p below {p:.2g}'
     if p < alpha: return f'{text}: a difference of one sign in every model is significant at {alpha:g}.'
     return f'{text}: nothing is significant at {alpha:g}, whatever the difference. It takes {needed} models.'
 

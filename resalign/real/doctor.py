@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LIMITS', 'LARGER', 'EXACT', 'CHECKPOINTED', 'FULL', 'OTHERS', 'SLACK', 'LIGHT', 'SWITCHES', 'NO_CONFIG', 'GET_CONFIG',
            'REQUIRED', 'ON_DEMAND', 'Finding', 'format_findings', 'installed', 'check_library', 'check_libraries',
-           'memory_limit', 'device_memory', 'check_device', 'weights_gb', 'activations_gb', 'training_gb',
+           'memory_limit', 'device_memory', 'check_device', 'others_gb', 'weights_gb', 'activations_gb', 'training_gb',
            'simulation_gb', 'saving_gb', 'simulations', 'memory_figures', 'with_method', 'with_switches', 'peak_gb',
            'what_fits', 'check_figures', 'check_disk', 'describe_base', 'describe_source', 'repository_kind',
            'fetch_command', 'check_file_of', 'check_source', 'check_configuration', 'list_licences', 'sections_of',
@@ -112,11 +112,15 @@ EXACT, CHECKPOINTED, FULL = 14., .28, 1.4 # times the activations of a LoRA's st
 OTHERS = .25       # VAE and text encoders in float32, against the UNet's weights in float32
 SLACK = 1.1        # what the allocator cannot use
 
+def others_gb(p:Profile) -> float:
+    "VAE and text encoders, in float32"
+    return OTHERS*4*p.parameters if p.others_gb is None else p.others_gb
+
 def weights_gb(p:Profile, full:bool) -> float:
     "All weights on the device; those that are trained are in float32, with a copy in 16 bits for the passes"
     if p.precision == 'float32': unet = 4
     else: unet = 4 + 2 if full else 2
-    return (unet + OTHERS*4)*p.parameters
+    return unet*p.parameters + others_gb(p)
 
 # %% ../../nbs/7_real/20_doctor.ipynb #e047fc1a
 def activations_gb(p:Profile, pictures:int, full:bool, exact=False) -> float:
@@ -128,7 +132,7 @@ def activations_gb(p:Profile, pictures:int, full:bool, exact=False) -> float:
 def training_gb(p:Profile, ft:FinetuneConfig, kept=0) -> float: # kept: vectors beside gradient and moments
     "The peak of a fine-tuning's steps"
     full = ft.algorithm in ('full', 'svdiff')
-    vector = 4*p.parameters*(1 + OTHERS*ft.train_text_encoder) if full else 0.
+    vector = 4*p.parameters + others_gb(p)*ft.train_text_encoder if full else 0.
     moments = 0 if ft.optimizer == 'sgd' else 2
     pictures = ft.batch*(2 if ft.prior_weight else 1)
     step = max(activations_gb(p, pictures, full), vector + .3*activations_gb(p, 1, False)*full)
@@ -149,7 +153,7 @@ def simulation_gb(p:Profile, config, ft:FinetuneConfig) -> float:
 def saving_gb(p:Profile) -> float:
     "On a CPU: the float32 weights, and beside them the copy in 16 bits that is written"
     if device().type != 'cpu': return 0.
-    return weights_gb(p, False) + 2*(1 + OTHERS)*p.parameters
+    return weights_gb(p, False) + 2*p.parameters + others_gb(p)/2
 
 # %% ../../nbs/7_real/20_doctor.ipynb #b93c8dc5
 def simulations(config) -> list: # of FinetuneConfig

@@ -392,13 +392,13 @@ def check_profile(study:str):
 
 # %% ../../nbs/8_use/25_batch.ipynb #81568913
 def selected(cells:list, only:dict) -> list:
-    "Cells with these values of parameters, given as text; `cell` is the name of a cell"
+    "Cells with these values of parameters, given as text, or one of several; `cell` is the name of a cell"
     if not only: return cells
     known = {k for cell in cells for k in cell.parameters} | {'cell'}
     for k in only: choose(k, sorted(known), '--only')
     def fits(cell):
         values = cell.parameters | dict(cell=cell.name)
-        return all(str(values.get(k)) in str(v).split(',') for k, v in only.items())
+        return all(str(values.get(k)) in (str(v), *str(v).split(',')) for k, v in only.items())
     found = [cell for cell in cells if fits(cell)]
     if not found: raise UserError(f'--only: no cell has {only} (known: {", ".join(c.name for c in cells[:8])} ...)')
     return found
