@@ -83,7 +83,7 @@ class ModelSettings(Config):
     precision:Literal['float32', 'bfloat16', 'float16'] = 'float32'
     memory_gb:float = Field(8., gt=0) # that unlearning is expected to take
     parameters:float = Field(0., ge=0) # billions, of the UNet; 0: not known, no configuration's memory is computed
-    others_gb:float|None = Field(None, ge=0) # of VAE and text encoders in float32; null: a quarter of the UNet's weights
+    others_gb:float|None = Field(None, ge=0) # VAE and text encoders in float32; null: a quarter of the UNet's weights
     picture_gb:float = Field(0., ge=0) # activations of one picture of `size` in a LoRA's float32 step
     gradient_checkpointing:bool = False
     optimizer:str = 'adamw'

@@ -360,5 +360,6 @@ def in_words(relative:pd.DataFrame, length=1.) -> str: # from `over_seeds`, of `
     solves = [m for m in ratio if m.startswith('moreau')]
     less, more = (ratio < .9).sum(), (ratio > 1.1).sum()
     helped = (ratio[solves] < .9).any(axis=1).sum()
-    return (f'Over one outer step, a Moreau solve errs less than first order in {helped} of {len(ratio)} fine-tunings,\n'
-            f"the adjoint through all steps less in {less['adjoint']} and more in {more['adjoint']} (by a tenth or more)")
+    return (f'Over one outer step, a Moreau solve errs less than first order in {helped} of {len(ratio)} '
+            f"fine-tunings,\nthe adjoint through all steps less in {less['adjoint']} and more in {more['adjoint']} "
+            '(by a tenth or more)')
