@@ -74,7 +74,7 @@ no-git: env # a ZIP has no .git, which dvc asks for unless told
 restore: no-git # base model, evaluators and the story's adapters from the committed store, nothing else
 	@if test -f dvc.lock; then $(BIN)/dvc pull --quiet $(RESTORED); else echo 'no dvc.lock yet: nothing restored'; fi
 
-reproduce: restore ## six methods, one seed, in a copy of its own, against what is committed (an estimated 12 minutes on 2 cores)
+reproduce: restore ## six methods, one seed, in a copy of its own, against what is committed (5 minutes on 2 cores with AVX-512)
 	@$(BIN)/python tools/reproduce.py --workers $(LANES)
 
 table: restore ## the main table: every method, every seed; writes results/
