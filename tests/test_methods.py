@@ -90,11 +90,11 @@ def check_what_moves(shaped, what, method):
     if method == 'speed': small = dict(fixed='start') # the empty prompt has more tokens than this layout is wide
     changed = changed_params(pipe.unet, lambda: out.update(run_method(pipe, data, method, small, 0)))
     expected = names(pipe.unet, CLASSES[what][0])
-    # gradient descent leaves alone how the one pixel of the middle attends to itself
-    if method == 'pgu': expected -= names(pipe.unet, r'mid_block.*attn1\.to_[qk]')
+    # how the one pixel of the middle attends to itself has no gradient but rounding, of which some processors have none
+    still = names(pipe.unet, r'mid_block.*attn1\.to_[qk]')
     # the mask may leave out a small one
     if method == 'salun': assert changed <= expected and len(changed) > .5*len(expected), method
-    else: assert changed == expected, (method, changed ^ expected)
+    else: assert changed - still == expected - still, (method, changed ^ expected)
     if hasattr(pipe, 'text_encoder_2'): return pipe
     words = {n for (n, p), q in zip(pipe.text_encoder.named_parameters(), base.text_encoder.parameters())
              if not torch.equal(p, q)}
