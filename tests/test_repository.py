@@ -479,7 +479,7 @@ print(*R.compare_all([cell]), *R.compare_all([cell, cell]), sep='\\n')
 
 
 def test_reproduce_takes_another_processor_for_one_more_model(tmp_path):
-    "A rate may lie where one more model of its method is expected; without a spread only where this one was; rates together"
+    "A rate may lie where one more model of its method is expected; without a spread where this one was; all together"
     run = subprocess.run([sys.executable, '-c', COMPARE, tmp_path], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     agrees = [line.startswith('(True') for line in run.stdout.splitlines()]
