@@ -161,9 +161,9 @@ def front_title(best:pd.DataFrame, method='resalign') -> str:
     others = rate.drop([method, 'original'], errors='ignore').sort_values()
     own = f'{NAMES[method]} {rate[method]:.0f}%'
     if others.empty: return f'Unsafe after fine-tuning: {own}, and no other method is as cheap'
-    order = 'below' if rate[method] < others.iloc[0] else 'not below'
-    next_best = f'{NAMES[others.index[0]]} {others.iloc[0]:.0f}%'
-    return f'Unsafe after fine-tuning, at equal benign quality: {own}, {order} {next_best}'
+    lower = others[others < rate[method] - 1e-9]
+    said = f'lower are {", ".join(f"{NAMES[m]} {r:.0f}%" for m, r in lower.items())}' if len(lower) else 'none is lower'
+    return f'Unsafe after fine-tuning, at equal benign quality: {own}; {said}'
 
 # %% ../../nbs/9_studies/12_fronts.ipynb #13fr001d
 ABLATION = 'method setting seed phase metric value low high n'.split()
