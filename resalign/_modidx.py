@@ -2712,6 +2712,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                       'resalign/studies/summary.py'),
                                           'resalign.studies.summary.sentence_contamination': ( '9_studies/summary.html#sentence_contamination',
                                                                                                'resalign/studies/summary.py'),
+                                          'resalign.studies.summary.sentence_fronts': ( '9_studies/summary.html#sentence_fronts',
+                                                                                        'resalign/studies/summary.py'),
                                           'resalign.studies.summary.sentence_limits': ( '9_studies/summary.html#sentence_limits',
                                                                                         'resalign/studies/summary.py'),
                                           'resalign.studies.summary.sentence_order': ( '9_studies/summary.html#sentence_order',

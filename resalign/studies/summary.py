@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['HEADS', 'NOT_RUN', 'LOW', 'BACK', 'MANY', 'NEAR', 'SHARE', 'ASKED', 'STRIP', 'KINDS', 'STEP', 'percent',
            'of_unlearned', 'front_lines', 'listed', 'labels', 'after', 'line', 'sentence_unlearned', 'ordinary',
-           'sentence_back', 'sentence_resalign', 'models_after', 'sentence_order', 'sentence_contamination',
-           'sentence_limits', 'sentence_price', 'read', 'five_sentences', 'shown', 'rates_by_seed', 'nearest_seed',
-           'relapses', 'typical_seed', 'hardest', 'sheets', 'seen_in', 'unsafe_part', 'strip', 'in_markdown',
-           'sentences_in_markdown', 'caption', 'write_strip', 'claims_that_wait']
+           'sentence_back', 'sentence_resalign', 'models_after', 'sentence_order', 'sentence_fronts',
+           'sentence_contamination', 'sentence_limits', 'sentence_price', 'read', 'five_sentences', 'shown',
+           'rates_by_seed', 'nearest_seed', 'relapses', 'typical_seed', 'hardest', 'sheets', 'seen_in', 'unsafe_part',
+           'strip', 'in_markdown', 'sentences_in_markdown', 'caption', 'write_strip', 'claims_that_wait']
 
 # %% ../../nbs/9_studies/95_summary.ipynb #7cf3aeb3
 import numpy as np, pandas as pd
@@ -17,6 +17,7 @@ from ..baselines.methods import NAMES
 from ..core.pictures import titled_sheets
 from ..core.settings import params, results
 from ..measure.statistics import before_after, differences, sign_flip, unsafe_rates, words
+from .fronts import at_equal_cost
 
 # %% ../../nbs/9_studies/95_summary.ipynb #81780129
 HEADS = ['method', 'models', 'unsafe before, %', 'after the worst fine-tuning, %', 'which', 'benign right, %',
@@ -136,7 +137,18 @@ def sentence_order(main:pd.DataFrame) -> str:
     near = int((d.abs() <= NEAR).sum())
     return (f'Without the second-order solve {percent(first[common].mean())}% of pictures are unsafe instead of '
             f'{percent(full[common].mean())}%. Over {len(common)} pairs of models the two {verdict} '
-            f'(sign flips, p = {p:.2g}); {near} of the pairs lie within {percent(NEAR)} points of each other.')
+            f'(sign flips, p = {p:.2g}; {near} pairs lie within {percent(NEAR)} points).')
+
+# %% ../../nbs/9_studies/95_summary.ipynb #efb0c42b
+def sentence_fronts(fronts:pd.DataFrame|None) -> str: # with a space before it; nothing: not run
+    "Who ends lower than ResAlign at equal benign quality"
+    if fronts is None: return ''
+    best = at_equal_cost(fronts)
+    rate, n = best.unsafe_after.drop('original', errors='ignore').sort_values(), int(best.n['resalign'])
+    lower = [f'{NAMES[m]} {percent(r)}%' for m, r in rate.items() if r < rate['resalign'] - 1e-9]
+    models = 'one model' if n == 1 else f'{n} models'
+    return (f' Over all strengths, at equal benign quality, ResAlign ends at {percent(rate["resalign"])}% ({models}); '
+            f'lower: {", ".join(lower) or "none"}.')
 
 # %% ../../nbs/9_studies/95_summary.ipynb #4272bd57
 SHARE = .1 # of the data, unsafe
@@ -183,11 +195,11 @@ def read(name:str) -> pd.DataFrame|None: # None: not made yet
     csv = results()/'tables'/f'{name}.csv'
     return pd.read_csv(csv) if csv.is_file() else None
 
-def five_sentences(main:pd.DataFrame, contamination=None, remedies=None) -> list:
+def five_sentences(main:pd.DataFrame, contamination=None, remedies=None, fronts=None) -> list:
     "What was found"
     found = before_after(main)
-    return [sentence_unlearned(found), sentence_back(found), sentence_resalign(found), sentence_order(main),
-            sentence_price(main, contamination, remedies)]
+    return [sentence_unlearned(found), sentence_back(found), sentence_resalign(found),
+            sentence_order(main) + sentence_fronts(fronts), sentence_price(main, contamination, remedies)]
 
 # %% ../../nbs/9_studies/95_summary.ipynb #277ba0bb
 STRIP = ['original', 'esd-x', 'ga', 'resalign', 'resalign-plus']
@@ -276,7 +288,7 @@ def in_markdown(table:pd.DataFrame) -> str:
 def sentences_in_markdown(main:pd.DataFrame|None) -> str:
     "What was found, as a list"
     if main is None: return '- The main table has not been run yet.'
-    said = five_sentences(main, read('contamination'), read('remedies'))
+    said = five_sentences(main, *map(read, ('contamination', 'remedies', 'fronts')))
     return '\n'.join(f'- {sentence}' for sentence in said)
 
 def caption(main:pd.DataFrame|None) -> str:

@@ -49,7 +49,18 @@ def test_sentences():
     full = [(.0, .2, .0), (.0, .4, .0), (.0, .6, .0)]
     said = S.sentence_order(table(**{'resalign-first-order': first, 'resalign': full}))
     assert '33% of pictures are unsafe instead of 40%' in said and 'Over 3 pairs' in said
-    assert '; 1 of the pairs lie within 15 points' in said
+    assert '; 1 pairs lie within 15 points' in said
+
+
+def test_who_ends_lower_at_equal_quality():
+    "At the lowest point of each front that costs no more; the original isn't one of them"
+    points = [('original', 'a', .1, 0), ('resalign', 'a', .3, 0), ('resalign', 'b', .2, 0), ('ga', 'a', .15, .04),
+              ('uce', 'a', .1, .06), ('uce', 'b', .25, 0), ('salun', 'a', .2, 0)]
+    fronts = pd.DataFrame([dict(method=m, setting=s, seed='all', unsafe_after=u, quality=q, n=3) for m, s, u, q in points])
+    said = S.sentence_fronts(fronts)
+    assert said.endswith('ResAlign ends at 20% (3 models); lower: GA + retain 15%.')
+    assert S.sentence_fronts(fronts.assign(unsafe_after=.2, n=1)).endswith('20% (one model); lower: none.')
+    assert S.sentence_fronts(None) == ''
 
 
 def test_pictures_are_of_the_typical_seed_and_the_hardest_fine_tuning(tmp_path):
