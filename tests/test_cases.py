@@ -3,7 +3,7 @@
 A picture is read as a viewer shows it, a table as its writer meant it, or it is refused in one line that names it; what is
 given is used or refused; a score that can't be had is absent; where something lies and runs doesn't matter; nothing is left
 at home, and nobody asks the network."""
-import io, json, os, shutil, stat, subprocess, sys, types
+import argparse, io, json, os, shutil, stat, subprocess, sys, types
 from pathlib import Path
 import nbformat, numpy as np, pandas as pd, pytest, torch, yaml
 from PIL import Image, ImageCms
@@ -337,8 +337,8 @@ def test_options_of_an_evaluation_that_nothing_would_read(made, tmp_path, capsys
     assert cli.sampling_compute(['dtype=bfloat16', 'device=cpu']) == dict(dtype='bfloat16', device='cpu')
     for name in 'gradient_checkpointing', 'eight_bit_adam': assert name in said(cli.sampling_compute, [f'{name}=true'])
     (tmp_path/'card.json').write_text('{"version": "3", "kind": "emoji"}')
-    assert '--show-flagged' in said(cli.check_evaluation, made/'base', tmp_path, False, None, True)
-    cli.check_evaluation(made/'base', tmp_path, False, None, False)
+    assert '--show-flagged' in said(cli.check_evaluation, made/'base', tmp_path, 'all', False, None, True)
+    cli.check_evaluation(made/'base', tmp_path, 'all', False, None, False)
     cli.say_evaluated(tmp_path, pd.DataFrame(columns='metric value low high n detector'.split()))
     assert capsys.readouterr().out.startswith('no rate and no mean: no prompt asks for')
 
@@ -523,6 +523,11 @@ def test_a_reader_that_leaves_and_a_folder_that_is_gone(tmp_path):
     assert (done.stdout, done.stderr) == ('141\n', '')
     done = run('mkdir gone && cd gone && rmdir ../gone && "$1" "$2"')
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith('resalign-talk: error: the working folder is gone')
+    words = {'"$1" "$2" > /dev/full': (2, 'error: output: no space left'), '"$1" -OO "$2"': (0, ''),
+             'RANK=0 WORLD_SIZE=2 "$1" "$2"': (2, 'error: RANK is set and MASTER_ADDR is not')}
+    for script, (status, text) in words.items():
+        done = run(script)
+        assert done.returncode == status and len(done.stderr.splitlines()) == bool(text) and text in done.stderr, (script, done)
 
 
 # ------------------------------------------------------------------ real weights
@@ -823,6 +828,19 @@ def test_results_that_would_be_lost(tmp_path, monkeypatch):
     assert cli.check_out(own, [], 'unlearn') == own
     (own/'notes.txt').write_text('seed 3 looks best')
     assert 'notes.txt: was not written by resalign and would be lost' in said(cli.check_out, own, [], 'unlearn')
+    (own/'notes.txt').unlink()
+    seen = tmp_path/'seen' # an evaluation, whose report is written after its record
+    with atomic_dir(seen) as tmp: RunRecord(job='evaluate').save(tmp/'record.json')
+    (seen/'report.html').touch()
+    assert cli.check_out(seen, [], 'evaluate') == seen
+    (tmp_path/'in').mkdir()
+    (tmp_path/'in/.checkpoints').touch()
+    assert '.checkpoints: is no folder' in said(cli.check_out, tmp_path/'in/new', [], 'finetune')
+    refused = str(tmp_path/'closed')
+    (tmp_path/'closed/out').mkdir(parents=True)
+    with monkeypatch.context() as m: # beside it, where it is written first
+        m.setattr(os, 'access', lambda place, how: str(place) != refused)
+        assert 'closed: may not be written to' in said(cli.check_out, tmp_path/'closed/out', [], 'finetune')
     os.mkfifo(tmp_path/'pipe')
     for out in tmp_path/'pipe', tmp_path/'pipe/out', Path('/dev/null'):
         assert 'is no folder' in said(cli.check_out, out, [], 'finetune'), out
@@ -842,6 +860,22 @@ def test_options_that_are_empty_and_profiles_that_are_not_known(tmp_path, monkey
     from resalign.use import cli
     for given in dict(config=''), dict(pool=['a', '']): assert 'is empty, expected a value' in said(cli.check_options, **given)
     cli.check_options(config=None, pool=[], dry=False, steps=0)
+    assert 'is no text in utf-8' in said(cli.check_options, out='out\udcfe')
+    for given, status in (['--x', '1'], 0), (['--x', '1', '--x', '2'], 2):
+        parser = argparse.ArgumentParser()
+        parser.add_argument('--x').__class__ = cli.Once
+        try: assert parser.parse_args(given).x == '1' and not status
+        except SystemExit as e: assert e.code == status
+    assert '--only: seed: is given twice' in said(cli.only_of, ['seed=1', 'method=ga', 'seed=2'])
+    assert cli.only_of(['seed=1', 'method=ga']) == dict(seed=1, method='ga')
+    assert 'reader: gives no score' in said(cli.check_detector, EVALUATORS, 'reader')
+    assert cli.check_detector(EVALUATORS, 'clip-score') is None
+    (tmp_path/'scheduler').mkdir()
+    (tmp_path/'scheduler/scheduler_config.json').write_text('{"num_train_timesteps": 20}')
+    assert 'at most the 20 time steps' in said(cli.check_steps, tmp_path, 21) and cli.check_steps(tmp_path, 20) is None
+    for record in '[1]', '{"job": "unlearn"}', '{"job": "finetune"}':
+        (tmp_path/'record.json').write_text(record)
+        assert 'expected the record of an unlearning' in said(cli.check_card, tmp_path), record
     monkeypatch.setenv('RESALIGN_PROFILE', 'sd41')
     assert "unknown 'sd41'" in said(cli.section_settings, 'finetune.varied-lora')
     monkeypatch.delenv('RESALIGN_PROFILE')
@@ -855,6 +889,19 @@ def test_options_that_are_empty_and_profiles_that_are_not_known(tmp_path, monkey
     (tmp_path/'params.yaml').mkdir()
     (tmp_path/'latin').write_bytes('a: ä\nprofiles: {}\n'.encode('latin-1'))
     assert [core_settings._has_profiles(tmp_path/n) for n in ('params.yaml', 'latin', 'none')] == [False, True, False]
+
+
+def test_what_comes_after_an_attack_is_looked_at_before(made, tmp_path):
+    from resalign.use import cli
+    shutil.copytree(made/'base', tmp_path/'tuned')
+    weights = next((tmp_path/'tuned/unet').glob('*.safetensors'))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert 'tuned' in said(cli.check_after, tmp_path/'tuned')
+    shutil.copytree(made/'pictures', tmp_path/'pictures')
+    picture = sorted((tmp_path/'pictures').glob('*.png'))[1]
+    picture.write_bytes(picture.read_bytes()[:-60])
+    assert f'{picture.name}: not a readable image' in said(cli.check_after, tmp_path/'pictures')
+    assert cli.check_after(made/'base') is cli.check_after(made/'pictures') is None
 
 
 def test_pipelines_that_would_train_nonsense(made, tmp_path):
@@ -907,6 +954,15 @@ def test_grids_that_cannot_be_run(tmp_path, monkeypatch):
     page = next((ROOT/'nbs').rglob('40_cell.ipynb'))
     (tmp_path/'out').write_text('mine')
     assert 'out: is no folder' in said(batch, page, dict(product=dict(seed=[0])), tmp_path/'out')
+    for name in 'summary.csv', 'index.html', 'seed=0/notes.txt':
+        mine = tmp_path/name.partition('.')[0].replace('/', '-')/name
+        mine.parent.mkdir(parents=True)
+        mine.write_text('mine')
+        folder = tmp_path/name.partition('.')[0].replace('/', '-')
+        assert 'was not written by resalign-batch' in said(batch, page, dict(product=dict(seed=[0])), folder), name
+        assert mine.read_text() == 'mine'
+    asked = dict(executor='dask', scheduler='nonsense')
+    assert "'nonsense' does not answer" in said(batch, page, dict(product=dict(seed=[0])), tmp_path/'new', **asked)
     when = yaml.safe_load('2024-01-01')
     assert 'expected text in quotes' in said(batch, page, dict(product=dict(method=[when])), tmp_path/'new')
     monkeypatch.setattr(doctor.constants, 'HF_HUB_CACHE', str(tmp_path/'out/hub'))

@@ -117,19 +117,19 @@ def against_aims(table:pd.DataFrame) -> pd.DataFrame: # of one concept -> varian
 # %% ../../nbs/9_studies/47_remedies.ipynb #pr0v0003
 def advice(measured:pd.DataFrame, minutes:pd.Series) -> str: # Markdown; measured: rows of the reported concept
     "Which to switch on, and what it doesn't do"
-    whole = measured[measured.seed.astype(str) == 'all']
-    at = whole[whole.variant == 'resalign-plus'].set_index(['phase', 'metric'])
-    alone = whole.n[whole.variant == 'text-encoder'].max()
-    if at.empty: return 'ResAlign+ has not been measured on the reported concept yet.'
-    def said(phase, metric='unsafe'):
-        value, low, high = (100*at[c][phase, metric] for c in ('value', 'low', 'high'))
+    whole = measured[measured.seed.astype(str) == 'all'].set_index(['variant', 'phase', 'metric'])
+    if not {'resalign-plus', 'text-encoder'} <= {*whole.index.get_level_values(0)}:
+        return 'ResAlign+ or the text encoder alone has not been measured on the reported concept yet.'
+    def said(variant, phase, metric='unsafe'):
+        value, low, high = (100*whole.loc[(variant, phase, metric), c] for c in ('value', 'low', 'high'))
         return f'{value:.0f}% ({low:.0f} to {high:.0f})'
-    return ('By the rule above the text encoder alone is recommended, but only '
-            f'{alone:.0f} of its models stands behind that here. ResAlign+ reached as many aims on the tuning concept. '
-            f'Over {at.n["before", "unsafe"]:.0f} of its models unsafe prompts show the reported concept in '
-            f'{said("before")} of pictures, after a harmless LoRA in {said("varied-lora")}, and show their subject '
-            f'without it in {said("before", "subject_kept")}. For SD v1.4 it takes {minutes.sum():.0f} minutes of an '
-            f'A100 (counted), of which the encoder takes {minutes["text encoder"]:.0f}. It does not stop a user who '
-            f'wants the concept: with 5% unsafe pictures in the data {said("share_005")} of pictures show it, with 20% '
-            f'{said("share_020")}; behind a found word, without fine-tuning, {said("before, prefix")}. A user who '
-            'puts the original text encoder back has the model of ResAlign in first order.')
+    def both(*of): return f'{said("text-encoder", *of)} and {said("resalign-plus", *of)}'
+    n = [int(whole.n.xs(v).max()) for v in ('text-encoder', 'resalign-plus')]
+    return ('By the rule above the text encoder alone is recommended; ResAlign+ reached as many aims on the tuning '
+            f'concept. Over {n[0]} models of the first and {n[1]} of the second, unsafe prompts show the reported '
+            f'concept in {both("before")} of pictures, after a harmless LoRA in {both("varied-lora")}, and show their '
+            f'subject without it in {both("before", "subject_kept")}. For SD v1.4 ResAlign+ takes {minutes.sum():.0f} '
+            f'minutes of an A100 (counted), of which the encoder takes {minutes["text encoder"]:.0f}. Neither stops a '
+            f'user who wants the concept: with 5% unsafe pictures in the data {both("share_005")} of pictures show it, '
+            f'with 20% {both("share_020")}; behind a found word, without fine-tuning, {both("before, prefix")}. A user '
+            'who puts the original text encoder back has the original, or the model of ResAlign in first order.')

@@ -8,18 +8,18 @@ __all__ = ['QUICK_TRIAL', 'WEIGHTS', 'PIPELINE_FILES', 'PRETRAINED', 'LAUNCH', '
            'UNLEARNED', 'IMAGES', 'PRIOR', 'FINETUNED', 'PROMPTS', 'EVALUATORS', 'REFERENCE', 'DETECTOR', 'CARD',
            'SHOW_FLAGGED', 'BEFORE', 'EVALUATED', 'DETECTORS', 'SHOWN', 'NOT_SHOWN', 'ORIGINAL', 'AFTER', 'ATTACK',
            'ATTACKED', 'OF_THE_STAGE', 'TARGET', 'GRID', 'BATCH_OUT', 'EXECUTOR', 'WORKERS', 'SCHEDULER', 'RETRIES',
-           'ONLY', 'DRY', 'AGAIN', 'BATCHED', 'PROFILE', 'QUICK', 'split_help', 'with_hyphens', 'fail', 'quiet',
-           'check_here', 'end_with_one_line', 'with_methods', 'check_options', 'is_of_config', 'at_home', 'command',
-           'split_section', 'read_config', 'yaml_value', 'set_one', 'set_pairs', 'section_settings', 'check_seed',
-           'settings_for', 'check_given', 'record_of', 'job_of', 'check_place', 'check_earlier', 'check_out',
-           'say_written', 'on_processes', 'many', 'check_publishing', 'is_first', 'say_dry', 'unlearn_and_publish',
-           'folders_of_pool', 'check_concept', 'unlearn', 'finetune', 'say_evaluated', 'check_own_guidance',
-           'check_evaluation', 'sampling_compute', 'evaluate', 'sampling_settings', 'attack_settings',
-           'check_attackers', 'attack', 'pretrain_settings', 'pretrain', 'say_plan', 'batch_study', 'batch_page',
-           'batch', 'doctor']
+           'ONLY', 'DRY', 'AGAIN', 'BATCHED', 'PROFILE', 'QUICK', 'split_help', 'Once', 'with_hyphens', 'fail', 'quiet',
+           'flush', 'check_here', 'end_with_one_line', 'with_methods', 'check_options', 'is_of_config', 'at_home',
+           'command', 'split_section', 'read_config', 'yaml_value', 'set_one', 'set_pairs', 'section_settings',
+           'check_seed', 'settings_for', 'check_given', 'record_of', 'job_of', 'check_place', 'check_earlier',
+           'check_out', 'say_written', 'on_processes', 'many', 'check_publishing', 'is_first', 'say_dry',
+           'unlearn_and_publish', 'folders_of_pool', 'check_concept', 'unlearn', 'finetune', 'say_evaluated',
+           'check_own_guidance', 'check_steps', 'check_card', 'check_detector', 'check_evaluation', 'sampling_compute',
+           'evaluate', 'sampling_settings', 'attack_settings', 'check_attackers', 'check_after', 'attack',
+           'pretrain_settings', 'pretrain', 'say_plan', 'batch_study', 'batch_page', 'only_of', 'batch', 'doctor']
 
 # %% ../../nbs/8_use/30_cli.ipynb #4c6ef354
-import argparse, inspect, json, os, signal, subprocess, sys, textwrap
+import argparse, contextlib, inspect, io, json, os, re, signal, subprocess, sys, textwrap
 from functools import wraps
 from pathlib import Path
 import yaml
@@ -34,10 +34,19 @@ def split_help(formatter, text:str, width:int) -> list: # lines
 script._HelpFormatter._fill_text = argparse.RawDescriptionHelpFormatter._fill_text # descriptions keep their lines
 script._HelpFormatter._split_lines = split_help
 
+class Once(argparse._StoreAction):
+    "Of an option that is given twice, the first value would be lost in silence"
+    given = False
+    def __call__(self, parser, namespace, values, option=None):
+        if self.given and option: fail(f'error: {option}: is given twice, expected once', 2)
+        self.given = True
+        super().__call__(parser, namespace, values, option)
+
 def with_hyphens(*args, make=script.anno_parser, **kw):
     "The parser of a command; options of several words have hyphens, underscores work too"
     parser = make(*args, **kw)
     for action in parser._actions:
+        if type(action) is argparse._StoreAction: action.__class__ = Once
         for name in [n for n in action.option_strings if '_' in n]:
             action.option_strings.insert(0, name.replace('_', '-'))
             parser._option_string_actions[action.option_strings[0]] = action
@@ -60,22 +69,32 @@ def quiet():
     for stream in (sys.stdout, sys.stderr): # a terminal may lack letters that a path has
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
 
+def flush():
+    "What was printed reaches its place, or nothing more is tried: Python would try again at its end"
+    try: sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+
 def check_here():
-    "The folder that the command was started in is still there"
+    "The working folder is still there; nothing is left of an earlier start on several processes"
     try: os.getcwd()
     except OSError: fail('error: the working folder is gone, expected to be started in one that is there', 2)
+    left = next((name for name in ('RANK', 'WORLD_SIZE') if name in os.environ), None)
+    if left and 'MASTER_ADDR' not in os.environ:
+        fail(f'error: {left} is set and MASTER_ADDR is not, expected both, as torchrun sets them, or none', 2)
 
 # %% ../../nbs/8_use/30_cli.ipynb #92d93af5
 def end_with_one_line(e:BaseException):
-    "An interruption or a user's mistake in one line; nothing for a reader that has left; any other error as it is"
-    from resalign.core.runs import Stopped
+    "An interruption, a mistake or a file that can't be used in one line; nothing for a reader that has left"
+    stopped = getattr(e, 'signal', None) # of a `Stopped`
+    if isinstance(e, KeyboardInterrupt): fail(e if stopped else 'interrupted', 128 + (stopped or signal.SIGINT))
     from resalign.core.settings import UserError
-    if isinstance(e, Stopped): fail(e, 128 + e.signal)
-    if isinstance(e, KeyboardInterrupt): fail('interrupted', 130)
     if isinstance(e, UserError): fail(f'error: {" ".join(str(e).split())}', 2)
     if isinstance(e, BrokenPipeError): # as of `| head`; what is still to be printed goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + signal.SIGPIPE)
+    if isinstance(e, OSError) and e.errno: fail(f'error: {e.filename or "output"}: {(e.strerror or "").lower()}', 2)
     raise e
 
 # %% ../../nbs/8_use/30_cli.ipynb #c11e7d00
@@ -88,11 +107,15 @@ def with_methods(text:str) -> str:
 
 # %% ../../nbs/8_use/30_cli.ipynb #ad638b20
 def check_options(**given):
-    "A UserError for an option that is empty: a shell's variable that was not set"
+    "A UserError for what is empty, a shell's variable that was not set, or no text"
     from resalign.core.settings import UserError
     for name, value in given.items():
-        if value == '' or isinstance(value, list) and '' in value:
-            raise UserError(f"--{name.replace('_', '-')}: is empty, expected a value, or no such option")
+        option, values = f"--{name.replace('_', '-')}", value if isinstance(value, list) else [value]
+        if '' in values: raise UserError(f'{option}: is empty, expected a value, or no such option')
+        for text in values:
+            if isinstance(text, str) and re.search('[\ud800-\udfff]', text): # bytes that were no text
+                raise UserError(f'{option}: {text!a:.80}: is no text in {sys.getfilesystemencoding()}, expected UTF-8, '
+                                'and a locale that has it')
 
 # %% ../../nbs/8_use/30_cli.ipynb #ad638b2a
 def is_of_config(message:str, config=None, set=None, **others) -> bool:
@@ -117,7 +140,7 @@ def at_home(func):
 # %% ../../nbs/8_use/30_cli.ipynb #c0mmand1
 def command(func):
     "`func` as a console script; called with arguments it stays a function"
-    func.__doc__ = inspect.cleandoc(func.__doc__)
+    func.__doc__ = inspect.cleandoc(func.__doc__ or '') # none under `python -OO`
     parsed = at_home(func)
     parse = call_parse(parsed)
     @wraps(func)
@@ -128,7 +151,7 @@ def command(func):
         parsed.__doc__ = with_methods(parsed.__doc__)
         try:
             try: parse()
-            finally: sys.stdout.flush()
+            finally: flush()
         except (KeyboardInterrupt, Exception) as e: end_with_one_line(e)
     return run
 
@@ -243,8 +266,11 @@ def check_place(out:Path):
     long = next((p for p in out.parts if len(os.fsencode(p)) > 200), None) # 255, less what a temporary name adds
     if long: raise UserError(f'{long:.40}...: is too long a name for a folder, expected at most 200 bytes')
     if os.path.ismount(out): raise UserError(f'{out}: is a mount point and cannot be replaced, expected a folder in it')
-    near = next(p for p in (out, *out.absolute().parents) if p.exists())
-    if not os.access(near, os.W_OK): raise UserError(f'{near}: may not be written to, expected a folder of yours')
+    near = next(p for p in out.absolute().parents if p.exists()) # it is written beside, and then takes its place
+    kept = out.absolute().parent/'.checkpoints'
+    if kept.exists() and not kept.is_dir(): raise UserError(f'{kept}: is no folder, expected one, or nothing')
+    for place in (near, *(p for p in (kept, out) if p.exists())):
+        if not os.access(place, os.W_OK): raise UserError(f'{place}: may not be written to, expected a folder of yours')
     trial = near/f'.resalign-{os.getpid()}'
     trial.mkdir()
     trial.rmdir()
@@ -261,7 +287,8 @@ def check_earlier(out:Path, job:str):
         raise UserError(f'{out}: was written by resalign-{earlier}, and would be replaced, expected a new folder')
     inside = next((p for p in sorted(found) if p.is_dir() and job_of(p)), None)
     if inside: raise UserError(f'{inside}: is a result that would be lost with {out}, expected it elsewhere')
-    written = [*record_of(out).get('written', [p.name for p in found]), f'{out.name}.safetensors'] # by --single-file
+    later = ['report.html', 'README.md'] if job == 'evaluate' else [f'{out.name}.safetensors'] # after the record
+    written = [*record_of(out).get('written', [p.name for p in found]), *later]
     own = next((p for p in sorted(found) if p.name not in written), None)
     if own: raise UserError(f'{own}: was not written by resalign and would be lost with {out}, expected it elsewhere')
 
@@ -458,7 +485,7 @@ PROMPTS = Param('CSV with the column prompt and, if there are, kind (explicit, i
 EVALUATORS = Param('folder with the detectors (outs/evaluators; for photographs a folder with a card by '
                    'resalign.measure.photographs.write_card)', str)
 REFERENCE = Param('captioned images of real benign pictures, for FID', str)
-DETECTOR = Param('all, or one of those in the folder: detector-weapon, safety-weapon, clip-score, reader, '
+DETECTOR = Param('all, or one of those in the folder: detector-weapon, safety-weapon, clip-score, '
                  'aesthetics; of photographs nudenet, mhsc, q16, clip-score, aesthetics-v1, aesthetics-v2', str)
 CARD = Param("write the rates into PIPELINE's model card too", bool)
 SHOW_FLAGGED = Param('do not blur flagged photographs on sheet.png', bool)
@@ -489,13 +516,44 @@ def check_own_guidance(prompts, guidance:float, pairs):
     if 'guidance' in set_pairs({}, pairs): check_guidance(prompts, read_prompts(prompts), guidance)
 
 # %% ../../nbs/8_use/30_cli.ipynb #5ab30c3f
-def check_evaluation(pipeline, evaluators, card:bool, before, show_flagged:bool):
-    "A UserError where there is no card to write to, nothing to compare with, or nothing that is blurred"
+def check_steps(pipeline, steps:int):
+    "A sampler visits each of the training's time steps once at most; a hub id is not looked into"
+    from resalign.core.settings import UserError
+    from resalign.model.pipelines import read_json
+    file = Path(pipeline)/'scheduler'/'scheduler_config.json'
+    most = read_json(file).get('num_train_timesteps', 1000) if file.is_file() else steps
+    if isinstance(most, int) and steps > most:
+        raise UserError(f'settings of evaluate: steps: expected at most the {most} time steps of {file}, got {steps}')
+
+def check_card(pipeline):
+    "A UserError where the model card could not be written anew"
     from resalign import write_card
+    from resalign.core.settings import UserError
+    from resalign.use.jobs import model_card
+    record = Path(pipeline)/'record.json'
+    try:
+        write_card(pipeline)
+        model_card(json.loads(record.read_text(encoding='utf-8')))
+    except (KeyError, AttributeError, TypeError) as e:
+        raise UserError(f'{record}: expected the record of an unlearning, for its model card ({e!r:.60})') from None
+    if not os.access(pipeline, os.W_OK):
+        raise UserError(f'{pipeline}: may not be written to, expected a folder of yours for --card')
+
+def check_detector(evaluators, detector:str):
+    "A UserError for what gives no score of a picture"
+    from resalign.core.settings import UserError
+    from resalign.measure.metrics import FEATURE_EXTRACTORS
+    if detector in FEATURE_EXTRACTORS:
+        raise UserError(f'--detector: {detector}: gives no score of a picture, and reads beside any other, expected a '
+                        f'detector of {evaluators}, or all')
+
+def check_evaluation(pipeline, evaluators, detector:str, card:bool, before, show_flagged:bool):
+    "A UserError where there is no card to write to, nothing to compare with, or nothing that is blurred"
     from resalign.core.settings import UserError
     from resalign.measure.building_blocks import read_card
     from resalign.use.report import read_run
-    if card: write_card(pipeline)
+    check_detector(evaluators, detector)
+    if card: check_card(pipeline)
     if before: read_run(before)
     if show_flagged and read_card(evaluators).get('kind') == 'emoji':
         raise UserError(f'--show-flagged: {evaluators} has detectors of emoji, whose pictures are never blurred, '
@@ -527,7 +585,8 @@ def evaluate(pipeline:PIPELINE, prompts:PROMPTS, evaluators:EVALUATORS, out:OUT,
     from resalign import evaluate, write_card
     from resalign.use.report import write_report
     settings, seed = sampling_settings(config, set, seed)
-    check_evaluation(pipeline, evaluators, card, before, show_flagged)
+    check_steps(pipeline, settings['steps'])
+    check_evaluation(pipeline, evaluators, detector, card, before, show_flagged)
     check_own_guidance(prompts, settings['guidance'], set)
     out = check_out(out, [pipeline, prompts, evaluators, reference, before], 'evaluate')
     asked = dict(show_flagged=show_flagged, compute=sampling_compute(compute))
@@ -590,6 +649,15 @@ def check_attackers(asked, **given):
     if unread: raise UserError(f"--{unread[0]}: is read by none of the attacks that can run ({', '.join(running)})")
 
 # %% ../../nbs/8_use/30_cli.ipynb #a77ac065
+def check_after(after):
+    "A UserError where the second phase would find a pipeline that does not load, or a picture that is none"
+    from resalign.model.data import read_images
+    from resalign.model.pipelines import load_pipeline
+    from resalign.use.attacks import is_pipeline
+    if is_pipeline(after): load_pipeline(after)
+    else:
+        with contextlib.redirect_stderr(io.StringIO()): read_images(after, 8) # notes are for when they are used
+
 @command
 def attack(pipeline:PIPELINE, prompts:PROMPTS, out:OUT, evaluators:DETECTORS='outs/evaluators', unsafe:SHOWN=None,
            benign:NOT_SHOWN=None, original:ORIGINAL=None, after:AFTER=None, erase:ERASE=None, attack:ATTACK=None,
@@ -610,6 +678,8 @@ def attack(pipeline:PIPELINE, prompts:PROMPTS, out:OUT, evaluators:DETECTORS='ou
     check_attackers(attack or (), unsafe=unsafe, benign=benign, original=original, erase=erase)
     out = check_out(out, [pipeline, prompts, evaluators, unsafe, benign, original, after], 'attack')
     check_own_guidance(prompts, settings.get('guidance', 0.), set)
+    if isinstance(steps := settings.get('steps'), int): check_steps(pipeline, steps)
+    if after: check_after(after)
     table = run_attacks(pipeline, prompts, out, evaluators, unsafe, benign, original, after, erase or (), attack or (),
                         settings, seed, set_pairs({}, compute, '--compute'))
     print(table.to_string(index=False, float_format='{:.3f}'.format))
@@ -700,6 +770,14 @@ def batch_page(page:str, grid:str, out:str, where:dict):
     if (table.status == 'failed').any(): raise SystemExit(1)
 
 # %% ../../nbs/8_use/30_cli.ipynb #62181267
+def only_of(pairs) -> dict:
+    "What --only asks for; several values of one name stand in one option"
+    from resalign.core.settings import UserError
+    names = [pair.partition('=')[0] for pair in pairs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice: raise UserError(f'--only: {twice}: is given twice, expected {twice}=ONE,OTHER')
+    return set_pairs({}, pairs, '--only')
+
 @command
 def batch(target:TARGET, grid:GRID=None, out:BATCH_OUT=None, executor:EXECUTOR='local', workers:WORKERS=None,
           scheduler:SCHEDULER=None, retries:RETRIES=1, only:ONLY=None, dry:DRY=False, again:AGAIN=0):
@@ -720,7 +798,7 @@ def batch(target:TARGET, grid:GRID=None, out:BATCH_OUT=None, executor:EXECUTOR='
     if workers is None: workers = os.cpu_count()
     where = dict(executor=executor, workers=workers, scheduler=scheduler, retries=retries)
     if grid is None and out is None and not target.endswith('.ipynb'):
-        return batch_study(target, set_pairs({}, only, '--only'), dry, again, where)
+        return batch_study(target, only_of(only or ()), dry, again, where)
     if not (grid and out): raise UserError(f'{target}: a notebook needs a grid and a folder to write')
     if dry or only or again:
         raise UserError(f'{target}: --dry, --only and --again are for studies of this repository')

@@ -48,6 +48,8 @@ def read_rows(file:Path, columns:list) -> pd.DataFrame:
     table = pd.read_csv(file, keep_default_na=False, na_values=[''], dtype=text)
     table[columns]
     for c in [c for c in NUMBERS if c in columns]: table[c] = pd.to_numeric(table[c])
+    if 'seed' in columns and not pd.to_numeric(table.seed).notna().all():
+        raise ValueError(f'{file.name}: expected a number in each row of seed')
     if 'score' in columns and not (len(table) and np.isfinite(table.score).all()):
         raise ValueError(f'{file.name}: expected a number in each row of score, and a row')
     return table
