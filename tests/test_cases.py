@@ -337,8 +337,8 @@ def test_options_of_an_evaluation_that_nothing_would_read(made, tmp_path, capsys
     assert cli.sampling_compute(['dtype=bfloat16', 'device=cpu']) == dict(dtype='bfloat16', device='cpu')
     for name in 'gradient_checkpointing', 'eight_bit_adam': assert name in said(cli.sampling_compute, [f'{name}=true'])
     (tmp_path/'card.json').write_text('{"version": "3", "kind": "emoji"}')
-    assert '--show-flagged' in said(cli.check_evaluation, made/'base', tmp_path, 'all', False, None, True)
-    cli.check_evaluation(made/'base', tmp_path, 'all', False, None, False)
+    assert '--show-flagged' in said(cli.check_evaluation, made/'base', tmp_path, 'all', 1, False, None, True)
+    cli.check_evaluation(made/'base', tmp_path, 'all', 1, False, None, False)
     cli.say_evaluated(tmp_path, pd.DataFrame(columns='metric value low high n detector'.split()))
     assert capsys.readouterr().out.startswith('no rate and no mean: no prompt asks for')
 

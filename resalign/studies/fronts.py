@@ -127,10 +127,10 @@ SLACK = .05 # in CMMD: -0.1 for the original, 0.9 where one benign prompt in fou
 
 def at_equal_cost(fronts:pd.DataFrame, method='resalign') -> pd.DataFrame: # by method: as the rows of FRONT
     "Each method's lowest rate at a CMMD of at most that of `method`, with some slack"
-    table = fronts[fronts.seed.astype(str) == 'all'].drop(columns='seed')
-    own = table[table.method == method].nsmallest(1, 'unsafe_after')
+    rows = fronts[fronts.seed.astype(str) == 'all'].drop(columns='seed')
+    own = rows[rows.method == method].nsmallest(1, 'unsafe_after')
     if own.empty: raise UserError(f'fronts: no row of {method}')
-    cheap = table[(table.quality <= own.quality.iloc[0] + SLACK) & (table.method != method)]
+    cheap = rows[(rows.quality <= own.quality.iloc[0] + SLACK) & (rows.method != method)]
     best = cheap.loc[cheap.groupby('method', sort=False).unsafe_after.idxmin()]
     return pd.concat([own, best]).set_index('method')
 

@@ -34,6 +34,7 @@ def split_help(formatter, text:str, width:int) -> list: # lines
 script._HelpFormatter._fill_text = argparse.RawDescriptionHelpFormatter._fill_text # descriptions keep their lines
 script._HelpFormatter._split_lines = split_help
 
+# %% ../../nbs/8_use/30_cli.ipynb #78de1d08
 class Once(argparse._StoreAction):
     "Of an option that is given twice, the first value would be lost in silence"
     given = False
@@ -54,6 +55,7 @@ def with_hyphens(*args, make=script.anno_parser, **kw):
 
 script.anno_parser = with_hyphens
 
+# %% ../../nbs/8_use/30_cli.ipynb #8a5de5b6
 def fail(message, status):
     "One line on stderr, and the exit status"
     print(f'{Path(sys.argv[0]).name}: {message}', file=sys.stderr)
@@ -76,6 +78,7 @@ def flush():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise
 
+# %% ../../nbs/8_use/30_cli.ipynb #88c50938
 def check_here():
     "The working folder is still there; nothing is left of an earlier start on several processes"
     try: os.getcwd()
@@ -225,6 +228,9 @@ def section_settings(section:str) -> dict:
     raise UserError(f'params.yaml: {section}: expected a mapping of settings, got {found!r:.60}')
 
 # %% ../../nbs/8_use/30_cli.ipynb #c67c3a4d
+#| export
+
+# %% ../../nbs/8_use/30_cli.ipynb #51ca7a1d
 def check_seed(seed) -> int:
     from resalign.core.settings import UserError
     if type(seed) is int and 0 <= seed < 2**31: return seed
@@ -253,6 +259,7 @@ def record_of(folder:Path) -> dict: # empty: none that can be read
     try: return dict(json.loads((folder/'record.json').read_text(encoding='utf-8')))
     except (OSError, ValueError, TypeError): return {}
 
+# %% ../../nbs/8_use/30_cli.ipynb #0f44df2a
 def job_of(folder:Path) -> str: # '': none
     "Which command wrote a folder"
     if job := record_of(folder).get('job'): return str(job)
@@ -525,6 +532,7 @@ def check_steps(pipeline, steps:int):
     if isinstance(most, int) and steps > most:
         raise UserError(f'settings of evaluate: steps: expected at most the {most} time steps of {file}, got {steps}')
 
+# %% ../../nbs/8_use/30_cli.ipynb #7658dbe9
 def check_card(pipeline):
     "A UserError where the model card could not be written anew"
     from resalign import write_card
@@ -539,6 +547,7 @@ def check_card(pipeline):
     if not os.access(pipeline, os.W_OK):
         raise UserError(f'{pipeline}: may not be written to, expected a folder of yours for --card')
 
+# %% ../../nbs/8_use/30_cli.ipynb #0d175501
 def check_detector(evaluators, detector:str):
     "A UserError for what gives no score of a picture"
     from resalign.core.settings import UserError
@@ -547,18 +556,21 @@ def check_detector(evaluators, detector:str):
         raise UserError(f'--detector: {detector}: gives no score of a picture, and reads beside any other, expected a '
                         f'detector of {evaluators}, or all')
 
-def check_evaluation(pipeline, evaluators, detector:str, card:bool, before, show_flagged:bool):
-    "A UserError where there is no card to write to, nothing to compare with, or nothing that is blurred"
+# %% ../../nbs/8_use/30_cli.ipynb #ddb4d807
+def check_evaluation(pipeline, evaluators, detector:str, steps:int, card:bool, before, show_flagged:bool):
+    "A UserError where something that is asked for can't be had"
     from resalign.core.settings import UserError
     from resalign.measure.building_blocks import read_card
     from resalign.use.report import read_run
     check_detector(evaluators, detector)
+    check_steps(pipeline, steps)
     if card: check_card(pipeline)
     if before: read_run(before)
     if show_flagged and read_card(evaluators).get('kind') == 'emoji':
         raise UserError(f'--show-flagged: {evaluators} has detectors of emoji, whose pictures are never blurred, '
                         'expected detectors of photographs')
 
+# %% ../../nbs/8_use/30_cli.ipynb #3fa8c213
 def sampling_compute(pairs) -> dict:
     "What --compute asks for, of what sampling reads"
     from resalign.core.settings import choose
@@ -585,8 +597,7 @@ def evaluate(pipeline:PIPELINE, prompts:PROMPTS, evaluators:EVALUATORS, out:OUT,
     from resalign import evaluate, write_card
     from resalign.use.report import write_report
     settings, seed = sampling_settings(config, set, seed)
-    check_steps(pipeline, settings['steps'])
-    check_evaluation(pipeline, evaluators, detector, card, before, show_flagged)
+    check_evaluation(pipeline, evaluators, detector, settings['steps'], card, before, show_flagged)
     check_own_guidance(prompts, settings['guidance'], set)
     out = check_out(out, [pipeline, prompts, evaluators, reference, before], 'evaluate')
     asked = dict(show_flagged=show_flagged, compute=sampling_compute(compute))
@@ -658,6 +669,7 @@ def check_after(after):
     else:
         with contextlib.redirect_stderr(io.StringIO()): read_images(after, 8) # notes are for when they are used
 
+# %% ../../nbs/8_use/30_cli.ipynb #26d408dd
 @command
 def attack(pipeline:PIPELINE, prompts:PROMPTS, out:OUT, evaluators:DETECTORS='outs/evaluators', unsafe:SHOWN=None,
            benign:NOT_SHOWN=None, original:ORIGINAL=None, after:AFTER=None, erase:ERASE=None, attack:ATTACK=None,
@@ -778,6 +790,7 @@ def only_of(pairs) -> dict:
     if twice: raise UserError(f'--only: {twice}: is given twice, expected {twice}=ONE,OTHER')
     return set_pairs({}, pairs, '--only')
 
+# %% ../../nbs/8_use/30_cli.ipynb #ed00f744
 @command
 def batch(target:TARGET, grid:GRID=None, out:BATCH_OUT=None, executor:EXECUTOR='local', workers:WORKERS=None,
           scheduler:SCHEDULER=None, retries:RETRIES=1, only:ONLY=None, dry:DRY=False, again:AGAIN=0):
