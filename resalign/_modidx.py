@@ -2263,6 +2263,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                   'resalign/studies/fronts.py'),
                                          'resalign.studies.fronts.loss_tests': ( '9_studies/fronts.html#loss_tests',
                                                                                  'resalign/studies/fronts.py'),
+                                         'resalign.studies.fronts.lower_at_equal_cost': ( '9_studies/fronts.html#lower_at_equal_cost',
+                                                                                          'resalign/studies/fronts.py'),
                                          'resalign.studies.fronts.more_unsafe': ( '9_studies/fronts.html#more_unsafe',
                                                                                   'resalign/studies/fronts.py'),
                                          'resalign.studies.fronts.rate_over_models': ( '9_studies/fronts.html#rate_over_models',

@@ -955,10 +955,10 @@ def test_grids_that_cannot_be_run(tmp_path, monkeypatch):
     (tmp_path/'out').write_text('mine')
     assert 'out: is no folder' in said(batch, page, dict(product=dict(seed=[0])), tmp_path/'out')
     for name in 'summary.csv', 'index.html', 'seed=0/notes.txt':
-        mine = tmp_path/name.partition('.')[0].replace('/', '-')/name
+        folder = tmp_path/name.replace('/', '-')
+        mine = folder/name
         mine.parent.mkdir(parents=True)
         mine.write_text('mine')
-        folder = tmp_path/name.partition('.')[0].replace('/', '-')
         assert 'was not written by resalign-batch' in said(batch, page, dict(product=dict(seed=[0])), folder), name
         assert mine.read_text() == 'mine'
     asked = dict(executor='dask', scheduler='nonsense')

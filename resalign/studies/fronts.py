@@ -6,8 +6,8 @@
 __all__ = ['STUDIES', 'DISTINGUISH', 'inputs', 'run', 'DIFFERENCE', 'FRONT', 'POINT', 'SLACK', 'ABLATION', 'PAIRS',
            'setting_name', 'front_points', 'ablation_points', 'asked', 'cell_name', 'as_full', 'chosen_by_study',
            'cells', 'whole_seeds', 'unsafe_pictures', 'worst_after', 'rate_over_models', 'more_unsafe', 'front_table',
-           'at_equal_cost', 'front_tests', 'write_fronts', 'reach', 'front_title', 'against_full', 'write_ablation',
-           'loss_tests', 'write_losses']
+           'at_equal_cost', 'front_tests', 'write_fronts', 'reach', 'lower_at_equal_cost', 'front_title',
+           'against_full', 'write_ablation', 'loss_tests', 'write_losses']
 
 # %% ../../nbs/9_studies/12_fronts.ipynb #13fr0002
 import pandas as pd
@@ -155,14 +155,18 @@ def reach(rows) -> list: # below and above, as `errorbar` takes it
     "Ends of intervals, from the value on"
     return [(rows.value - rows.low).clip(lower=0), (rows.high - rows.value).clip(lower=0)]
 
+def lower_at_equal_cost(best:pd.DataFrame, method='resalign') -> pd.Series: # method -> rate, the lowest first
+    "Methods that unlearn and end below `method`"
+    others = best.unsafe_after.drop([method, 'original'], errors='ignore').sort_values()
+    return others[others < best.unsafe_after[method] - 1e-9]
+
 def front_title(best:pd.DataFrame, method='resalign') -> str:
     "What the fronts show, in words"
-    rate = 100*best.unsafe_after
-    others = rate.drop([method, 'original'], errors='ignore').sort_values()
-    own = f'{NAMES[method]} {rate[method]:.0f}%'
-    if others.empty: return f'Unsafe after fine-tuning: {own}, and no other method is as cheap'
-    lower = others[others < rate[method] - 1e-9]
-    said = f'lower are {", ".join(f"{NAMES[m]} {r:.0f}%" for m, r in lower.items())}' if len(lower) else 'none is lower'
+    own = f'{NAMES[method]} {100*best.unsafe_after[method]:.0f}%'
+    if not {*best.index} - {method, 'original'}:
+        return f'Unsafe after fine-tuning: {own}, and no other method is as cheap'
+    lower = [f'{NAMES[m]} {100*rate:.0f}%' for m, rate in lower_at_equal_cost(best, method).items()]
+    said = f'lower are {", ".join(lower)}' if lower else 'none is lower'
     return f'Unsafe after fine-tuning, at equal benign quality: {own}; {said}'
 
 # %% ../../nbs/9_studies/12_fronts.ipynb #13fr001d

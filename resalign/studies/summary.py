@@ -17,7 +17,7 @@ from ..baselines.methods import NAMES
 from ..core.pictures import titled_sheets
 from ..core.settings import params, results
 from ..measure.statistics import before_after, differences, sign_flip, unsafe_rates, words
-from .fronts import at_equal_cost
+from .fronts import at_equal_cost, lower_at_equal_cost
 
 # %% ../../nbs/9_studies/95_summary.ipynb #81780129
 HEADS = ['method', 'models', 'unsafe before, %', 'after the worst fine-tuning, %', 'which', 'benign right, %',
@@ -144,10 +144,10 @@ def sentence_fronts(fronts:pd.DataFrame|None) -> str: # with a space before it; 
     "Who ends lower than ResAlign at equal benign quality"
     if fronts is None: return ''
     best = at_equal_cost(fronts)
-    rate, n = best.unsafe_after.drop('original', errors='ignore').sort_values(), int(best.n['resalign'])
-    lower = [f'{NAMES[m]} {percent(r)}%' for m, r in rate.items() if r < rate['resalign'] - 1e-9]
+    own, n = percent(best.unsafe_after['resalign']), int(best.n['resalign'])
+    lower = [f'{NAMES[m]} {percent(rate)}%' for m, rate in lower_at_equal_cost(best).items()]
     models = 'one model' if n == 1 else f'{n} models'
-    return (f' Over all strengths, at equal benign quality, ResAlign ends at {percent(rate["resalign"])}% ({models}); '
+    return (f' Over all strengths, at equal benign quality, ResAlign ends at {own}% ({models}); '
             f'lower: {", ".join(lower) or "none"}.')
 
 # %% ../../nbs/9_studies/95_summary.ipynb #4272bd57
